@@ -1,0 +1,1 @@
+"""The workshop behind briskGPT's scripts: one idea a module, each usable by itself."""

@@ -1,0 +1,28 @@
+"""What a person got wrong, told in one line."""
+
+import os
+import sys
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend.
+
+    Its text is one line that names what is wrong, where, and the mend. Mistakes only a
+    programmer can make raise `ValueError` and its kin instead, with their traceback.
+    """
+
+
+@contextmanager
+def one_line_errors():
+    """Around a script's `main`: a `UserError` becomes one line on standard error, status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `python sample.py | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,221 @@
+"""A dataclass of settings + config files + `--key=value` → one checked config.
+
+    $ python train.py config/train_shakespeare_char.py --batch_size=32
+
+runs the config file first and lets the command line override it, in the order given. A config
+file is plain Python: assignments to the keys of the dataclass, with every key's current value
+and `os, time, math, pickle, np, torch` in scope, so `min_lr = learning_rate / 10` works.
+
+A script states its settings once, as a dataclass; a field's trailing comment is its help line:
+
+    @dataclass
+    class TrainConfig:
+        batch_size: PositiveInt = 12  # sequences in a micro-batch
+        dtype: Literal["auto", "float32"] = "auto"  # precision of the products
+
+    config = configure(TrainConfig, sys.argv[1:])
+"""
+
+import ast
+import difflib
+import importlib
+import inspect
+import math
+import re
+import sys
+import traceback
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+from brisk.errors import UserError
+
+# Types that say which values make sense. The bounds are (lowest, highest), both allowed.
+PositiveInt = Annotated[int, (1, math.inf)]
+NonNegativeInt = Annotated[int, (0, math.inf)]
+NonNegativeFloat = Annotated[float, (0, math.inf)]
+UnitFloat = Annotated[float, (0, 1)]
+
+IN_SCOPE = {
+    "os": "os",
+    "time": "time",
+    "math": "math",
+    "pickle": "pickle",
+    "np": "numpy",
+    "torch": "torch",
+}
+
+
+def configure(Config, argv):
+    """Build a `Config` from its defaults, then `argv` in order: config files and `--key=value`.
+
+    Returns an instance of `Config` with one attribute more, `given`: the names of the keys that
+    a config file or the command line set. `--help` prints every key and leaves with status 0.
+    Raises `UserError` for a file that cannot be run, an unknown key or a value of the wrong kind.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(Config))
+        sys.exit(0)
+    types = get_type_hints(Config, include_extras=True)
+    config = Config()
+    config.given = set()
+
+    def set_key(key, value, where):
+        setattr(config, key, checked(value, types[key], key, where))
+        config.given.add(key)
+
+    for argument in argv:
+        if argument.startswith("-"):
+            key, equals, text = argument.lstrip("-").partition("=")
+            key = key.replace("-", "_")
+            if key not in types:
+                raise UserError(f"unknown key --{key}{nearest(key, types)} (--help lists them all)")
+            if not equals:
+                raise UserError(f"--{key} needs a value, as in --{key}={getattr(config, key)}")
+            set_key(key, parsed(text, types[key]), "on the command line")
+        elif "=" in argument and not Path(argument).exists():
+            raise UserError(f"'{argument}' should start with dashes: --{argument}")
+        else:
+            for key, value in run_config_file(argument, config, types).items():
+                set_key(key, value, f"in {argument}")
+    return config
+
+
+def run_config_file(path, config, types):
+    """Run one config file; return the keys of this script that it assigned, as a dict."""
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the config file {path}: {reason}") from error
+    before = {key: getattr(config, key) for key in types}
+    before |= {name: importlib.import_module(module) for name, module in IN_SCOPE.items()}
+    scope = {**before, "__file__": str(path), "__name__": "config"}
+    try:
+        exec(compile(source, str(path), "exec"), scope)  # config files are Python, by design
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", "?")
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    assigned = assigned_names(source)
+    ours = {}
+    for name, value in scope.items():
+        unchanged = name in before and value is before[name] and name not in assigned
+        if unchanged or name.startswith("_") or callable(value) or isinstance(value, ModuleType):
+            continue
+        if name in types:
+            ours[name] = value
+        elif name not in keys_of_all_scripts():
+            if near := nearest(name, types):
+                raise UserError(f"{path}: unknown key {name}{near}; a helper's name starts with _")
+            print(f"{path}: note: {name} is not a key of any script; ignored")
+    return ours
+
+
+def checked(value, kind, key, where):
+    """`value` as the type `kind` says, or a `UserError` that names key, place and mend."""
+    if isinstance(value, bool | int | float | str):
+        plain = value
+    elif hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        plain = value.item()  # a numpy or torch scalar
+    else:
+        raise UserError(f"{key} {where} is {type(value).__name__}, it takes {describe(kind)}")
+
+    for option in options(kind):
+        low, high = -math.inf, math.inf
+        if get_origin(option) is Annotated:
+            option, (low, high) = get_args(option)
+        if get_origin(option) is Literal:
+            matches = plain in get_args(option) and not isinstance(plain, bool)
+        elif option is float:
+            matches = isinstance(plain, int | float) and not isinstance(plain, bool)
+        elif option is int:
+            whole = isinstance(plain, float) and plain.is_integer()
+            matches = whole or (isinstance(plain, int) and not isinstance(plain, bool))
+        else:
+            matches = isinstance(plain, option)
+        if matches and option in (int, float):
+            matches = low <= plain <= high and math.isfinite(plain)
+        if matches:
+            return plain if get_origin(option) is Literal else option(plain)
+
+    near = nearest(str(plain), choices(kind)) if isinstance(plain, str) else ""
+    raise UserError(f"{key}={plain!r} {where}: {key} takes {describe(kind)}{near}")
+
+
+def parsed(text, kind):
+    """The value that `text` from the command line stands for; text stays text for a str key."""
+    if kind is str:
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return text
+
+
+def options(kind):
+    """The members of a union type, or the type itself, as a tuple."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def choices(kind):
+    """The words that the type `kind` admits: those of its Literals, True and False of a bool."""
+    words = []
+    for option in options(kind):
+        words += ["True", "False"] if option is bool else []
+        words += get_args(option) if get_origin(option) is Literal else []
+    return words
+
+
+def describe(kind):
+    """The type `kind` in words, for messages."""
+    if words := choices(kind):
+        return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    low, high = -math.inf, math.inf
+    if get_origin(kind) is Annotated:
+        kind, (low, high) = get_args(kind)
+    name = {int: "a whole number", float: "a number", str: "text"}[kind]
+    if high < math.inf:
+        return f"{name} from {low} to {high}"
+    return f"{name} of at least {low}" if low > -math.inf else name
+
+
+def nearest(word, known):
+    """`; did you mean …?` with the known word nearest to `word`, or nothing."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def help_text(Config):
+    """Every key of `Config` with its default and its trailing comment, under the script's doc."""
+    source = inspect.getsource(Config)
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+    doc = inspect.getdoc(inspect.getmodule(Config)) or ""
+    lines = [doc, "", "Settings, as --key=value or as `key = value` in a config file:", ""]
+    for field in fields(Config):
+        setting = f"--{field.name}={field.default}"
+        lines.append(f"  {setting:<36} {comments.get(field.name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def keys_of_all_scripts():
+    """The keys of every script beside this file, read from their source without running it."""
+    keys = set()
+    for script in Path(__file__).parent.glob("*.py"):
+        for node in ast.parse(script.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                keys |= {a.target.id for a in node.body if isinstance(a, ast.AnnAssign)}
+    return keys
+
+
+def assigned_names(source):
+    """Names that top-level code of `source` assigns, so that `x = x` counts as given."""
+    nodes = ast.walk(ast.parse(source))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def as_dict(config):
+    """The settings as a plain dict, for a checkpoint or a logger."""
+    return {field.name: getattr(config, field.name) for field in fields(config)}
