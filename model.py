@@ -117,7 +117,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal with deviation 0.02; what adds to the residual stream, less (GPT-2, section 2.3)."""
+        """Normal with deviation 0.02, less for what adds to the residual stream (GPT-2, 2.3)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 residual = name.endswith("c_proj.weight")
