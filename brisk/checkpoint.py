@@ -1,0 +1,163 @@
+"""Checkpoints: dicts of tensors and plain values, saved so that a whole one is always there.
+
+A checkpoint is nanoGPT's dict (`model`, `optimizer`, `model_args`, `iter_num`, `best_val_loss`,
+`config`) and, beside those keys, what resuming to the bit and sampling elsewhere need. In a run's
+folder `ckpt.pt` is the best so far (or the latest, with `always_save_checkpoint`) and `last.pt`
+the newest; where both are the same, one is a hard link to the other.
+
+`torch.save` writes a zip archive that holds a CRC-32 of every record, but `torch.load` does not
+look at them. Here they are checked after every save and before every load.
+"""
+
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from brisk.errors import UserError
+
+MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
+def save_checkpoint(checkpoint, path):
+    """Write `checkpoint` (a dict) to `path`; whatever happens, `path` is the old file or the new.
+
+    Raises `UserError` where it cannot be written; the old file is then untouched.
+    """
+    path = Path(path)
+    writing = path.with_name(f"{path.name}.writing")
+    try:
+        with open(writing, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        verify(writing)
+        os.replace(writing, path)
+        sync_directory(path.parent)
+    except (OSError, RuntimeError, UserError) as error:  # torch turns a full disk into the second
+        writing.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"could not save {path}: {reason}; what was there before is kept"
+        ) from error
+
+
+def link_checkpoint(path, name):
+    """Make `name` another name of the checkpoint at `path`, a copy where links are not possible."""
+    path, name = Path(path), Path(name)
+    writing = name.with_name(f"{name.name}.writing")
+    writing.unlink(missing_ok=True)
+    try:
+        os.link(path, writing)
+    except OSError:
+        shutil.copyfile(path, writing)
+    os.replace(writing, name)
+    sync_directory(name.parent)
+
+
+def load_checkpoint(path):
+    """The checkpoint at `path` with its tensors on the CPU and its weight names made clean.
+
+    nanoGPT's files are read too: `_orig_mod.` (compiled) and the mask buffers of old versions are
+    dropped, and the tied weight is there under both its names.
+
+    Raises `UserError` for a file that is missing, damaged or no checkpoint.
+    """
+    verify(path)
+    checkpoint = read(path)
+    state = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
+    state = {name: w for name, w in state.items() if not name.endswith(".attn.bias")}
+    tied = state.get("lm_head.weight", state.get("transformer.wte.weight"))
+    state["lm_head.weight"] = state["transformer.wte.weight"] = tied
+    checkpoint["model"] = state
+    return checkpoint
+
+
+def read(path, mmap=False):
+    """The dict in the file at `path`, its keys checked; with `mmap` no tensor is read yet."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = "it holds something other than tensors and plain values, or is damaged"
+        raise UserError(f"{path} cannot be loaded: {reason}") from error
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of briskGPT or nanoGPT: no model in it")
+    if missing := [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]:
+        raise UserError(f"{path} is not a GPT checkpoint: it does not state {', '.join(missing)}")
+    return checkpoint
+
+
+def verify(path):
+    """Raise `UserError` unless the file at `path` is whole, by the checksum of every record."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged, or no checkpoint at all: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if damaged:
+        raise UserError(f"{path} is damaged: the checksum of {damaged} does not match")
+
+
+def best_checkpoint(out_dir):
+    """Path of the checkpoint to sample from or evaluate: `ckpt.pt`, else `last.pt`."""
+    for name in ("ckpt.pt", "last.pt"):
+        if (path := Path(out_dir, name)).exists():
+            return path
+    raise UserError(f"no checkpoint in {out_dir}; train first, or name the run with --out_dir")
+
+
+def latest_checkpoint(out_dir):
+    """Path of the checkpoint to resume from: of `last.pt` and `ckpt.pt` whichever is further.
+
+    A damaged one is passed over with a notice, as long as the other is whole.
+    """
+    best_checkpoint(out_dir)  # or its error
+    found, errors = [], []
+    for name in ("last.pt", "ckpt.pt"):
+        if (path := Path(out_dir, name)).exists():
+            try:
+                verify(path)
+                found.append((int(read(path, mmap=True).get("iter_num", 0)), path))
+            except UserError as error:
+                errors.append(error)
+    if not found:
+        raise errors[0]
+    for error in errors:
+        print(f"note: {error}; using {found[0][1]}")
+    return max(found, key=lambda item: item[0])[1]
+
+
+def set_aside(out_dir, names):
+    """Move an earlier run's files out of the way, to `earlier/` (or `earlier-2/`, …) in `out_dir`.
+
+    Returns the folder they went to, None where there was nothing to move.
+    """
+    files = [path for name in names if (path := Path(out_dir, name)).exists()]
+    if not files:
+        return None
+    number, folder = 1, Path(out_dir, "earlier")
+    while folder.exists():
+        number += 1
+        folder = Path(out_dir, f"earlier-{number}")
+    folder.mkdir()
+    for path in files:
+        os.replace(path, folder / path.name)
+    return folder
+
+
+def sync_directory(folder):
+    """Make a rename in `folder` durable, where the system lets a directory be flushed."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

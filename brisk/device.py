@@ -1,0 +1,224 @@
+"""Device, precision and compiling, decided once for all scripts.
+
+`auto` means CUDA, then MPS, then the CPU; bfloat16 on a GPU that has it, else float16 with a
+gradient scaler; float32 on a CPU, unless `cpu_dtype` measures bfloat16 to be faster.
+"""
+
+import ctypes
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from brisk.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense 16-bit peak in FLOP/s by the vendors' datasheets, by a part of the device's name.
+DATASHEET_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclass
+class Device:
+    """Where tensors live and in what precision products are computed."""
+
+    device: torch.device
+    dtype_name: str  # a key of DTYPES
+
+    @property
+    def type(self):
+        return self.device.type
+
+    @property
+    def dtype(self):
+        return DTYPES[self.dtype_name]
+
+    def autocast(self):
+        """A context in which products run in `dtype` while the weights stay in float32."""
+        if self.dtype_name == "float32":
+            return nullcontext()
+        return torch.autocast(self.type, dtype=self.dtype)
+
+    def scaler(self):
+        """A gradient scaler, at work for float16 only (Micikevicius et al. 2018, section 3.2)."""
+        return torch.amp.GradScaler(self.type, enabled=self.dtype_name == "float16")
+
+    def synchronize(self):
+        """Wait until the device has done all that it was given."""
+        if self.type != "cpu":
+            getattr(torch, self.type).synchronize()
+
+    def peak_flops(self):
+        """(FLOP/s, where the figure comes from): the datasheet's, or else what was measured."""
+        if self.type == "cuda" and self.dtype_name != "float32":
+            name = torch.cuda.get_device_name(self.device)
+            for part, flops in DATASHEET_PEAKS.items():
+                if part in name:
+                    return flops, f"the datasheet's peak of {part}"
+        return matmul_flops(self), f"the measured ceiling of a {self.dtype_name} matrix product"
+
+    def __str__(self):
+        if self.type == "cuda":
+            name = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        elif self.type == "cpu":
+            name = f"cpu ({torch.get_num_threads()} threads)"
+        else:
+            name = str(self.device)
+        return f"{name}, {self.dtype_name}"
+
+
+def open_device(device="auto", dtype="auto", local_rank=None):
+    """Choose device and precision and set PyTorch up for them.
+
+    `local_rank` picks the GPU of a process under torchrun. Raises `UserError` where this machine
+    does not have what is asked for.
+    """
+    name = best_device() if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device={name}: PyTorch knows no such device") from error
+    check_device(chosen, name)
+    if chosen.type == "cuda":
+        index = local_rank if local_rank is not None else chosen.index or 0
+        if index >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise UserError(f"GPU {index} is asked for, this machine has {count} (counted from 0)")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    elif chosen.type == "cpu":
+        keep_freed_memory()
+    if dtype == "auto":
+        dtype = "float32" if chosen.type == "cpu" else "bfloat16"
+        if chosen.type != "cpu" and not has_bfloat16(chosen):
+            dtype = "float16"
+    return Device(chosen, dtype)
+
+
+def best_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device, name):
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    available["mps"] = torch.backends.mps.is_available()
+    if not available.get(device.type, True):
+        mend = f"leave --device out (auto takes {best_device()})"
+        raise UserError(f"--device={name}: PyTorch finds none on this machine; {mend}")
+
+
+def has_bfloat16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        torch.ones(1, device=device, dtype=torch.bfloat16).add_(1)
+        return True
+    except (RuntimeError, TypeError):
+        return False
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory instead of handing it back to the system after each tensor.
+
+    Otherwise every tensor past 32 MiB is mapped, faulted in page by page and unmapped again, in
+    every step. (mallopt(3): M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1.)
+    """
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)
+            libc.mallopt(-1, 2**31 - 1)
+        except (OSError, AttributeError):  # another C library: it knows no mallopt
+            pass
+
+
+def cpu_dtype(block, shape):
+    """ "bfloat16" if this CPU trains `block` clearly faster in it than in float32, else "float32".
+
+    Asked in two steps: a matrix product in both; then, where that gains, `block` forward and
+    backward on an input of `shape` (B, T, n_embd), in alternation, the best of three. A gain
+    under a fifth is not worth the lost digits.
+    """
+    cpu = torch.device("cpu")
+    slow, fast = (matmul_flops(Device(cpu, name), 512, 0.02) for name in ("float32", "bfloat16"))
+    if fast < 1.2 * slow:
+        return "float32"
+    x = torch.zeros(shape, requires_grad=True)
+    parameters = [x, *block.parameters()]
+    best = {"float32": float("inf"), "bfloat16": float("inf")}
+    with torch.random.fork_rng(devices=[]):  # dropout draws here must not move the run's
+        for _ in range(3):
+            for name in best:
+                start = time.perf_counter()
+                with Device(cpu, name).autocast():
+                    loss = block(x).sum()
+                torch.autograd.grad(loss, parameters)
+                best[name] = min(best[name], time.perf_counter() - start)
+    return "bfloat16" if best["float32"] > 1.2 * best["bfloat16"] else "float32"
+
+
+def resolve_compile(wanted, device):
+    """Whether to compile: `wanted` is True, False or "auto". Where it was wanted and cannot
+    work, says so in one line and returns False."""
+    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+        return False  # on a CPU seconds of compiling rarely come back
+    if reason := why_not_compile(device):
+        print(f"not compiling: {reason}")
+        return False
+    return True
+
+
+def why_not_compile(device):
+    """What keeps `torch.compile` from working on `device`, or None."""
+    if sys.platform == "win32":
+        return "PyTorch does not support it well on Windows"
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401 (only whether it is there)
+        except ImportError:
+            return "Triton is not installed"
+        if torch.cuda.get_device_capability(device.device) < (7, 0):
+            return "Triton needs a GPU of compute capability 7.0 or later"
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "there is no C++ compiler (g++)"
+    return None
+
+
+def matmul_flops(device, size=None, seconds=0.2):
+    """FLOP/s of a square matrix product in the device's precision: the best of repeated runs.
+
+    Random matrices: zeros cost a GPU less power and so flatter it.
+    """
+    size = size or (1024 if device.type == "cpu" else 8192)
+    generator = torch.Generator(device.device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device.device, generator=generator) for _ in "ab")
+    a, b = a.to(device.dtype), b.to(device.dtype)
+    torch.mm(a, b)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        device.synchronize()
+        start = time.perf_counter()
+        torch.mm(a, b)
+        device.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,170 @@
+"""Where a run's numbers go: the console, a progress bar, `metrics.jsonl`, TensorBoard, wandb.
+
+`metrics.jsonl` has one JSON object a line. Both kinds have `step`, `tokens` (seen so far) and
+`seconds` (since the run began). Training lines: `loss` (nats), `lr`, `grad_norm` (before
+clipping), `step_ms`, `tokens_per_second`, `mfu`. Evaluation lines: `train_loss`, `val_loss`.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """The log of one run. In processes other than the main one (`active=False`) it is silent."""
+
+    def __init__(self, active=True):
+        self.active = active
+        self.file = self.bar = self.board = self.wandb = None
+        self.began = time.time()
+
+    def say(self, text):
+        """Print a line, above the progress bar where there is one."""
+        if self.active:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def open(self, out_dir, step, last_step, settings, tensorboard=False, wandb=None):
+        """Begin to record at `step`; lines that an earlier start wrote for it or later are cut.
+
+        `wandb` is (project, run name), or None. A recorder that cannot be had is left out with
+        one line; the run goes on.
+        """
+        if not self.active:
+            return
+        path = Path(out_dir, "metrics.jsonl")
+        seconds = cut_metrics(path, step)
+        self.began = time.time() - seconds
+        self.file = open(path, "a", encoding="utf-8")
+        tty = sys.stderr.isatty()
+        self.bar = tqdm(total=last_step + 1, initial=step, unit="step", disable=not tty)
+        if tensorboard:
+            self.board = open_tensorboard(out_dir, self.say)
+        if wandb:
+            self.wandb = open_wandb(*wandb, settings, out_dir, self.say)
+
+    def iteration(self, step, record):
+        """A training step's numbers: nanoGPT's line on the console, all of them in the files."""
+        if not self.active:
+            return
+        loss, milliseconds, mfu = record["loss"], record["step_ms"], record["mfu"]
+        self.say(f"iter {step}: loss {loss:.4f}, time {milliseconds:.2f}ms, mfu {mfu * 100:.2f}%")
+        speed = f"{record['tokens_per_second']:,.0f}"
+        self.bar.set_postfix({"loss": f"{loss:.3f}", "tokens/s": speed}, refresh=False)
+        self.record(step, record)
+
+    def evaluation(self, step, record):
+        """An evaluation's numbers, likewise."""
+        train, val = record["train_loss"], record["val_loss"]
+        self.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}")
+        self.record(step, record)
+
+    def record(self, step, record):
+        if not self.file:
+            return
+        line = {"step": step, **record, "seconds": round(time.time() - self.began, 3)}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        names = {"train_loss": "train/loss", "val_loss": "val/loss", "loss": "train/batch_loss"}
+        renamed = {names.get(key, key): value for key, value in record.items()}
+        if self.board:
+            for key, value in renamed.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb:
+            try:
+                self.wandb.log({"iter": step, **renamed}, step=step)
+            except Exception as error:  # whatever it is, training matters more
+                self.say(f"wandb stopped taking numbers ({error}); going on without it")
+                self.wandb = None
+
+    def advance(self):
+        """One step is done."""
+        if self.bar:
+            self.bar.update()
+
+    def close(self):
+        for part in (self.bar, self.file, self.board):
+            if part is not None:
+                part.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def cut_metrics(path, step):
+    """Drop the lines of `path` from `step` on, and a last line that was not written whole.
+    Returns the seconds of the last line kept, 0 where there is none."""
+    if not path.exists():
+        return 0.0
+    kept, seconds = [], 0.0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            if record["step"] < step:
+                kept.append(line)
+                seconds = record["seconds"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    writing = path.with_name(path.name + ".writing")
+    writing.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(writing, path)
+    return seconds
+
+
+def open_tensorboard(out_dir, say):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("TensorBoard is not installed (pip install tensorboard); going on without it")
+        return None
+    return SummaryWriter(Path(out_dir, "tensorboard"))
+
+
+def open_wandb(project, name, settings, out_dir, say):
+    """A wandb run: online with a key, offline without one, None without wandb. Never asks."""
+    try:
+        import wandb
+    except ImportError:
+        say("wandb is not installed (pip install wandb); going on without it")
+        return None
+    try:
+        mode = os.environ.get("WANDB_MODE")
+        if not mode and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            say("wandb has no key (wandb login); it records offline, `wandb sync` sends it later")
+            mode = "offline"
+        return wandb.init(project=project, name=name, config=settings, dir=out_dir, mode=mode)
+    except Exception as error:  # no network, no room, a version it does not like
+        say(f"wandb could not start ({' '.join(str(error).split())}); going on without it")
+        return None
+
+
+class Forecast:
+    """Says how long a run will take as soon as a few timings allow it.
+
+    The first timing of a kind is slow (kernels are chosen, memory is touched), so it speaks after
+    the third, or at once where one alone takes longer than `patience` seconds.
+    """
+
+    def __init__(self, patience=10.0):
+        self.patience = patience
+        self.best, self.timings, self.said = float("inf"), 0, False
+
+    def ready(self, seconds):
+        """Take a timing; True once, when `best` is worth telling."""
+        self.best = min(self.best, seconds)
+        self.timings += 1
+        if self.said or (self.timings < 3 and seconds < self.patience):
+            return False
+        self.said = True
+        return True
+
+
+def duration(seconds):
+    """`seconds` in the unit a person would use."""
+    for unit, length, limit in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600)):
+        if seconds < limit:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
