@@ -164,7 +164,9 @@ class Forecast:
 
 def duration(seconds):
     """`seconds` in the unit a person would use."""
+    if seconds < 1:
+        return f"{max(1, seconds * 1000):.0f} ms"
     for unit, length, limit in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600)):
         if seconds < limit:
             return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86400:.0f} days"
+    return f"{seconds / 86400:,.0f} days"

@@ -1,0 +1,432 @@
+"""Train a GPT, from scratch or from what is there already.
+
+On one device:           python train.py config/train_shakespeare_char.py
+With keys overridden:    python train.py config/train_shakespeare_char.py --batch_size=32
+On the GPUs of a node:   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+On two nodes, on each:   torchrun --nnodes=2 --node_rank=<0 or 1> --master_addr=<address of node 0>
+                         --master_port=1234 --nproc_per_node=8 train.py config/train_gpt2.py
+What a run would do:     python train.py config/train_gpt2.py --dry_run=True
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from brisk.checkpoint import (
+    latest_checkpoint,
+    link_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
+from brisk.corpus import load_tokenizer, read_meta
+from brisk.device import cpu_dtype, open_device, resolve_compile
+from brisk.distributed import Ranks
+from brisk.errors import UserError, one_line_errors
+from brisk.loader import TokenFile, find_data_dir, hash64, to_device
+from brisk.memory import expected_memory, in_bytes, peak_memory
+from brisk.optim import learning_rate_at, load_optimizer
+from brisk.runlog import Forecast, RunLog, duration
+from brisk.tokenizer import from_dict, gpt2
+from configurator import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    UnitFloat,
+    as_dict,
+    configure,
+    nearest,
+)
+from model import GPT, GPTConfig
+
+
+@dataclass
+class TrainConfig:
+    # the run
+    out_dir: str = "out"  # folder of the run: checkpoints and metrics.jsonl
+    init_from: str = "scratch"  # scratch, resume, auto, gpt2*, a Hugging Face folder, a checkpoint
+    eval_interval: PositiveInt = 2000  # steps between evaluations, each with a save
+    log_interval: PositiveInt = 1  # steps between lines of the training loss
+    eval_iters: PositiveInt = 200  # batches of each split in an evaluation
+    eval_only: bool = False  # evaluate once and stop; saves nothing
+    always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
+    dry_run: bool = False  # say what the run would do and stop
+    seed: NonNegativeInt = 1337  # of the weights, the order of the data, and dropout
+    wandb_log: bool = False  # log to Weights & Biases
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # its name for the run
+    tensorboard: bool = False  # log to out_dir/tensorboard
+    # data
+    dataset: str = "openwebtext"  # train on data/<dataset>
+    data_dir: str = ""  # folder of train.bin and val.bin, instead of data/<dataset>
+    rows: Literal["windows", "documents"] = "windows"  # a row is any window, or one document
+    gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches in a step, over all ranks
+    batch_size: PositiveInt = 12  # sequences in a micro-batch
+    block_size: PositiveInt = 1024  # tokens in a sequence
+    # model
+    n_layer: PositiveInt = 12  # blocks
+    n_head: PositiveInt = 12  # attention heads in a block
+    n_embd: PositiveInt = 768  # channels
+    dropout: UnitFloat = 0.0  # 0 for pretraining, 0.1 or more for finetuning
+    bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
+    # optimizer: AdamW
+    learning_rate: NonNegativeFloat = 6e-4  # the largest
+    max_iters: NonNegativeInt = 600000  # the last step's number, counted from 0
+    max_epochs: NonNegativeFloat = 0.0  # passes over the data; sets max_iters and lr_decay_iters
+    weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
+    beta1: UnitFloat = 0.9  # decay of the mean of the gradients
+    beta2: UnitFloat = 0.95  # decay of the mean of their squares
+    grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 for any
+    # learning-rate schedule: warm-up, then a cosine
+    decay_lr: bool = True  # False: a constant rate
+    warmup_iters: NonNegativeInt = 2000  # steps of warm-up
+    lr_decay_iters: NonNegativeInt = 600000  # step at which min_lr is reached, usually max_iters
+    min_lr: NonNegativeFloat = 6e-5  # the smallest rate, usually learning_rate / 10
+    # system
+    backend: str = "auto"  # between processes: nccl, gloo, or auto
+    device: str = "auto"  # cpu, cuda, cuda:1, mps, or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
+    compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
+
+
+# What a resumed run does not take over from its checkpoint: it is of this start, or this machine.
+OF_THIS_START = {"out_dir", "init_from", "eval_only", "dry_run", "backend", "device", "compile"}
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "bias")
+RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard")
+
+
+def main(config):
+    # --- who and where we are
+    ranks = Ranks.from_environment()
+    device = open_device(config.device, config.dtype, None if ranks.is_alone else ranks.local_rank)
+    ranks.join(config.backend, device)
+    log = RunLog(active=ranks.is_main)
+
+    # --- where we start: nothing, a checkpoint (its settings hold unless given anew), or GPT-2
+    checkpoint, resuming = starting_point(config)
+    if resuming:
+        take_over_settings(config, checkpoint, log)
+        log.say(f"Resuming training from {config.out_dir} at step {checkpoint['iter_num']}")
+
+    # --- data
+    data_dir = find_data_dir(config.data_dir, config.dataset)
+    meta, tokenizer = read_meta(data_dir), load_tokenizer(data_dir)
+    if tokenizer is None:
+        log.say("no tokenizer described with the data: taking it for GPT-2's")
+    saved_tokenizer = describe_tokenizer(tokenizer, checkpoint, data_dir, log)
+
+    # --- model
+    torch.manual_seed(config.seed)
+    model = build_model(config, checkpoint, vocabulary_rows(tokenizer))
+    config.block_size = model.config.block_size
+    log.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
+
+    def open_tokens(split, seed):
+        dtype = meta["dtype"] if meta else "uint16"
+        vocab_size, eot = model.config.vocab_size, tokenizer.eot if tokenizer else 50256
+        path = data_dir / f"{split}.bin"
+        return TokenFile(path, config.block_size, vocab_size, dtype, seed, config.rows, eot)
+
+    train_data = open_tokens("train", config.seed)
+    eval_data = {split: open_tokens(split, seed=0) for split in ("train", "val")}  # same in any run
+
+    # --- the global batch, and this process's micro-batches of it
+    share = ranks.share(config.gradient_accumulation_steps, config.batch_size)
+    global_batch = config.gradient_accumulation_steps * config.batch_size
+    tokens_per_step = global_batch * config.block_size
+    if config.max_epochs:
+        steps = max(1, round(config.max_epochs * train_data.rows / global_batch))
+        config.max_iters = steps - 1
+        if "lr_decay_iters" not in config.given:
+            config.lr_decay_iters = config.max_iters
+
+    # --- precision and compiling, where `auto` leaves them to us
+    largest = max(count for _, _, count in share)
+    if config.dtype == "auto" and device.type == "cpu":
+        shape = (min(largest, max(1, 4096 // config.block_size)), config.block_size, config.n_embd)
+        chosen = cpu_dtype(model.transformer.h[0], shape) if ranks.is_main else None
+        device.dtype_name = ranks.agree(chosen)
+    if resuming and config.dtype == "auto":
+        kind, dtype_name = checkpoint.get("precision", (None, None))
+        device.dtype_name = dtype_name if kind == device.type else device.dtype_name
+    compiling = resolve_compile(config.compile, device)
+    compiled = "compiled" if compiling else "not compiled"
+
+    # --- say what is about to happen
+    steps, seen = config.max_iters + 1, tokens_per_step * (config.max_iters + 1)
+    epochs = global_batch * steps / train_data.rows
+    memory = expected_memory(lambda: GPT(model.config), largest, config.block_size, device)
+    log.say(f"tokens per iteration will be: {tokens_per_step:,}")
+    log.say(f"data: {data_dir}, {len(train_data.tokens):,} training tokens")
+    log.say(f"plan: {steps:,} steps, {seen:,} tokens, {epochs:.3g} epochs")
+    log.say(f"device: {device}, {compiled}; about {in_bytes(memory)} of memory for training")
+    if config.dry_run:
+        return ranks.leave()
+
+    # --- optimizer
+    model.to(device.device)
+    betas = (config.beta1, config.beta2)
+    optimizer = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, betas, device.type
+    )
+    scaler = device.scaler()
+    step, position, best_val_loss = 0, 0, float("inf")
+    if resuming:
+        step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+        position = checkpoint.get("position", step * global_batch)
+        load_optimizer(optimizer, checkpoint["optimizer"], config.weight_decay, betas)
+        scaler.load_state_dict(checkpoint.get("scaler", {})) if scaler.is_enabled() else None
+        if step > config.max_iters and not config.eval_only:
+            log.say(f"the run is at its end: step {step} is past max_iters={config.max_iters}")
+            return ranks.leave()
+    checkpoint = None  # its memory is wanted
+    first_step = step
+
+    if compiling:
+        for block in model.transformer.h:
+            block.compile()  # in place: names of weights stay as they are
+    trained = ranks.wrap(model, device)
+
+    # --- from here on there is something to keep
+    if ranks.is_main and not config.eval_only:
+        if not resuming and (folder := set_aside(config.out_dir, RUN_FILES)):
+            log.say(f"moved an earlier run's files to {folder}")
+        make_folder(config.out_dir)
+        wandb = (config.wandb_project, config.wandb_run_name) if config.wandb_log else None
+        settings = as_dict(config)
+        log.open(config.out_dir, step, config.max_iters, settings, config.tensorboard, wandb)
+    peak_flops, peak_name = device.peak_flops() if ranks.is_main else (1.0, "")
+    peak_flops *= ranks.world_size
+    log.say(f"mfu is a share of {peak_flops / 1e12:.3g} TFLOP/s, {peak_name}")
+
+    evaluations = (config.max_iters - step) // config.eval_interval + 2
+    batches = 2 * config.eval_iters / ranks.world_size  # of this process, in an evaluation
+    eval_forecast, step_forecast = Forecast(), Forecast()
+
+    def remaining(micro_batch_seconds):
+        steps_left = 1 + config.max_iters - step
+        evaluating = 0 if config.eval_only else evaluations
+        return steps_left * len(share) * micro_batch_seconds + evaluating * batches * (
+            eval_forecast.best
+        )
+
+    @torch.no_grad()
+    def evaluate():
+        """Mean loss in nats a token over the same `eval_iters` batches of each split every time."""
+        model.eval()
+        losses = {}
+        for split, data in eval_data.items():
+            total = torch.zeros(2, dtype=torch.float64)  # summed nats, tokens
+            for k in range(ranks.rank, config.eval_iters, ranks.world_size):
+                began = time.perf_counter()
+                x, y = data.batch(k * config.batch_size, config.batch_size)
+                n_targets = data.targets(k * config.batch_size, config.batch_size)
+                with device.autocast():
+                    _, loss = model(*to_device((x, y), device), return_logits=False)
+                total += torch.tensor([loss.item() * n_targets, n_targets], dtype=torch.float64)
+                if eval_forecast.ready(time.perf_counter() - began):
+                    text = f"an evaluation takes about {duration(batches * eval_forecast.best)}"
+                    if not config.eval_only:  # a backward pass costs about two forward passes
+                        guess = duration(remaining(3 * eval_forecast.best))
+                        text += f", the whole run at a first guess {guess}"
+                    log.say(text)
+            total = ranks.sum(
+                total.to(device.device, torch.float32 if device.type == "mps" else None)
+            )
+            losses[split] = (total[0] / total[1]).item()
+        model.train()
+        return losses
+
+    def save(step, is_best):
+        """`last.pt` always; `ckpt.pt` too where this is the best so far, or always."""
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "model_args": model.config.to_args(),
+            "iter_num": step,
+            "best_val_loss": best_val_loss,
+            "config": as_dict(config),
+            "position": position,
+            "scaler": scaler.state_dict(),
+            "precision": (device.type, device.dtype_name),
+            "tokenizer": saved_tokenizer,
+        }
+        save_checkpoint(state, Path(config.out_dir, "last.pt"))
+        if is_best or config.always_save_checkpoint:
+            link_checkpoint(Path(config.out_dir, "last.pt"), Path(config.out_dir, "ckpt.pt"))
+
+    # --- the training loop
+    lap, lap_steps = time.perf_counter(), 0
+    while True:
+        finished = step > config.max_iters
+
+        if step % config.eval_interval == 0 or step == first_step or finished:
+            losses = evaluate()
+            record = {"train_loss": losses["train"], "val_loss": losses["val"]}
+            log.evaluation(step, record | {"tokens": position * config.block_size})
+            is_best = losses["val"] < best_val_loss
+            best_val_loss = min(best_val_loss, losses["val"])
+            if step > first_step and ranks.is_main:
+                log.say(f"saving checkpoint to {config.out_dir}")
+                save(step, is_best)
+            lap, lap_steps = time.perf_counter(), 0
+        if finished or config.eval_only:
+            break
+
+        lr = learning_rate_at(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # forward and backward through this process's share of the global batch
+        step_targets = train_data.targets(position, global_batch)
+        step_loss = torch.zeros((), device=device.device)
+        for number, (index, first, count) in enumerate(share):
+            began = time.perf_counter()
+            batch = to_device(train_data.batch(position + first, count), device)
+            weight = train_data.targets(position + first, count) / step_targets
+            torch.manual_seed(hash64(config.seed, step, index))  # of dropout
+            if not ranks.is_alone:  # gradients meet in the last backward pass only
+                trained.require_backward_grad_sync = number == len(share) - 1
+            with device.autocast():
+                _, loss = trained(*batch, return_logits=False)
+            step_loss += loss.detach() * weight
+            scaler.scale(loss * (weight * ranks.world_size)).backward()
+            if not step_forecast.said:
+                device.synchronize()
+                if step_forecast.ready(time.perf_counter() - began):
+                    step_time = duration(len(share) * step_forecast.best)
+                    left = duration(remaining(step_forecast.best))
+                    log.say(f"a step takes about {step_time}, the whole run about {left}")
+        position += global_batch
+
+        scaler.unscale_(optimizer)
+        limit = config.grad_clip or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        lap_steps += 1
+        if step % config.log_interval == 0:
+            loss = ranks.sum(step_loss).item()  # waits for the device
+            seconds = (time.perf_counter() - lap) / lap_steps
+            record = {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm.item(),
+                "step_ms": seconds * 1000,
+                "tokens_per_second": tokens_per_step / seconds,
+                "mfu": model.estimate_mfu(global_batch, seconds, peak_flops),
+                "tokens": position * config.block_size,
+            }
+            log.iteration(step, record)
+            lap, lap_steps = time.perf_counter(), 0
+        step += 1
+        log.advance()
+
+    log.close()
+    if not config.eval_only:
+        peak = peak_memory(device)
+        log.say(
+            f"best val loss {best_val_loss:.4f}"
+            + (f", memory at its peak {in_bytes(peak)}" if peak else "")
+        )
+        log.say(f"{config.out_dir} has ckpt.pt, last.pt and metrics.jsonl; read what it writes:")
+        log.say(f"  python sample.py --out_dir={config.out_dir}")
+    ranks.leave()
+
+
+def starting_point(config):
+    """(checkpoint or None, whether to resume it) for `init_from`."""
+    known = ["scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+    start = config.init_from
+    if start not in known and not Path(start).exists():
+        hint = nearest(start, known) or f"; it takes {', '.join(known)}, a folder or a checkpoint"
+        raise UserError(f"--init_from={start}: no such thing{hint}")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if start == "auto" or restarted:
+        saved = any(Path(config.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
+        start = "resume" if saved else start
+    if start == "resume":
+        return load_checkpoint(latest_checkpoint(config.out_dir)), True
+    if Path(start).is_file():
+        return load_checkpoint(start), False
+    return None, False
+
+
+def take_over_settings(config, checkpoint, log):
+    """Give `config` the checkpoint's settings where none are given now."""
+    saved = checkpoint.get("config", {})
+    left = OF_THIS_START | config.given | ({"data_dir"} if "dataset" in config.given else set())
+    for key, value in saved.items():
+        if hasattr(config, key) and key not in left and type(value) is type(getattr(config, key)):
+            setattr(config, key, value)
+    for key in (*MODEL_SHAPE, "block_size"):
+        kept, given = checkpoint["model_args"][key], getattr(config, key)
+        smaller = key == "block_size" and given < kept and key in config.given
+        if given != kept and not smaller:
+            if key in config.given:
+                log.say(f"note: {key}={given} is given, the checkpoint's {kept} stays")
+            setattr(config, key, kept)
+
+
+def vocabulary_rows(tokenizer):
+    """Rows of a new model's vocabulary: GPT-2's as nanoGPT rounds it, characters as they are."""
+    if tokenizer is None or tokenizer.kind == "gpt2":
+        return 50304
+    return -(-tokenizer.vocab_size // 64) * 64 if tokenizer.kind == "bpe" else tokenizer.vocab_size
+
+
+def build_model(config, checkpoint, vocab_size):
+    """The model that `init_from` asks for, on the CPU."""
+    try:
+        if checkpoint is not None:
+            model = GPT(GPTConfig(**{**checkpoint["model_args"], "dropout": config.dropout}))
+            model.load_state_dict(checkpoint["model"])
+        elif config.init_from in ("scratch", "auto"):
+            keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+            sizes = {key: getattr(config, key) for key in keys}
+            return GPT(GPTConfig(vocab_size=vocab_size, **sizes))
+        else:
+            model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    except (ValueError, TypeError, RuntimeError) as error:  # sizes that do not go together
+        raise UserError(f"cannot build the model: {error}") from error
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    elif config.block_size > model.config.block_size and "block_size" in config.given:
+        limit = model.config.block_size
+        raise UserError(f"--block_size={config.block_size}: {config.init_from} has only {limit}")
+    return model
+
+
+def describe_tokenizer(tokenizer, checkpoint, data_dir, log):
+    """The tokenizer as a dict for the checkpoint, so that one file is enough to sample from."""
+    try:
+        described = (tokenizer or gpt2()).to_dict()
+    except UserError as error:
+        log.say(f"note: the checkpoint will hold no tokenizer: {error}")
+        return None
+    before = (checkpoint or {}).get("tokenizer")
+    if before is not None and from_dict(before).to_dict() != described:
+        raise UserError(
+            f"{data_dir} is tokenized otherwise than what the checkpoint was trained on; "
+            "prepare the data anew, or name another --dataset"
+        )
+    return described
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder --out_dir={path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(configure(TrainConfig, sys.argv[1:]))
