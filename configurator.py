@@ -171,15 +171,18 @@ def choices(kind):
 
 def describe(kind):
     """The type `kind` in words, for messages."""
-    if words := choices(kind):
-        return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
-    low, high = -math.inf, math.inf
-    if get_origin(kind) is Annotated:
-        kind, (low, high) = get_args(kind)
-    name = {int: "a whole number", float: "a number", str: "text"}[kind]
-    if high < math.inf:
-        return f"{name} from {low} to {high}"
-    return f"{name} of at least {low}" if low > -math.inf else name
+    words = choices(kind)
+    for option in options(kind):
+        low, high = -math.inf, math.inf
+        if get_origin(option) is Annotated:
+            option, (low, high) = get_args(option)
+        if name := {int: "a whole number", float: "a number", str: "text"}.get(option):
+            if high < math.inf:
+                name += f" from {low} to {high}"
+            elif low > -math.inf:
+                name += f" of at least {low}"
+            words.append(name)
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def nearest(word, known):

@@ -1,0 +1,26 @@
+# sums of two-digit numbers, learned from examples, on a CPU in about a minute:
+# python data/addition/prepare.py && python train.py config/train_addition.py
+# python evaluate.py --out_dir=out-addition --task=addition
+# python sample.py --out_dir=out-addition --start="27+58="
+
+out_dir = "out-addition"
+eval_interval = 250
+eval_iters = 20
+log_interval = 50
+
+dataset = "addition"
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 32
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+
+learning_rate = 2e-3
+max_iters = 3000
+lr_decay_iters = 3000
+min_lr = 1e-4
+beta2 = 0.99
+
+warmup_iters = 100
