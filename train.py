@@ -366,18 +366,21 @@ def take_over_settings(config, checkpoint, log):
     for key, value in saved.items():
         if hasattr(config, key) and key not in left and type(value) is type(getattr(config, key)):
             setattr(config, key, value)
+    stays = []
     for key in (*MODEL_SHAPE, "block_size"):
         kept, given = checkpoint["model_args"][key], getattr(config, key)
         smaller = key == "block_size" and given < kept and key in config.given
         if given != kept and not smaller:
-            if key in config.given:
-                log.say(f"note: {key}={given} is given, the checkpoint's {kept} stays")
+            stays += [f"{key}={kept}"] if key in config.given else []
             setattr(config, key, kept)
+    if stays:
+        log.say(f"note: the checkpoint's {', '.join(stays)} stays, whatever is given")
 
 
 def vocabulary_rows(tokenizer):
-    """Rows of a new model's vocabulary: GPT-2's as nanoGPT rounds it, characters as they are."""
-    if tokenizer is None or tokenizer.kind == "gpt2":
+    """Rows of a new model's vocabulary: characters, bytes and words as they are; byte pairs
+    rounded up to a multiple of 64, which is faster (GPT-2's 50257 become 50304)."""
+    if tokenizer is None:
         return 50304
     return -(-tokenizer.vocab_size // 64) * 64 if tokenizer.kind == "bpe" else tokenizer.vocab_size
 
