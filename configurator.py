@@ -110,7 +110,7 @@ def run_config_file(path, config, types):
         elif name not in keys_of_all_scripts():
             if near := nearest(name, types):
                 raise UserError(f"{path}: unknown key {name}{near}; a helper's name starts with _")
-            print(f"{path}: note: {name} is not a key of any script; ignored")
+            print(f"{path}: note: {name} is no key of any script; ignored", file=sys.stderr)
     return ours
 
 

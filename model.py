@@ -187,18 +187,30 @@ class GPT(nn.Module):
         from brisk.huggingface import load_gpt2
 
         config_args, state_dict = load_gpt2(name_or_directory)
-        model = cls(GPTConfig(**{**config_args, **(override_args or {})}))
-        model.load_state_dict(state_dict)
-        return model
+        return cls.with_weights(config_args, state_dict, override_args)
 
     @classmethod
-    def from_checkpoint(cls, path):
-        """The model inside a checkpoint file, one of nanoGPT's too."""
+    def from_checkpoint(cls, checkpoint, override_args=None):
+        """The model inside a checkpoint, a file (one of nanoGPT's too) or the dict loaded from it.
+        `override_args` may set `dropout`."""
         from brisk.checkpoint import load_checkpoint
+        from brisk.errors import UserError
 
-        checkpoint = load_checkpoint(path)
-        model = cls(GPTConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["model"])
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint(checkpoint)
+        try:
+            return cls.with_weights(checkpoint["model_args"], checkpoint["model"], override_args)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the checkpoint is not of a model known here: {reason}") from error
+
+    @classmethod
+    def with_weights(cls, config_args, state_dict, override_args=None):
+        """A model with these arguments of `GPTConfig` and these weights."""
+        if unknown := (override_args or {}).keys() - {"dropout"}:
+            raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(unknown))}")
+        model = cls(GPTConfig(**{**config_args, **(override_args or {})}))
+        model.load_state_dict(state_dict)
         return model
 
     def crop_block_size(self, block_size):

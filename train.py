@@ -387,18 +387,17 @@ def vocabulary_rows(tokenizer):
 
 def build_model(config, checkpoint, vocab_size):
     """The model that `init_from` asks for, on the CPU."""
-    try:
-        if checkpoint is not None:
-            model = GPT(GPTConfig(**{**checkpoint["model_args"], "dropout": config.dropout}))
-            model.load_state_dict(checkpoint["model"])
-        elif config.init_from in ("scratch", "auto"):
-            keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-            sizes = {key: getattr(config, key) for key in keys}
-            return GPT(GPTConfig(vocab_size=vocab_size, **sizes))
-        else:
-            model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
-    except (ValueError, TypeError, RuntimeError) as error:  # sizes that do not go together
-        raise UserError(f"cannot build the model: {error}") from error
+    if checkpoint is not None:
+        model = GPT.from_checkpoint(checkpoint, {"dropout": config.dropout})
+    elif config.init_from in ("scratch", "auto"):
+        keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        try:
+            sizes = GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in keys})
+        except ValueError as error:  # sizes that do not go together
+            raise UserError(str(error)) from error
+        return GPT(sizes)
+    else:
+        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     elif config.block_size > model.config.block_size and "block_size" in config.given:

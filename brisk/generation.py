@@ -1,0 +1,174 @@
+"""Ids after ids: how a model's logits become a sample, and a sample becomes text as it comes.
+
+`generate` draws; `TextStream` turns the drawn ids into text that can be shown at once. Text
+needs a tokenizer with `token_bytes`; drawing needs a model with `config.block_size` only.
+"""
+
+import codecs
+
+import numpy as np
+import torch
+
+
+@torch.no_grad()
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    *,
+    top_p=None,
+    stop_ids=(),
+    vocab_size=None,
+    seed=None,
+    first_sample=0,
+    on_token=None,
+):
+    """Continue each of B prompts by up to `max_new_tokens` drawn tokens.
+
+    The model sees the last `block_size` tokens. It is put in eval mode for the call.
+
+    Args:
+        idx: ids of the prompts (B, T), T at least 1, on the model's device.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens; None or 0 means all.
+        top_p: draw among the fewest likeliest tokens that together reach this probability
+            (nucleus sampling, Holtzman et al. 2020); None or 1 means all.
+        stop_ids: a sample that drew one of these is finished and repeats it from there on.
+        vocab_size: ids from here on are never drawn (rows that only pad the vocabulary).
+        seed: sample i draws its random numbers from (`seed`, `first_sample` + i), whatever is
+            in the batch beside it. None takes torch's global generator.
+        first_sample: the number of this batch's first sample in a larger set.
+        on_token: called as `on_token(step, ids)` with the ids (B,) just drawn; returning True
+            ends the generation.
+
+    Returns:
+        Prompts and drawn tokens (B, T + n); n is less than `max_new_tokens` where every sample
+        was finished or `on_token` ended it.
+
+    Raises:
+        ValueError: an empty prompt, a negative temperature, top_k or number of tokens, a top_p
+            outside 0 to 1.
+    """
+    B, T = idx.shape
+    if T == 0:
+        raise ValueError("the prompt is empty; a model needs one token to go on from")
+    if max_new_tokens < 0 or temperature < 0 or (top_k or 0) < 0:
+        raise ValueError("max_new_tokens, temperature and top_k cannot be negative")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"top_p={top_p} is not a probability")
+
+    ids = torch.empty(B, T + max_new_tokens, dtype=torch.long, device=idx.device)
+    ids[:, :T] = idx
+    # Drawn before the loop, so that the device need not wait for the host at each token.
+    uniforms = draw_uniforms(B, max_new_tokens, seed, first_sample).to(idx.device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=idx.device)
+    finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
+
+    was_training = model.training
+    model.eval()
+    try:
+        end = T
+        for step in range(max_new_tokens):
+            logits = next_token_logits(model, ids[:, :end])[:, :vocab_size]
+            new = draw(logits, uniforms[:, step], temperature, top_k, top_p)
+            new = torch.where(finished, ids[:, end - 1], new)
+            ids[:, end] = new
+            end += 1
+            if on_token is not None and on_token(step, new):
+                break
+            if len(stops):
+                finished |= torch.isin(new, stops)
+                if finished.all():
+                    break
+    finally:
+        model.train(was_training)
+    return ids[:, :end]
+
+
+def next_token_logits(model, ids):
+    """Logits (B, vocab_size) of the token after `ids` (B, T), of any T."""
+    logits, _ = model(ids[:, -model.config.block_size :])
+    return logits[:, -1]
+
+
+def draw_uniforms(B, n, seed, first_sample):
+    """Numbers (B, n) from 0 to 1; row i depends on (`seed`, `first_sample` + i) alone, and a
+    longer row begins with the shorter one."""
+    if seed is None:
+        return torch.rand(B, n)
+    rows = torch.empty(B, n)
+    for i, row in enumerate(rows):
+        # numpy mixes both numbers into the state: seed 1, sample 2 is not seed 2, sample 1
+        generator = np.random.default_rng((seed % 2**64, first_sample + i))
+        row.copy_(torch.from_numpy(generator.random(n, dtype=np.float32)))
+    return rows
+
+
+def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+    """One id per row (B,) from logits (B, V) by inverting the cumulative distribution at
+    `uniform` (B,)."""
+    if temperature < 1e-6 or top_k == 1 or top_p == 0:  # dividing by less could overflow
+        return logits.argmax(dim=-1)
+    nucleus = top_p is not None and top_p < 1
+    top, ids = logits.float(), None
+    if top_k or nucleus:
+        top, ids = top.topk(min(top_k or top.size(-1), top.size(-1)))  # likeliest first
+    probs = torch.softmax(top / temperature, dim=-1)
+    if nucleus:
+        before = probs.cumsum(dim=-1) - probs
+        probs = probs.where(before < top_p, 0)
+    cdf = probs.cumsum(dim=-1)
+    choice = torch.searchsorted(cdf, uniform.unsqueeze(1) * cdf[:, -1:], right=True)
+    choice = choice.clamp(max=cdf.size(-1) - 1)
+    # At an edge, rounding may choose a token that has no probability: the likeliest instead.
+    likeliest = probs.argmax(dim=-1, keepdim=True)
+    choice = choice.where(probs.gather(1, choice) > 0, likeliest)
+    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+
+
+class TextStream:
+    """One sample's ids, one at a time, as text that can be shown at once.
+
+    Never gives half a character (one may be several tokens), nor anything of the stop text:
+    what may be its beginning is held back until the next tokens tell.
+    """
+
+    def __init__(self, tokenizer, stop_text="", stop_ids=()):
+        self.token_bytes = tokenizer.token_bytes
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.stop_text = stop_text
+        self.stop_ids = frozenset(stop_ids)
+        self.held = ""
+        self.stopped = False  # a stop id or the stop text has come; nothing follows
+
+    def feed(self, token_id):
+        """The text that `token_id` completes, often none."""
+        if self.stopped:
+            return ""
+        if token_id in self.stop_ids:
+            return self.finish()
+        return self._release(self.decoder.decode(self.token_bytes(token_id)))
+
+    def finish(self):
+        """What is still held back; an incomplete character becomes U+FFFD."""
+        if self.stopped:
+            return ""
+        text = self._release(self.decoder.decode(b"", final=True)) + self.held
+        self.held, self.stopped = "", True
+        return text
+
+    def _release(self, text):
+        text, self.held = self.held + text, ""
+        if not self.stop_text:
+            return text
+        shown, stop, _ = text.partition(self.stop_text)
+        if stop:
+            self.stopped = True
+            return shown
+        for length in range(min(len(self.stop_text) - 1, len(text)), 0, -1):
+            if self.stop_text.startswith(text[-length:]):
+                self.held = text[-length:]
+                return text[:-length]
+        return text

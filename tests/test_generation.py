@@ -1,0 +1,215 @@
+"""Drawing: the right distribution, reproducible, and never what was ruled out."""
+
+import pytest
+import torch
+from torch import nn
+
+from brisk.generation import TextStream, draw, generate
+from brisk.tokenizer import ByteTokenizer
+from model import GPT, GPTConfig
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32, dropout=0.5)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # so that the logits differ clearly from token to token
+    return model
+
+
+class FixedLogits(nn.Module):
+    """A model that has one opinion, whatever it reads."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.config = GPTConfig(block_size=4, vocab_size=len(logits))
+        self.logits = torch.tensor(logits)
+
+    def forward(self, idx):
+        return self.logits.expand(idx.size(0), 1, -1), None
+
+
+def prompt(B=1):
+    return torch.tensor([[3, 1, 4, 1, 5]]).repeat(B, 1)
+
+
+def test_greedy_is_the_argmax_at_every_step_past_the_block_size(model):
+    expected = prompt()
+    model.eval()
+    for _ in range(30):
+        logits, _ = model(expected[:, -16:])
+        expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert generate(model, prompt(), 30, temperature=0).equal(expected)
+    assert generate(model, prompt(), 30, top_k=1).equal(expected)
+    assert generate(model, prompt(), 30, top_p=1e-6).equal(expected)
+    assert generate(model, prompt(), 30, temperature=1e-45).equal(expected)
+    assert model.generate(prompt(), 30, temperature=0.0).equal(expected)
+
+
+def test_dropout_is_off_and_the_mode_restored(model):
+    model.train()
+    once, again = (generate(model, prompt(), 20, temperature=0) for _ in range(2))
+    assert once.equal(again) and model.training
+    model.eval()
+    generate(model, prompt(), 1)
+    assert not model.training
+
+
+def test_samples_do_not_depend_on_the_batch_beside_them(model):
+    together = generate(model, prompt(5), 40, seed=1)
+    for i in range(5):
+        alone = generate(model, prompt(), 40, seed=1, first_sample=i)
+        assert alone[0].equal(together[i])
+    assert len({tuple(row) for row in together.tolist()}) == 5
+    assert generate(model, prompt(5), 25, seed=1).equal(together[:, :30])
+
+
+def test_seeds_give_different_texts_and_leave_global_generators_alone(model):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = generate(model, prompt(2), 30, seed=1)
+    assert torch.get_rng_state().equal(state)
+    second = generate(model, prompt(2), 30, seed=2)
+    assert len({tuple(row) for row in torch.cat([first, second]).tolist()}) == 4
+    assert generate(model, prompt(), 3, seed=-1).shape == (1, 8)
+
+    unseeded = generate(model, prompt(), 30)
+    assert not unseeded.equal(generate(model, prompt(), 30))
+    torch.manual_seed(7)
+    assert generate(model, prompt(), 30).equal(unseeded)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature):
+    logits = [0.0, 2.0, -1.0, 1.0, -4.0, 1.5]
+    n = 20_000
+    ids = generate(FixedLogits(logits), torch.zeros(n, 1, dtype=torch.long), 1, temperature, seed=3)
+    expected = n * torch.softmax(torch.tensor(logits) / temperature, -1)
+    counts = torch.bincount(ids[:, 1], minlength=6)
+    # Chi-square with 5 degrees of freedom exceeds 25.7 once in ten thousand seeds; this is one.
+    assert ((counts - expected) ** 2 / expected).sum() < 25.7
+
+
+def test_top_k_and_top_p_keep_the_likeliest_in_proportion():
+    probs = torch.tensor([0.04, 0.5, 0.06, 0.3, 0.1])
+    n = 20_000
+    logits, uniform = probs.log().expand(n, -1), (torch.arange(n) + 0.5) / n
+
+    def shares(**options):
+        return torch.bincount(draw(logits, uniform, **options), minlength=5) / n
+
+    def near(found, expected):
+        return torch.allclose(found, torch.tensor(expected, dtype=torch.float32), atol=1e-3)
+
+    assert near(shares(), probs.tolist())
+    assert near(shares(top_k=0, top_p=1.0), probs.tolist())
+    assert near(shares(top_k=99), probs.tolist())
+    assert near(shares(top_k=2), [0, 0.625, 0, 0.375, 0])
+    assert near(shares(top_p=0.75), [0, 0.625, 0, 0.375, 0])  # 0.5 falls short, 0.8 reaches it
+    assert near(shares(top_p=0.85), [0, 5 / 9, 0, 3 / 9, 1 / 9])
+    assert near(shares(top_p=0.3), [0, 1, 0, 0, 0])
+    # top_p looks at what top_k left: of 0.625 and 0.375 the first alone reaches 0.6
+    assert near(shares(top_k=2, top_p=0.6), [0, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.999}])
+def test_the_edges_of_the_distribution_never_give_an_impossible_token(options):
+    logits = torch.tensor([-torch.inf, 0.0, -1e4, 1.0, -torch.inf]).expand(4, -1)
+    uniform = torch.tensor([0.0, 1.0 - 2**-24, 1.0, 0.5])
+    for row in range(4):  # the same where the impossible tokens stand first, last, in between
+        ids = draw(logits.roll(row, dims=1), uniform, **options)
+        assert set((ids - row).remainder(5).tolist()) == {1, 3}
+
+
+def test_rows_that_pad_the_vocabulary_are_never_drawn(model):
+    ids = generate(model, prompt(50), 40, temperature=100.0, vocab_size=6, seed=0)
+    assert set(ids[:, 5:].unique().tolist()) == set(range(6))
+    assert (generate(FixedLogits([0.0, 1.0, 9.0]), prompt(), 5, 0, vocab_size=2)[:, 5:] == 1).all()
+
+
+def test_a_finished_sample_repeats_its_stop_id_and_the_others_are_not_moved(model):
+    free = generate(model, prompt(6), 40, temperature=2.0, seed=0)
+    stops = {7, 8, 9}
+    stopped = generate(model, prompt(6), 40, temperature=2.0, seed=0, stop_ids=stops)
+    ends = []
+    for row, expected in zip(stopped.tolist(), free.tolist(), strict=True):
+        found = [i for i, token in enumerate(expected) if i >= 5 and token in stops]
+        end = found[0] if found else len(expected) - 1
+        assert row[: end + 1] == expected[: end + 1]
+        assert set(row[end:]) == {row[end]} or not found
+        ends.append(end)
+    assert stopped.size(1) == max(ends) + 1  # no step more once all are finished
+    assert len(set(ends)) > 1
+    greedy = generate(FixedLogits([0.0, 1.0]), torch.ones(2, 3).long(), 50, 0, stop_ids=[1])
+    assert greedy.shape == (2, 4)  # a stop id in the prompt does not count
+
+
+def test_on_token_sees_every_draw_and_may_end_it(model):
+    seen = []
+
+    def on_token(step, ids):
+        seen.append(ids)
+        return step == 6
+
+    ids = generate(model, prompt(2), 20, seed=0, on_token=on_token)
+    assert ids.shape == (2, 12)
+    assert torch.stack(seen, dim=1).equal(ids[:, 5:])
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}, {"max_new_tokens": -1}]
+)
+def test_senseless_settings_raise(model, options):
+    with pytest.raises(ValueError):
+        generate(model, prompt(), **{"max_new_tokens": 1, **options})
+
+
+def test_an_empty_prompt_raises(model):
+    with pytest.raises(ValueError, match="empty"):
+        generate(model, prompt()[:, :0], 1)
+
+
+def streamed(text, **stop):
+    """The pieces that a stream gives for `text`, one byte a token, and what it gives at the end."""
+    stream = TextStream(ByteTokenizer(), **stop)
+    return [stream.feed(byte) for byte in text.encode()], stream.finish(), stream
+
+
+def test_streams_never_split_a_character():
+    text = "naïve 语言模型 👩‍💻 done"
+    pieces, rest, _ = streamed(text)
+    assert "".join(pieces) == text and rest == ""
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert pieces[7:10] == ["", "", "语"]  # shown with its last byte, not later
+
+
+def test_a_stream_cut_within_a_character_ends_in_a_replacement_character():
+    stream = TextStream(ByteTokenizer())
+    pieces = [stream.feed(byte) for byte in "ab语".encode()[:-1]]
+    assert "".join(pieces) == "ab" and stream.finish() == "\ufffd"
+    assert stream.feed(97) == "" and stream.finish() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("one\ntwo\n\nthree", "\n\n", "one\ntwo"),
+        ("aaaab!", "aab", "aa"),  # the beginning of a stop within a beginning of it
+        ("no stop her", "here", "no stop her"),
+        ("语言模型", "模", "语言"),
+        ("", "x", ""),
+    ],
+)
+def test_a_stop_text_is_cut_before_it_is_shown(text, stop, shown):
+    pieces, rest, stream = streamed(text, stop_text=stop)
+    assert "".join(pieces) + rest == shown
+    assert stream.stopped
+
+
+def test_a_stop_id_ends_a_stream():
+    stream = TextStream(ByteTokenizer(), stop_ids=[256])
+    assert [stream.feed(token) for token in (97, 256, 98)] == ["a", "", ""]
+    assert stream.stopped

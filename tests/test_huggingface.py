@@ -1,0 +1,164 @@
+"""GPT-2 from Hugging Face files: the same logits, and one line where that is not possible."""
+
+import json
+
+import pytest
+import torch
+
+from brisk.errors import UserError
+from brisk.huggingface import GPT2_NAMES, load_gpt2, weight_shapes
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=100, n_positions=48)
+
+
+def random_gpt2(**settings):
+    """A small GPT2LMHeadModel in which every weight, biases and norms too, is random."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0, **settings)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return theirs
+
+
+def assert_same_logits(theirs, directory):
+    ours = GPT.from_pretrained(str(directory)).eval()
+    idx = torch.randint(100, (3, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        difference = (ours.predict(idx) - theirs(idx).logits).abs().max()
+    assert difference <= 1e-4
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}], ids=["whole", "sharded"])
+def test_logits_are_those_of_transformers(tmp_path, activation, options):
+    theirs = random_gpt2(activation_function=activation)
+    theirs.save_pretrained(tmp_path, **options)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(options)
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_older_files_of_the_hub(tmp_path):
+    """No prefix, no head, mask buffers, float16 in a pickle, and a config of few keys."""
+    theirs = random_gpt2().half().float()
+    weights = {name: weight.half() for name, weight in theirs.transformer.state_dict().items()}
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 48, 48)
+    weights["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_what_load_gpt2_returns(tmp_path):
+    random_gpt2().bfloat16().save_pretrained(tmp_path)
+    config_args, state = load_gpt2(tmp_path)
+    assert config_args == dict(
+        block_size=48, vocab_size=100, n_layer=2, n_head=2, n_embd=32, bias=True, gelu="tanh"
+    )
+    assert all(w.dtype == torch.float32 and w.is_contiguous() for w in state.values())
+    assert state["lm_head.weight"].equal(state["transformer.wte.weight"])
+    model = GPT.from_pretrained(tmp_path, {"dropout": 0.3})
+    assert model.config.dropout == 0.3 and model.transformer.h[0].mlp.dropout.p == 0.3
+
+
+def test_weight_shapes_are_the_models():
+    sizes = dict(n_layer=2, n_embd=32, vocab_size=100, block_size=48)
+    model = GPT(GPTConfig(n_head=2, **sizes))
+    assert weight_shapes(**sizes) == {k: tuple(w.shape) for k, w in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "llama"),
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("n_inner", 64),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("add_cross_attention", True),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_what_the_model_cannot_compute_is_refused_by_name(tmp_path, key, value):
+    config = {"model_type": "gpt2", **SIZES, key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{key}={value}"):
+        load_gpt2(tmp_path)
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
+    random_gpt2().save_pretrained(tmp_path)
+
+    def error_after(**changes):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "gpt2", **SIZES, **changes})
+        )
+        with pytest.raises(UserError) as caught:
+            load_gpt2(tmp_path)
+        return str(caught.value)
+
+    assert "has no transformer.h.2." in error_after(n_layer=3)
+    assert "unknown to GPT-2, transformer.h.1." in error_after(n_layer=1)
+    assert "transformer.wte.weight is (100, 32)" in error_after(vocab_size=101)
+
+
+def test_an_untied_head_is_refused(tmp_path):
+    theirs = random_gpt2()
+    theirs.save_pretrained(tmp_path)
+    weights = {**theirs.state_dict(), "lm_head.weight": torch.zeros(100, 32)}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not tied"):
+        load_gpt2(tmp_path)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        load_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
+    with pytest.raises(UserError, match=r"cannot read .*pytorch_model\.bin"):
+        load_gpt2(tmp_path)
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"not weights at all")
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            load_gpt2(tmp_path)
+
+
+def test_names(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="did you mean gpt2-xl"):
+        load_gpt2("gpt2-xxl")
+    import huggingface_hub
+
+    asked = []
+
+    def no_network(name, file, **options):
+        asked.append((name, options))
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    for name in GPT2_NAMES:
+        with pytest.raises(UserError, match=f"of {name} is not on this machine.*directory"):
+            load_gpt2(name)
+    assert asked[:2] == [("gpt2", {"local_files_only": True}), ("gpt2", {})]  # the cache first
+
+
+def test_the_cache_of_the_hub_is_enough(tmp_path, monkeypatch):
+    theirs = random_gpt2()
+    theirs.save_pretrained(tmp_path)
+    import huggingface_hub
+
+    def cached(name, file, local_files_only=False):
+        assert name == "gpt2-large" and local_files_only
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    assert_same_logits(theirs, "gpt2-large")
