@@ -1,0 +1,76 @@
+"""The source of Python's standard library: a real corpus that needs no download.
+
+    $ python data/python_source/prepare.py
+    $ python data/python_source/prepare.py --tokenizer=byte
+
+Every file is a document. Validation files, about one in ten, are picked by a hash of their path,
+so the same file is never in both splits, whatever the version of Python.
+"""
+
+import hashlib
+import platform
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from brisk.corpus import write_dataset
+from brisk.errors import UserError, one_line_errors
+from brisk.tokenizer import ByteTokenizer, train_bpe
+from configurator import PositiveInt, configure
+
+# Tests are a third of the library and mostly tables; the rest is not of the library, or generated.
+SKIPPED = {"test", "tests", "idle_test", "turtledemo", "site-packages", "dist-packages"}
+
+
+@dataclass
+class PrepareConfig:
+    input: str = ""  # a folder with .py files; the running Python's standard library if empty
+    tokenizer: Literal["bpe", "byte"] = "bpe"  # pairs of bytes merged, learned here, or bytes
+    vocab_size: PositiveInt = 1024  # of the BPE
+    data_dir: str = ""  # where to write; beside this script if empty
+
+
+def read_sources(folder):
+    """Path → text of the Python files under `folder`, in the order of their paths."""
+    texts = {}
+    for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
+        path = file.relative_to(folder)
+        if SKIPPED.isdisjoint(path.parts) and not file.name.startswith("_sysconfigdata"):
+            try:
+                texts[path.as_posix()] = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+    return texts
+
+
+def is_for_validation(path):
+    return int(hashlib.sha256(path.encode()).hexdigest(), 16) % 10 == 0
+
+
+def main(config):
+    folder = Path(config.input or sysconfig.get_path("stdlib"))
+    texts = read_sources(folder)
+    if not texts:
+        raise UserError(f"there are no Python files in {folder}; give a folder: --input=PATH")
+    megabytes = sum(map(len, texts.values())) / 1e6
+    print(f"found {len(texts):,} files, {megabytes:.1f} million characters, in {folder}")
+    splits = {"train": [], "val": []}
+    for path, text in texts.items():
+        splits["val" if is_for_validation(path) else "train"].append(text)
+    library = f"standard library of Python {platform.python_version()}"
+    source = folder.resolve().name if config.input else library
+    directory = config.data_dir or Path(__file__).parent
+    if config.tokenizer == "bpe":
+        tokenizer = train_bpe(splits["train"], config.vocab_size)
+    else:
+        tokenizer = ByteTokenizer()
+    write_dataset(directory, tokenizer, splits, source, end_documents=True)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(configure(PrepareConfig, sys.argv[1:]))

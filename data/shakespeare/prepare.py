@@ -1,0 +1,38 @@
+"""Tiny Shakespeare in GPT-2's byte-pair encoding: a megabyte of text, to finetune GPT-2 on.
+
+    $ python data/shakespeare/prepare.py
+
+Any other text does as well: --input=PATH --data_dir=data/mine
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from brisk.corpus import find_text, split_text, write_dataset
+from brisk.errors import one_line_errors
+from brisk.tokenizer import gpt2
+from configurator import configure
+
+HERE = Path(__file__).parent
+FILE = "tinyshakespeare.txt"
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass
+class PrepareConfig:
+    input: str = ""  # a text file in UTF-8; if empty, Shakespeare's, downloaded if need be
+    data_dir: str = ""  # where to write; beside this script if empty
+
+
+def main(config):
+    text, source = find_text(config.input, HERE, FILE, URL, SHA256)
+    write_dataset(config.data_dir or HERE, gpt2(), split_text(text), source)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(configure(PrepareConfig, sys.argv[1:]))

@@ -1,0 +1,296 @@
+"""What is written is what was tokenized, in order and whole, and a half-written set is noticed."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brisk import corpus
+from brisk.corpus import find_text, load_tokenizer, read_meta, split_text, write_dataset
+from brisk.errors import UserError
+from brisk.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer
+
+DOCUMENTS = [
+    f"Document {i}.\nIt has {i * i} lines,\n\nsome of them in Grün or 你好.\n" for i in range(40)
+]
+
+
+def small_bpe():
+    tiktoken = pytest.importorskip("tiktoken")
+    merges = [b"oc", b"Doc", b"aa", b" a", b"\n\n", b"'s"]
+    ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    return BPETokenizer(
+        tiktoken.Encoding(
+            "small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: 262}
+        )
+    )
+
+
+def write(directory, tokenizer, train=DOCUMENTS, val=("a",), **options):
+    return write_dataset(directory, tokenizer, {"train": train, "val": val}, "here", **options)
+
+
+# ----------------------------------------------------------------------------- writing and reading
+
+
+def test_the_files_hold_the_ids_and_meta_json_describes_them(tmp_path):
+    tokenizer = small_bpe()
+    written = write(tmp_path, tokenizer, end_documents=True, extra={"task": "reading"})
+    meta = read_meta(tmp_path)
+    assert meta == written == json.loads((tmp_path / "meta.json").read_text())
+    assert (meta["dtype"], meta["vocab_size"], meta["task"]) == ("uint16", 263, "reading")
+
+    ids = np.fromfile(tmp_path / "train.bin", dtype="<u2")
+    assert load_tokenizer(tmp_path).decode(ids) == "".join(text + EOT for text in DOCUMENTS)
+    text = "".join(DOCUMENTS)
+    assert meta["splits"]["train"] == {
+        "tokens": len(ids),
+        "bytes": len(text.encode()),
+        "characters": len(text),
+        "documents": len(DOCUMENTS),
+        "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+    }
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    characters = [chr(i) for i in range(0x11000) if not 0xD800 <= i < 0xE000]
+    write(tmp_path, CharTokenizer(characters), ["".join(characters)])
+    assert read_meta(tmp_path)["dtype"] == "uint32"
+    ids = np.fromfile(tmp_path / "train.bin", dtype="<u4")
+    assert np.array_equal(ids, np.arange(len(characters)))
+
+
+@pytest.mark.parametrize("eot", [False, True])
+def test_character_sets_have_a_meta_pkl_that_nanogpt_reads(tmp_path, eot):
+    tokenizer = CharTokenizer(sorted(set("".join(DOCUMENTS))), eot)
+    write(tmp_path, tokenizer, end_documents=eot)
+    meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    assert set(meta) == {"vocab_size", "itos", "stoi"}
+    assert all(type(i) is int for i in [*meta["itos"], *meta["stoi"].values()])
+    assert meta["vocab_size"] == len(meta["itos"]) == tokenizer.vocab_size
+    ids = np.fromfile(tmp_path / "train.bin", dtype="<u2").tolist()
+    text = "".join(meta["itos"][i] for i in ids)  # as nanoGPT's sample.py decodes
+    assert text == "".join(document + EOT * eot for document in DOCUMENTS)
+
+    (tmp_path / "meta.json").unlink()  # what is left is a set as nanoGPT prepares it
+    assert read_meta(tmp_path) is None
+    again = load_tokenizer(tmp_path)
+    assert (again.decode(ids), again.eot) == (text, tokenizer.eot)
+    (tmp_path / "meta.pkl").unlink()
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_another_tokenizer_leaves_no_old_meta_pkl(tmp_path):
+    write(tmp_path, CharTokenizer(sorted(set("".join(DOCUMENTS)))))
+    write(tmp_path, ByteTokenizer())
+    assert not (tmp_path / "meta.pkl").exists()
+
+
+def test_workers_write_the_same_files_as_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BATCH", 100)
+    tokenizer = small_bpe()
+    alone = write(tmp_path / "alone", tokenizer, end_documents=True, workers=1)
+    shared = write(tmp_path / "shared", tokenizer, iter(DOCUMENTS), end_documents=True, workers=2)
+    assert shared == alone
+    same = [(tmp_path / who / "train.bin").read_bytes() for who in ("alone", "shared")]
+    assert same[0] == same[1]
+
+
+def test_only_a_few_batches_wait_for_the_workers(monkeypatch):
+    monkeypatch.setattr(corpus, "BATCH", 100)
+    taken = 0
+
+    def many():
+        nonlocal taken
+        for _ in range(500):
+            taken += 1
+            yield "x" * 100
+
+    results = corpus.encode_documents(small_bpe(), many(), workers=1)
+    next(results)
+    assert taken <= corpus.FEW_BATCHES + 1
+    results = corpus.encode_documents(small_bpe(), many(), workers=2)
+    next(results)
+    results.close()
+    assert taken < 40
+
+
+PIECES = st.lists(st.sampled_from(["a", "7", "_", " ", "\n", "\r\n", "é", "的", "'s", "!", "\x85"]))
+
+
+@settings(deadline=None, max_examples=300)
+@given(PIECES.map("".join))
+def test_a_long_document_has_the_same_ids_in_parts(text):
+    tokenizer = small_bpe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "BATCH", 3)
+        parts = list(corpus.cut(text))
+    assert "".join(parts) == text
+    ids = [i for part in parts for i in tokenizer.encode(part).tolist()]
+    assert ids == tokenizer.encode(text).tolist()
+
+
+def test_a_split_without_text_is_told_and_nothing_is_written(tmp_path):
+    with pytest.raises(UserError, match="val"):
+        write_dataset(tmp_path, ByteTokenizer(), {"train": ["a"], "val": [""]}, "here")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failure_leaves_the_earlier_files_as_they_were(tmp_path):
+    write(tmp_path, ByteTokenizer())
+    before = {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)}
+    with pytest.raises(UserError):
+        write(tmp_path, CharTokenizer("abc"), ["abc", "abd"])
+    assert {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)} == before
+
+
+def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
+    (tmp_path / ".writing-killed").mkdir()
+    write(tmp_path, ByteTokenizer())
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_an_interrupted_move_is_noticed(tmp_path):
+    write(tmp_path, ByteTokenizer())
+    old = (tmp_path / "train.bin").read_bytes()
+    write(tmp_path, ByteTokenizer(), DOCUMENTS[1:])
+    (tmp_path / "train.bin").write_bytes(old)  # meta.json is the new one
+    with pytest.raises(UserError, match=r"interrupted; run again: python .*prepare\.py"):
+        read_meta(tmp_path)
+    (tmp_path / "train.bin").unlink()  # the loader tells that one is missing
+    assert read_meta(tmp_path)
+
+
+def test_bins_move_in_after_meta_json_and_never_mix(tmp_path, monkeypatch):
+    """Stop the run after each single move: no bin is ever taken for what it is not."""
+    write(tmp_path, ByteTokenizer(), ["old"], ["old"])
+    replace = type(tmp_path).replace
+    for moves in range(3):
+        left = moves
+
+        def stopping(path, target):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            return replace(path, target)
+
+        monkeypatch.setattr(type(tmp_path), "replace", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, ByteTokenizer(), ["new"], ["new"])
+        monkeypatch.undo()
+        meta = read_meta(tmp_path)
+        for split, counts in meta["splits"].items():
+            file = tmp_path / f"{split}.bin"
+            if file.exists():
+                assert hashlib.sha256(file.read_bytes()).hexdigest() == counts["sha256"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"dtype": "float32"},
+        {"vocab_size": "65"},
+        {"splits": {"train": {"tokens": "3"}}},
+        {"splits": 3},
+        {"tokenizer": None},
+    ],
+)
+def test_a_wrong_description_is_told(tmp_path, change):
+    meta = write(tmp_path, ByteTokenizer())
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, **change}))
+    with pytest.raises(UserError, match="run again"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[]", "{}", "\xff"])
+def test_a_damaged_description_is_told(tmp_path, text):
+    (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="damaged"):
+        read_meta(tmp_path)
+
+
+# ----------------------------------------------------------------------------- finding the text
+
+URL = "https://example.org/raw.txt"
+RAW = "Grüße\r\nund mehr".encode()
+SHA256 = hashlib.sha256(RAW).hexdigest()
+
+
+def look(here, given=""):
+    return find_text(given, here, "raw.txt", URL, SHA256)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A network whose answer is the last thing in the list; without one there is no network."""
+    answers = []
+
+    def urlopen(url, timeout):
+        if not answers:
+            raise urllib.error.URLError("no route to host")
+        return io.BytesIO(answers[-1])
+
+    monkeypatch.delenv("BRISK_DATA", raising=False)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return answers
+
+
+def test_text_is_looked_for_in_the_promised_order(tmp_path, monkeypatch, network):
+    here, shared = tmp_path / "here", tmp_path / "shared"
+    here.mkdir()
+    shared.mkdir()
+    network.append(RAW)
+    assert look(here) == ("Grüße\nund mehr", URL)
+    assert (here / "input.txt").read_bytes() == RAW  # kept, so the next time needs no network
+    network.clear()
+    assert look(here) == ("Grüße\nund mehr", URL)
+
+    (here / "input.txt").unlink()
+    (shared / "raw.txt").write_text("shared")
+    monkeypatch.setenv("BRISK_DATA", str(shared))
+    assert look(here) == ("shared", "raw.txt")
+    (here / "input.txt").write_text("beside")
+    assert look(here) == ("beside", "input.txt")
+    (tmp_path / "mine.txt").write_text("given")
+    assert look(here, str(tmp_path / "mine.txt")) == ("given", "mine.txt")
+
+
+def test_without_any_text_three_lines_say_what_to_do(tmp_path, network, capsys):
+    with pytest.raises(UserError, match=rf"download {URL} and save it as .*input\.txt"):
+        look(tmp_path)
+    looked, use = capsys.readouterr().err.splitlines()
+    assert "input.txt" in looked and "--input=PATH" in use
+
+
+def test_a_damaged_download_is_not_kept(tmp_path, network):
+    network.append(RAW[:-1])
+    with pytest.raises(UserError, match="checksum"):
+        look(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_given_file_that_is_missing_or_no_text_is_told(tmp_path, network):
+    network.append(RAW)
+    with pytest.raises(UserError, match=r"cannot use .*: No such file"):
+        look(tmp_path, str(tmp_path / "missing.txt"))
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8 at byte 2"):
+        look(tmp_path, str(tmp_path / "latin.txt"))
+
+
+@given(st.text())
+def test_a_split_is_nanogpts(text):
+    n = len(text)
+    assert split_text(text) == {"train": [text[: int(n * 0.9)]], "val": [text[int(n * 0.9) :]]}

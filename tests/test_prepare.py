@@ -1,0 +1,290 @@
+"""Each `prepare.py` as a person runs it, in a copy of the repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brisk.corpus import load_tokenizer, read_meta
+from brisk.errors import UserError
+from brisk.tokenizer import EOT, gpt2
+
+ROOT = Path(__file__).parents[1]
+DATA = os.environ.get("BRISK_DATA", "")
+needs_shakespeare = pytest.mark.skipif(
+    not DATA or not Path(DATA, "tinyshakespeare.txt").exists(),
+    reason="BRISK_DATA names no folder with tinyshakespeare.txt",
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what a `prepare.py` needs, in which nothing has been prepared."""
+    tree = tmp_path_factory.mktemp("tree")
+    shutil.copytree(ROOT / "brisk", tree / "brisk", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "configurator.py", tree)
+    for script in ROOT.glob("data/*/prepare.py"):
+        (tree / "data" / script.parent.name).mkdir(parents=True)
+        shutil.copy(script, tree / "data" / script.parent.name)
+    return tree
+
+
+@pytest.fixture
+def prepare(tree, tmp_path):
+    """Runs data/<name>/prepare.py in the copy; returns what it printed, or what went wrong."""
+
+    def run(name, *arguments, fails=False, **environment):
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment}
+        done = subprocess.run(
+            [sys.executable, f"data/{name}/prepare.py", *arguments],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == (2 if fails else 0), done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr if fails else done.stdout
+
+    return run
+
+
+@pytest.fixture
+def encode_ordinary():
+    try:
+        return gpt2().encoding.encode_ordinary
+    except UserError as error:
+        pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
+
+
+def decoded(directory, split):
+    ids = np.fromfile(directory / f"{split}.bin", dtype=read_meta(directory)["dtype"])
+    return load_tokenizer(directory).decode(ids)
+
+
+def write_uint16(ids):
+    return np.array(ids, dtype=np.uint16).tobytes()
+
+
+# ----------------------------------------------------------------------------- Shakespeare
+
+
+@needs_shakespeare
+def test_shakespeare_char_is_nanogpts(prepare, tree):
+    output = prepare("shakespeare_char")
+    text = Path(DATA, "tinyshakespeare.txt").read_text(encoding="utf-8")
+    stoi = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids, n = [stoi[character] for character in text], int(len(text) * 0.9)
+    directory = tree / "data" / "shakespeare_char"
+    assert (directory / "train.bin").read_bytes() == write_uint16(ids[:n])
+    assert (directory / "val.bin").read_bytes() == write_uint16(ids[n:])
+    for line in (
+        "length of dataset in characters: 1,115,394",
+        "vocab size: 65",
+        "train has 1,003,854 tokens",
+        "val has 111,540 tokens",
+    ):
+        assert line in output.splitlines()
+
+
+@needs_shakespeare
+def test_shakespeare_is_nanogpts(prepare, tree, encode_ordinary):
+    output = prepare("shakespeare")
+    text = Path(DATA, "tinyshakespeare.txt").read_text(encoding="utf-8")
+    n = int(len(text) * 0.9)
+    directory = tree / "data" / "shakespeare"
+    assert (directory / "train.bin").read_bytes() == write_uint16(encode_ordinary(text[:n]))
+    assert (directory / "val.bin").read_bytes() == write_uint16(encode_ordinary(text[n:]))
+    assert output == "train has 301,966 tokens\nval has 36,059 tokens\n"
+
+
+def test_a_text_of_ones_own_goes_to_its_own_folder(prepare, tree, tmp_path):
+    text = "Ich weiß nicht, was soll es bedeuten,\r\ndaß ich so traurig bin;\n" * 3
+    (tmp_path / "lorelei.txt").write_bytes(text.encode())
+    directory = tmp_path / "new" / "lorelei"
+    prepare("shakespeare_char", f"--input={tmp_path / 'lorelei.txt'}", f"--data-dir={directory}")
+    whole = decoded(directory, "train") + decoded(directory, "val")
+    assert whole == text.replace("\r\n", "\n")
+    assert not (tree / "data" / "shakespeare_char" / "lorelei.txt").exists()
+    assert str(tmp_path) not in (directory / "meta.json").read_text()
+    assert read_meta(directory)["source"] == "lorelei.txt"
+
+
+# ----------------------------------------------------------------------------- OpenWebText
+
+
+def nanogpt_openwebtext(documents, encode_ordinary):
+    """The bins that nanoGPT's data/openwebtext/prepare.py writes for these documents."""
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"text": documents})
+    splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    return {
+        split: write_uint16(
+            [i for text in splits[key]["text"] for i in [*encode_ordinary(text), 50256]]
+        )
+        for split, key in (("train", "train"), ("val", "test"))
+    }
+
+
+@pytest.mark.parametrize("count", [2, 5000])
+def test_openwebtext_is_nanogpts(prepare, tmp_path, encode_ordinary, count):
+    documents = [f"Page {i}\n\nIt's {EOT} about 你好, {'so ' * (i % 9)}\t" for i in range(count)]
+    expected = nanogpt_openwebtext(documents, encode_ordinary)
+    lines = [json.dumps({"text": text, "url": "-"}) + "\n" for text in documents]
+    (tmp_path / "pages.jsonl").write_text("".join(lines))
+    prepare("openwebtext", f"--source={tmp_path / 'pages.jsonl'}", f"--data_dir={tmp_path}")
+    for split in ("train", "val"):
+        assert (tmp_path / f"{split}.bin").read_bytes() == expected[split]
+    meta = read_meta(tmp_path)
+    assert sum(counts["documents"] for counts in meta["splits"].values()) == count
+
+
+def test_openwebtext_takes_a_folder_of_texts(prepare, tmp_path, encode_ordinary):
+    pytest.importorskip("datasets")
+    texts = {f"{name}\nsecond line\n" for name in "abcd"}
+    for i, text in enumerate(sorted(texts)):
+        (tmp_path / "in" / str(i)).mkdir(parents=True)
+        (tmp_path / "in" / str(i) / "text.txt").write_text(text)
+    prepare("openwebtext", f"--source={tmp_path / 'in'}", f"--data_dir={tmp_path}")
+    read = decoded(tmp_path, "train") + decoded(tmp_path, "val")
+    assert set(read.split(EOT)[:-1]) == texts
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("one.jsonl", '{"text": "alone"}\n', "needs two documents"),
+        ("names.jsonl", '{"body": "a"}\n{"body": "b"}\n', "column named text"),
+        ("broken.jsonl", '{"text": \n', "JSON parse error"),
+        ("pages.doc", "?", "files of one kind"),
+    ],
+)
+def test_openwebtext_tells_what_it_cannot_use(prepare, tmp_path, name, content, message):
+    pytest.importorskip("datasets")
+    (tmp_path / name).write_text(content)
+    stderr = prepare("openwebtext", f"--source={tmp_path / name}", fails=True)
+    assert message in stderr.splitlines()[-1]
+
+
+def test_openwebtext_without_a_network_is_one_line(prepare):
+    pytest.importorskip("datasets")
+    stderr = prepare("openwebtext", fails=True, HF_HUB_OFFLINE="1")
+    assert "Skylion007/openwebtext" in stderr and "--source=PATH" in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------- Python source
+
+
+def test_python_source_reads_this_library(prepare, tmp_path):
+    output = prepare("python_source", f"--data_dir={tmp_path}")
+    assert output.startswith("found ")
+    train = decoded(tmp_path, "train").split(EOT)
+    val = decoded(tmp_path, "val").split(EOT)
+    assert any("class JSONDecoder" in text for text in train + val)
+    long = [{text for text in split if len(text) > 1000} for split in (train, val)]
+    assert long[0] and long[1] and not long[0] & long[1]  # short files may have a twin
+    assert 0.03 < len(val) / len(train + val) < 0.2
+
+
+def test_python_source_leaves_out_tests_and_what_is_no_text(prepare, tmp_path):
+    for i in range(40):
+        (tmp_path / "in" / "package").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "package" / f"module{i}.py").write_text(f"# ordinary {i}\n")
+    for path in ("test/a.py", "package/tests/b.py", "site-packages/c.py", "package/notes.txt"):
+        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / path).write_text("# unwanted\n")
+    (tmp_path / "in" / "latin.py").write_bytes(b"# -*- coding: latin-1 -*- \xe9\n")
+    prepare(
+        "python_source", f"--input={tmp_path / 'in'}", f"--data_dir={tmp_path}", "--tokenizer=byte"
+    )
+    documents = [text for split in ("train", "val") for text in decoded(tmp_path, split).split(EOT)]
+    assert sorted(filter(None, documents)) == sorted(f"# ordinary {i}\n" for i in range(40))
+    assert read_meta(tmp_path)["splits"]["val"]["documents"] > 0
+
+
+def test_python_source_learns_a_vocabulary_of_the_size_asked_for(prepare, tmp_path):
+    for i in range(40):
+        (tmp_path / f"module{i}.py").write_text(f"def function{i}(number):\n    return number\n")
+    prepare("python_source", f"--input={tmp_path}", f"--data_dir={tmp_path}", "--vocab_size=270")
+    assert read_meta(tmp_path)["vocab_size"] == 270
+    documents = decoded(tmp_path, "train").split(EOT)
+    assert documents[0] == "def function0(number):\n    return number\n"
+
+
+# ----------------------------------------------------------------------------- addition
+
+
+def problems_in(directory, split):
+    """Each (a, b) of a split with how often it is there; all sums are right."""
+    problems = Counter()
+    for line in decoded(directory, split).splitlines():
+        question, answer = line.split("=")
+        a, b = map(int, question.split("+"))
+        assert (question, answer) == (f"{a}+{b}", str(a + b))
+        problems[a, b] += 1
+    return problems
+
+
+def unordered(problems):
+    return {tuple(sorted(pair)) for pair in problems}
+
+
+def test_addition_holds_problems_out_in_both_orders(prepare, tmp_path):
+    prepare("addition", "--passes=3", f"--data_dir={tmp_path}")
+    train, val = problems_in(tmp_path, "train"), problems_in(tmp_path, "val")
+    assert len(train) + len(val) == 10_000
+    assert set(train.values()) == {3} and set(val.values()) == {1}
+    assert not unordered(train) & unordered(val)
+    assert 900 < len(val) < 1100
+    meta = read_meta(tmp_path)
+    assert (meta["task"], meta["digits"], meta["vocab_size"]) == ("addition", 2, 13)
+
+
+def test_addition_of_longer_numbers_is_bounded_and_repeatable(prepare, tmp_path):
+    arguments = ("addition", "--digits=5", "--max_problems=2000", "--passes=1")
+    for where in ("a", "b"):
+        prepare(*arguments, f"--data_dir={tmp_path / where}")
+    prepare(*arguments, "--seed=1", f"--data_dir={tmp_path / 'c'}")
+    bins = [(tmp_path / where / "train.bin").read_bytes() for where in "abc"]
+    assert bins[0] == bins[1] != bins[2]
+    train, val = problems_in(tmp_path / "a", "train"), problems_in(tmp_path / "a", "val")
+    assert len(train) + len(val) == 2000
+    assert not unordered(train) & unordered(val)
+
+
+# ----------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "name, argument, message",
+    [
+        ("shakespeare_char", "--input=nowhere.txt", "cannot use nowhere.txt"),
+        ("shakespeare_char", "--inptu=a", "did you mean input?"),
+        ("shakespeare_char", "--input=data/shakespeare_char/prepare.py/x", "cannot use"),
+        ("shakespeare", "--input=brisk", "cannot use brisk: Is a directory"),
+        ("python_source", "--input=nowhere", "no Python files in nowhere"),
+        ("addition", "--digits=0", "a whole number from 1 to 9"),
+        ("addition", "--max_problems=1", "none of it falls to train"),
+        ("addition", "--data_dir=configurator.py", "cannot write to configurator.py"),
+    ],
+)
+def test_a_mistake_is_one_line(prepare, name, argument, message):
+    stderr = prepare(name, argument, fails=True)
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+def test_without_any_text_there_are_three_lines(prepare, tree, tmp_path):
+    (tree / "data" / "shakespeare" / "input.txt").unlink(missing_ok=True)
+    no_network = {"https_proxy": "http://127.0.0.1:9", "BRISK_DATA": str(tmp_path)}
+    stderr = prepare("shakespeare", fails=True, **no_network)
+    assert len(stderr.splitlines()) == 3
+    assert str(tmp_path) in stderr and "--input=PATH" in stderr and "input.txt" in stderr

@@ -1,0 +1,267 @@
+"""Text comes back from its ids, ids are those of nanoGPT and tiktoken, foreign files are safe."""
+
+import base64
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brisk.errors import UserError
+from brisk.tokenizer import (
+    EOT,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    from_dict,
+    learn_pairs,
+    train_bpe,
+    gpt2,
+    read_meta_pkl,
+)
+
+TEXT = "First Citizen:\nBefore we proceed, hear me — “speak”, 你好 😀é\r\n\tend"
+valid_text = st.text()  # hypothesis leaves out lone surrogates: they are no text
+
+
+def small_bpe():
+    """A BPE of the 256 bytes and five merges, which needs no files."""
+    tiktoken = pytest.importorskip("tiktoken")
+    merges = [b"he", b"th", b"the", b" t", b" the"]
+    ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
+    pattern = r" ?\p{L}+|\s+|[^\s\p{L}]+"
+    return BPETokenizer(
+        tiktoken.Encoding(
+            "small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: 261}
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2_tokenizer():
+    try:
+        return gpt2()
+    except UserError as error:
+        pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
+
+
+@pytest.fixture(scope="module")
+def shakespeare():
+    file = Path(os.environ.get("BRISK_DATA", ""), "tinyshakespeare.txt")
+    if "BRISK_DATA" not in os.environ or not file.exists():
+        pytest.skip("BRISK_DATA names no folder with tinyshakespeare.txt")
+    return file.read_text(encoding="utf-8")
+
+
+def tokenizers():
+    return [
+        CharTokenizer(sorted(set(TEXT))),
+        CharTokenizer(sorted(set(TEXT)), eot=True),
+        ByteTokenizer(),
+        small_bpe(),
+    ]
+
+
+@settings(deadline=None)
+@given(valid_text)
+def test_any_text_comes_back_from_bytes_and_bpe(text):
+    for tokenizer in (ByteTokenizer(), small_bpe()):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        # Streams put the bytes of tokens together; a character may be spread over several.
+        streamed = b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode(text).tolist())
+        assert streamed.decode() == text
+
+
+@given(valid_text, valid_text)
+def test_any_text_of_known_characters_comes_back(known, other):
+    tokenizer = CharTokenizer(sorted(set(known)))
+    assert tokenizer.encode(known).tolist() == [sorted(set(known)).index(c) for c in known]
+    assert tokenizer.decode(tokenizer.encode(known)) == known
+    if not set(other) <= set(known):
+        with pytest.raises(UserError, match="outside the vocabulary"):
+            tokenizer.encode(other)
+
+
+def test_gpt2_is_tiktokens_and_needs_no_files_once_described(gpt2_tokenizer, monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", None)
+    again = from_dict(json.loads(json.dumps(gpt2_tokenizer.to_dict())))
+    assert again.encoding is not gpt2_tokenizer.encoding
+    assert (again.vocab_size, again.eot) == (50257, 50256)
+
+    @settings(max_examples=200, deadline=None)
+    @given(valid_text)
+    def check(text):
+        ids = gpt2_tokenizer.encoding.encode_ordinary(text)
+        assert gpt2_tokenizer.encode(text).tolist() == again.encode(text).tolist() == ids
+        assert again.decode(ids) == text
+
+    check()
+
+
+def test_real_text_in_gpt2_and_characters(gpt2_tokenizer, shakespeare):
+    again = from_dict(gpt2_tokenizer.to_dict())
+    ids = gpt2_tokenizer.encode(shakespeare)
+    assert ids.dtype == np.uint16
+    assert np.array_equal(again.encode(shakespeare), ids)
+    assert again.decode(ids) == shakespeare
+    characters = CharTokenizer(sorted(set(shakespeare)))
+    stoi = {c: i for i, c in enumerate(sorted(set(shakespeare)))}
+    assert characters.encode(shakespeare).tolist() == [stoi[c] for c in shakespeare]
+
+
+def test_a_description_through_json_gives_the_same_tokenizer():
+    for tokenizer in tokenizers():
+        again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+        assert (again.kind, again.vocab_size, again.eot) == (
+            tokenizer.kind,
+            tokenizer.vocab_size,
+            tokenizer.eot,
+        )
+        assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+        assert again.decode(range(-2, 300)) == tokenizer.decode(range(-2, 300))
+
+
+LESSON = "def add(a, b):\n    return a + b\n\n\nfor number in range(10):\n    print(number)\n" * 20
+
+
+@given(st.text(max_size=60) | st.sampled_from([LESSON, "  \n\t x", "数字 and 🎉's"]))
+@settings(deadline=None, max_examples=60)
+def test_a_trained_bpe_gives_the_ids_of_the_library_that_trained_it(text):
+    learner, tokenizer = learn_pairs([LESSON], 299), train_bpe([LESSON], 300)
+    assert tokenizer.encode(text).tolist() == learner.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert (again.vocab_size, again.eot) == (300, 299)
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+@pytest.mark.parametrize(("vocab_size", "what"), [(256, "at least"), (5000, "at the most")])
+def test_a_vocabulary_of_the_wrong_size_is_told(vocab_size, what):
+    with pytest.raises(UserError, match=what):
+        train_bpe([LESSON], vocab_size)
+
+
+def test_the_end_of_text_is_a_token_only_where_it_is_asked_for():
+    text = f"the{EOT}{EOT}the"
+    for tokenizer in (ByteTokenizer(), small_bpe(), CharTokenizer(sorted(set(text)), eot=True)):
+        plain, special = tokenizer.encode(text), tokenizer.encode(text, allow_eot=True)
+        assert tokenizer.eot not in plain
+        assert special.tolist().count(tokenizer.eot) == 2
+        assert special.dtype == plain.dtype == np.uint16
+        assert tokenizer.decode(plain) == tokenizer.decode(special) == text
+    without = CharTokenizer(sorted(set(text)))
+    assert without.encode(text, allow_eot=True).tolist() == without.encode(text).tolist()
+
+
+@given(st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 300)))
+def test_decoding_never_fails(ids):
+    for tokenizer in tokenizers():
+        assert isinstance(tokenizer.decode(ids), str)
+
+
+def test_ids_without_a_token_show_as_replacement_characters():
+    for tokenizer in tokenizers():
+        assert tokenizer.decode([tokenizer.vocab_size, -1]) == "\N{REPLACEMENT CHARACTER}" * 2
+    assert ByteTokenizer().decode([0xC3, 0x61]) == "\N{REPLACEMENT CHARACTER}a"
+
+
+def test_many_tokens_take_wider_ids():
+    characters = [chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000]
+    tokenizer = CharTokenizer(characters)
+    ids = tokenizer.encode("".join(characters))
+    assert ids.dtype == np.uint32
+    assert np.array_equal(ids, np.arange(len(characters)))
+
+
+def test_an_unknown_character_is_named():
+    with pytest.raises(UserError, match="'é', '你'"):
+        CharTokenizer("abc").encode("a你bé")
+
+
+def test_without_the_vocabulary_gpt2_says_what_to_set(monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        gpt2()
+
+
+@pytest.mark.parametrize(
+    "description",
+    [None, [], {}, {"kind": "runes"}, {"kind": "char"}, {"kind": "bpe", "tokens": "!"}],
+)
+def test_a_damaged_description_is_told(description):
+    with pytest.raises(UserError):
+        from_dict(description)
+
+
+# ----------------------------------------------------------------------------- meta.pkl
+
+
+def write_meta_pkl(path, itos, protocol=None):
+    stoi = {character: i for i, character in itos.items()}
+    meta = {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
+    path.write_bytes(pickle.dumps(meta, protocol=protocol))
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("integer", [int, np.int64, np.uint16, np.int8])
+def test_nanogpts_meta_pkl_is_read(tmp_path, protocol, integer):
+    characters = sorted(set(TEXT))
+    write_meta_pkl(tmp_path / "m", {integer(i): c for i, c in enumerate(characters)}, protocol)
+    ids = read_meta_pkl(tmp_path / "m").encode(TEXT)
+    assert ids.tolist() == [characters.index(c) for c in TEXT]
+
+
+class Hostile:
+    """Unpickling this calls a function with an argument."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [eval, exec])
+def test_a_hostile_meta_pkl_is_refused_and_runs_nothing(tmp_path, function):
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    pickle.loads(pickle.dumps(Hostile(function, code)))  # it would run, and does so here
+    (tmp_path / "ran").unlink()
+    (tmp_path / "m").write_bytes(pickle.dumps({"itos": {0: Hostile(function, code)}}))
+    with pytest.raises(UserError, match="not a plain value"):
+        read_meta_pkl(tmp_path / "m")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [np.zeros(3), np.float64(1), Path("a"), {"a"}, len])
+def test_only_plain_values_are_admitted(tmp_path, value):
+    (tmp_path / "m").write_bytes(pickle.dumps({"itos": {0: "a"}, "more": value}, protocol=3))
+    with pytest.raises(UserError):
+        read_meta_pkl(tmp_path / "m")
+
+
+@given(st.binary(max_size=60), st.integers(0, 400))
+def test_damaged_pickles_end_in_a_message(tmp_path_factory, garbage, cut):
+    path = tmp_path_factory.mktemp("pickles") / "m"
+    write_meta_pkl(path, dict(enumerate("abcdefgh")))
+    whole = path.read_bytes()
+    for damaged in (garbage, whole[: cut % len(whole)], {"itos": 3}, {"itos": {1: "a"}}):
+        path.write_bytes(damaged if isinstance(damaged, bytes) else pickle.dumps(damaged))
+        with pytest.raises(UserError):
+            read_meta_pkl(path)
+
+
+def test_characters_need_no_tiktoken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert CharTokenizer("ab").encode("ba").tolist() == [1, 0]
+    with pytest.raises(UserError, match="pip install tiktoken"):
+        from_dict({"kind": "bpe", "tokens": base64.b64encode(b"a").decode(), "name": "a"})
