@@ -19,10 +19,10 @@ from brisk.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     from_dict,
-    learn_pairs,
-    train_bpe,
     gpt2,
+    learn_pairs,
     read_meta_pkl,
+    train_bpe,
 )
 
 TEXT = "First Citizen:\nBefore we proceed, hear me — “speak”, 你好 😀é\r\n\tend"
@@ -132,11 +132,11 @@ LESSON = "def add(a, b):\n    return a + b\n\n\nfor number in range(10):\n    pr
 @given(st.text(max_size=60) | st.sampled_from([LESSON, "  \n\t x", "数字 and 🎉's"]))
 @settings(deadline=None, max_examples=60)
 def test_a_trained_bpe_gives_the_ids_of_the_library_that_trained_it(text):
-    learner, tokenizer = learn_pairs([LESSON], 299), train_bpe([LESSON], 300)
+    learner, tokenizer = learn_pairs([LESSON], 279), train_bpe([LESSON], 280)
     assert tokenizer.encode(text).tolist() == learner.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
     again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
-    assert (again.vocab_size, again.eot) == (300, 299)
+    assert (again.vocab_size, again.eot) == (280, 279)
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
 
 
