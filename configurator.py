@@ -17,7 +17,6 @@ A script states its settings once, as a dataclass; a field's trailing comment is
 """
 
 import ast
-import difflib
 import importlib
 import inspect
 import math
@@ -29,7 +28,7 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
-from brisk.errors import UserError
+from brisk.errors import UserError, nearest
 
 # Types that say which values make sense. The bounds are (lowest, highest), both allowed.
 PositiveInt = Annotated[int, (1, math.inf)]
@@ -183,12 +182,6 @@ def describe(kind):
                 name += f" of at least {low}"
             words.append(name)
     return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
-
-
-def nearest(word, known):
-    """`; did you mean …?` with the known word nearest to `word`, or nothing."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {match[0]}?" if match else ""
 
 
 def help_text(Config):

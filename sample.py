@@ -21,7 +21,7 @@ import torch
 from brisk.checkpoint import best_checkpoint, load_checkpoint
 from brisk.corpus import load_tokenizer
 from brisk.device import open_device, resolve_compile
-from brisk.errors import UserError, one_line_errors
+from brisk.errors import UserError, nearest, one_line_errors
 from brisk.generation import TextStream
 from brisk.huggingface import GPT2_NAMES
 from brisk.tokenizer import EOT, from_dict, gpt2
@@ -31,7 +31,6 @@ from configurator import (
     PositiveInt,
     UnitFloat,
     configure,
-    nearest,
 )
 from model import GPT
 

@@ -17,13 +17,7 @@ from typing import Literal
 
 import torch
 
-from brisk.checkpoint import (
-    latest_checkpoint,
-    link_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    set_aside,
-)
+from brisk.checkpoint import link_checkpoint, save_checkpoint, set_aside
 from brisk.corpus import load_tokenizer, read_meta
 from brisk.device import cpu_dtype, open_device, resolve_compile
 from brisk.distributed import Ranks
@@ -32,7 +26,7 @@ from brisk.loader import TokenFile, find_data_dir, hash64, to_device
 from brisk.memory import expected_memory, in_bytes, peak_memory
 from brisk.optim import learning_rate_at, load_optimizer
 from brisk.runlog import Forecast, RunLog, duration
-from brisk.tokenizer import from_dict, gpt2
+from brisk.starting import describe_tokenizer, starting_point, take_over_settings
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -40,7 +34,6 @@ from configurator import (
     UnitFloat,
     as_dict,
     configure,
-    nearest,
 )
 from model import GPT, GPTConfig
 
@@ -94,9 +87,6 @@ class TrainConfig:
     compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
 
 
-# What a resumed run does not take over from its checkpoint: it is of this start, or this machine.
-OF_THIS_START = {"out_dir", "init_from", "eval_only", "dry_run", "backend", "device", "compile"}
-MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "bias")
 RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard")
 
 
@@ -151,7 +141,7 @@ def main(config):
         shape = (min(largest, max(1, 4096 // config.block_size)), config.block_size, config.n_embd)
         chosen = cpu_dtype(model.transformer.h[0], shape) if ranks.is_main else None
         device.dtype_name = ranks.agree(chosen)
-    if resuming and config.dtype == "auto":
+    if resuming and "dtype" not in config.given:  # to the bit means in the same precision
         kind, dtype_name = checkpoint.get("precision", (None, None))
         device.dtype_name = dtype_name if kind == device.type else device.dtype_name
     compiling = resolve_compile(config.compile, device)
@@ -341,42 +331,6 @@ def main(config):
     ranks.leave()
 
 
-def starting_point(config):
-    """(checkpoint or None, whether to resume it) for `init_from`."""
-    known = ["scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-    start = config.init_from
-    if start not in known and not Path(start).exists():
-        hint = nearest(start, known) or f"; it takes {', '.join(known)}, a folder or a checkpoint"
-        raise UserError(f"--init_from={start}: no such thing{hint}")
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if start == "auto" or restarted:
-        saved = any(Path(config.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
-        start = "resume" if saved else start
-    if start == "resume":
-        return load_checkpoint(latest_checkpoint(config.out_dir)), True
-    if Path(start).is_file():
-        return load_checkpoint(start), False
-    return None, False
-
-
-def take_over_settings(config, checkpoint, log):
-    """Give `config` the checkpoint's settings where none are given now."""
-    saved = checkpoint.get("config", {})
-    left = OF_THIS_START | config.given | ({"data_dir"} if "dataset" in config.given else set())
-    for key, value in saved.items():
-        if hasattr(config, key) and key not in left and type(value) is type(getattr(config, key)):
-            setattr(config, key, value)
-    stays = []
-    for key in (*MODEL_SHAPE, "block_size"):
-        kept, given = checkpoint["model_args"][key], getattr(config, key)
-        smaller = key == "block_size" and given < kept and key in config.given
-        if given != kept and not smaller:
-            stays += [f"{key}={kept}"] if key in config.given else []
-            setattr(config, key, kept)
-    if stays:
-        log.say(f"note: the checkpoint's {', '.join(stays)} stays, whatever is given")
-
-
 def vocabulary_rows(tokenizer):
     """Rows of a new model's vocabulary: characters, bytes and words as they are; byte pairs
     rounded up to a multiple of 64, which is faster (GPT-2's 50257 become 50304)."""
@@ -404,22 +358,6 @@ def build_model(config, checkpoint, vocab_size):
         limit = model.config.block_size
         raise UserError(f"--block_size={config.block_size}: {config.init_from} has only {limit}")
     return model
-
-
-def describe_tokenizer(tokenizer, checkpoint, data_dir, log):
-    """The tokenizer as a dict for the checkpoint, so that one file is enough to sample from."""
-    try:
-        described = (tokenizer or gpt2()).to_dict()
-    except UserError as error:
-        log.say(f"note: the checkpoint will hold no tokenizer: {error}")
-        return None
-    before = (checkpoint or {}).get("tokenizer")
-    if before is not None and from_dict(before).to_dict() != described:
-        raise UserError(
-            f"{data_dir} is tokenized otherwise than what the checkpoint was trained on; "
-            "prepare the data anew, or name another --dataset"
-        )
-    return described
 
 
 def make_folder(path):

@@ -1,5 +1,6 @@
 """What a person got wrong, told in one line."""
 
+import difflib
 import os
 import sys
 from contextlib import contextmanager
@@ -27,3 +28,9 @@ def one_line_errors():
         sys.exit(130)
     except BrokenPipeError:  # `python sample.py | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def nearest(word, known):
+    """`; did you mean …?` with the known word nearest to `word`, or nothing."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {match[0]}?" if match else ""

@@ -5,7 +5,6 @@ files of the hub leave the prefix `transformer.` out, and their linear layers ("
 weight as (inputs, outputs) where `nn.Linear` holds (outputs, inputs).
 """
 
-import difflib
 import json
 import pickle
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from brisk.errors import UserError
+from brisk.errors import UserError, nearest
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GELUS = {  # their name of an activation: our GPTConfig.gelu
@@ -43,9 +42,8 @@ def load_gpt2(name_or_directory):
     folder = Path(name_or_directory)
     from_hub = name_or_directory in GPT2_NAMES and not (folder / "config.json").exists()
     if not from_hub and not folder.is_dir():
-        match = difflib.get_close_matches(str(folder), GPT2_NAMES, n=1)
-        near = f"; did you mean {match[0]}?" if match else ""
         known = ", ".join(GPT2_NAMES)
+        near = nearest(str(folder), GPT2_NAMES)
         raise UserError(f"{folder} is no directory and none of {known}{near}")
 
     def find(file):

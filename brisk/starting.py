@@ -1,0 +1,74 @@
+"""Where a run starts: from scratch, or from a checkpoint with its settings and tokenizer."""
+
+import os
+from pathlib import Path
+
+from brisk.checkpoint import latest_checkpoint, load_checkpoint
+from brisk.errors import UserError, nearest
+from brisk.huggingface import GPT2_NAMES
+from brisk.tokenizer import from_dict, gpt2
+
+# What a resumed run does not take over from its checkpoint: it is of this start, or this machine.
+OF_THIS_START = {
+    "out_dir",
+    "init_from",
+    "eval_only",
+    "dry_run",
+    "backend",
+    "device",
+    "dtype",
+    "compile",
+}
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "bias")
+
+
+def starting_point(config):
+    """(checkpoint or None, whether to resume it) for `init_from`."""
+    known = ["scratch", "resume", "auto", *GPT2_NAMES]
+    start = config.init_from
+    if start not in known and not Path(start).exists():
+        hint = nearest(start, known) or f"; it takes {', '.join(known)}, a folder or a checkpoint"
+        raise UserError(f"--init_from={start}: no such thing{hint}")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if start == "auto" or restarted:
+        saved = any(Path(config.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
+        start = "resume" if saved else start
+    if start == "resume":
+        return load_checkpoint(latest_checkpoint(config.out_dir)), True
+    if Path(start).is_file():
+        return load_checkpoint(start), False
+    return None, False
+
+
+def take_over_settings(config, checkpoint, log):
+    """Give `config` the checkpoint's settings where none are given now."""
+    saved = checkpoint.get("config", {})
+    left = OF_THIS_START | config.given | ({"data_dir"} if "dataset" in config.given else set())
+    for key, value in saved.items():
+        if hasattr(config, key) and key not in left and type(value) is type(getattr(config, key)):
+            setattr(config, key, value)
+    stays = []
+    for key in (*MODEL_SHAPE, "block_size"):
+        kept, given = checkpoint["model_args"][key], getattr(config, key)
+        smaller = key == "block_size" and given < kept and key in config.given
+        if given != kept and not smaller:
+            stays += [f"{key}={kept}"] if key in config.given else []
+            setattr(config, key, kept)
+    if stays:
+        log.say(f"note: the checkpoint's {', '.join(stays)} stays, whatever is given")
+
+
+def describe_tokenizer(tokenizer, checkpoint, data_dir, log):
+    """The tokenizer as a dict for the checkpoint, so that one file is enough to sample from."""
+    try:
+        described = (tokenizer or gpt2()).to_dict()
+    except UserError as error:
+        log.say(f"note: the checkpoint will hold no tokenizer: {error}")
+        return None
+    before = (checkpoint or {}).get("tokenizer")
+    if before is not None and from_dict(before).to_dict() != described:
+        raise UserError(
+            f"{data_dir} is tokenized otherwise than what the checkpoint was trained on; "
+            "prepare the data anew, or name another --dataset"
+        )
+    return described
