@@ -45,8 +45,10 @@ def take_over_settings(config, checkpoint, log):
     saved = checkpoint.get("config", {})
     left = OF_THIS_START | config.given | ({"data_dir"} if "dataset" in config.given else set())
     for key, value in saved.items():
-        if hasattr(config, key) and key not in left and type(value) is type(getattr(config, key)):
-            setattr(config, key, value)
+        if hasattr(config, key) and key not in left:
+            kind = type(getattr(config, key))
+            if type(value) is kind or (kind is float and type(value) is int):
+                setattr(config, key, kind(value))
     stays = []
     for key in (*MODEL_SHAPE, "block_size"):
         kept, given = checkpoint["model_args"][key], getattr(config, key)
