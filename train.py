@@ -113,7 +113,8 @@ def main(config):
     # --- model
     torch.manual_seed(config.seed)
     model = build_model(config, checkpoint, vocabulary_rows(tokenizer))
-    config.block_size = model.config.block_size
+    for key in ("n_layer", "n_head", "n_embd", "bias", "block_size"):
+        setattr(config, key, getattr(model.config, key))
     log.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
 
     def open_tokens(split, seed):
@@ -170,7 +171,8 @@ def main(config):
         step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         position = checkpoint.get("position", step * global_batch)
         load_optimizer(optimizer, checkpoint["optimizer"], config.weight_decay, betas)
-        scaler.load_state_dict(checkpoint.get("scaler", {})) if scaler.is_enabled() else None
+        if scaler.is_enabled() and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
         if step > config.max_iters and not config.eval_only:
             log.say(f"the run is at its end: step {step} is past max_iters={config.max_iters}")
             return ranks.leave()

@@ -34,7 +34,12 @@ def starting_point(config):
         saved = any(Path(config.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
         start = "resume" if saved else start
     if start == "resume":
-        return load_checkpoint(latest_checkpoint(config.out_dir)), True
+        path = latest_checkpoint(config.out_dir)
+        checkpoint = load_checkpoint(path)
+        if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():
+            what = f"{path} has no {' and no '.join(sorted(missing))} to resume with"
+            raise UserError(f"{what}; start anew from its weights: --init_from={path}")
+        return checkpoint, True
     if Path(start).is_file():
         return load_checkpoint(start), False
     return None, False
@@ -43,7 +48,9 @@ def starting_point(config):
 def take_over_settings(config, checkpoint, log):
     """Give `config` the checkpoint's settings where none are given now."""
     saved = checkpoint.get("config", {})
-    left = OF_THIS_START | config.given | ({"data_dir"} if "dataset" in config.given else set())
+    left = OF_THIS_START | config.given
+    left |= {"data_dir"} if "dataset" in config.given else set()
+    left |= {"max_epochs"} if "max_iters" in config.given else set()
     for key, value in saved.items():
         if hasattr(config, key) and key not in left:
             kind = type(getattr(config, key))
