@@ -1,0 +1,94 @@
+"""`auto` chooses what works here, and says what does not."""
+
+import shutil
+
+import pytest
+import torch
+
+from brisk.device import Device, cpu_dtype, matmul_flops, open_device, resolve_compile
+from brisk.errors import UserError
+from brisk.memory import expected_memory, in_bytes, peak_memory
+from brisk.optim import learning_rate_at
+from model import GPT, Block, GPTConfig
+
+CPU = Device(torch.device("cpu"), "float32")
+SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64, dropout=0.1)
+
+
+def test_auto_on_a_machine_without_gpu_is_the_cpu_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    device = open_device()
+    assert (device.type, device.dtype_name) == ("cpu", "float32")
+    assert not device.scaler().is_enabled()
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"--device={name}"):
+        open_device(name)
+    with pytest.raises(UserError, match="no such device"):
+        open_device("gpu")
+
+
+def test_float16_scales_its_gradients():
+    assert open_device("cpu", "float16").scaler().is_enabled()
+
+
+def test_measuring_the_precision_leaves_the_random_state_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    block = Block(SMALL)
+    torch.set_rng_state(before)
+    assert cpu_dtype(block, (2, 32, 64)) in ("float32", "bfloat16")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in block.parameters())
+
+
+def test_compiling_that_cannot_work_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert resolve_compile(True, CPU) is False
+    assert "no C++ compiler" in capsys.readouterr().out
+    assert resolve_compile(False, CPU) is False and resolve_compile("auto", CPU) is False
+    assert capsys.readouterr().out == ""
+
+
+def test_the_ceiling_is_a_rate_a_processor_can_have():
+    assert 1e8 < matmul_flops(CPU, 256, 0.02) < 1e15
+
+
+def test_expected_memory_is_weights_and_what_the_batch_keeps():
+    two, four, eight = (expected_memory(lambda: GPT(SMALL), b, 32, CPU) for b in (2, 4, 8))
+    parameters = sum(p.numel() for p in GPT(SMALL).parameters())
+    row = (four - two) / 2
+    assert eight - four == pytest.approx(4 * row, rel=0.01)
+    assert two - 2 * row == pytest.approx(16 * parameters, rel=0.05)
+    assert row > 2 * 10 * 32 * 64 * 4  # two blocks that keep ten float32 tensors (T, n_embd) each
+
+
+def test_expected_memory_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    expected_memory(lambda: GPT(SMALL), 1, 32, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_memory_is_told_in_a_unit_that_fits():
+    assert in_bytes(40e6) == "40 MB" and in_bytes(3.44e9) == "3.4 GB"
+    assert peak_memory(CPU) is None or peak_memory(CPU) > 1e7
+
+
+def test_the_schedule_warms_up_decays_and_stays():
+    class Settings:
+        learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr = 1.0, 0.1, 9, 109, True
+
+    rates = [learning_rate_at(step, Settings) for step in range(120)]
+    assert rates[:9] == pytest.approx([(step + 1) / 10 for step in range(9)])
+    assert rates[9] == 1.0 and rates[59] == pytest.approx(0.55)
+    assert rates[9:110] == sorted(rates[9:110], reverse=True)
+    assert set(rates[109:]) == {0.1}
+    Settings.decay_lr = False
+    assert learning_rate_at(0, Settings) == learning_rate_at(500, Settings) == 1.0
+    Settings.decay_lr, Settings.warmup_iters, Settings.lr_decay_iters = True, 5, 5
+    assert learning_rate_at(5, Settings) == 0.1  # no decay to speak of, and no division by zero
