@@ -23,7 +23,7 @@ from brisk.device import cpu_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, to_device
 from brisk.memory import in_bytes, peak_memory
-from configurator import NonNegativeInt, PositiveInt, UnitFloat, configure
+from configurator import PositiveInt, Seed, UnitFloat, configure
 from model import GPT, GPTConfig
 
 
@@ -40,7 +40,7 @@ class BenchConfig:
     real_data: bool = True  # batches of data/<dataset> where it is prepared, else random ids
     dataset: str = "openwebtext"  # which
     steps: PositiveInt | Literal["auto"] = "auto"  # timed steps: 20, on a CPU 3
-    seed: NonNegativeInt = 1337  # of weights and data
+    seed: Seed = 1337  # of weights and data
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
     compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile

@@ -20,6 +20,7 @@ import ast
 import importlib
 import inspect
 import math
+import os
 import re
 import sys
 import traceback
@@ -35,6 +36,7 @@ PositiveInt = Annotated[int, (1, math.inf)]
 NonNegativeInt = Annotated[int, (0, math.inf)]
 NonNegativeFloat = Annotated[float, (0, math.inf)]
 UnitFloat = Annotated[float, (0, 1)]
+Seed = Annotated[int, (0, 2**63 - 1)]
 
 IN_SCOPE = {
     "os": "os",
@@ -73,7 +75,7 @@ def configure(Config, argv):
             if not equals:
                 raise UserError(f"--{key} needs a value, as in --{key}={getattr(config, key)}")
             set_key(key, parsed(text, types[key]), "on the command line")
-        elif "=" in argument and not Path(argument).exists():
+        elif "=" in argument and not os.path.exists(argument):
             raise UserError(f"'{argument}' should start with dashes: --{argument}")
         else:
             for key, value in run_config_file(argument, config, types).items():
@@ -136,7 +138,7 @@ def checked(value, kind, key, where):
         else:
             matches = isinstance(plain, option)
         if matches and option in (int, float):
-            matches = low <= plain <= high and math.isfinite(plain)
+            matches = low <= plain <= high and abs(plain) <= sys.float_info.max
         if matches:
             return plain if get_origin(option) is Literal else option(plain)
 
@@ -207,9 +209,17 @@ def keys_of_all_scripts():
 
 
 def assigned_names(source):
-    """Names that top-level code of `source` assigns, so that `x = x` counts as given."""
-    nodes = ast.walk(ast.parse(source))
-    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    """Names that the file itself assigns, so that `x = x` counts as given; what a function, a
+    class or a comprehension assigns is its own."""
+    scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    scopes += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    names, nodes = set(), [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        nodes += [child for child in ast.iter_child_nodes(node) if not isinstance(child, scopes)]
+    return names
 
 
 def as_dict(config):

@@ -29,6 +29,7 @@ from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    Seed,
     UnitFloat,
     configure,
 )
@@ -48,7 +49,7 @@ class SampleConfig:
     top_k: NonNegativeInt = 200  # draw among the k likeliest tokens; 0 means all
     top_p: UnitFloat = 1.0  # draw among the fewest tokens that reach this probability; 1 means all
     stop: str = ""  # a sample ends before this text, which is not shown; <|endoftext|> too
-    seed: int = 1337  # the same seed gives the same text
+    seed: Seed = 1337  # the same seed gives the same text
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
     compile: bool | Literal["auto"] = False  # compile the blocks: a slow start, then faster

@@ -31,6 +31,7 @@ from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    Seed,
     UnitFloat,
     as_dict,
     configure,
@@ -49,7 +50,7 @@ class TrainConfig:
     eval_only: bool = False  # evaluate once and stop; saves nothing
     always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
     dry_run: bool = False  # say what the run would do and stop
-    seed: NonNegativeInt = 1337  # of the weights, the order of the data, and dropout
+    seed: Seed = 1337  # of the weights, the order of the data, and dropout
     wandb_log: bool = False  # log to Weights & Biases
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its name for the run

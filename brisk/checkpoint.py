@@ -84,21 +84,28 @@ def read(path, mmap=False):
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = "it holds something other than tensors and plain values, or is damaged"
         raise UserError(f"{path} cannot be loaded: {reason}") from error
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+    parts = [checkpoint.get(key) for key in ("model", "model_args")] if is_dict(checkpoint) else []
+    if not parts or not all(map(is_dict, parts)):
         raise UserError(f"{path} is not a checkpoint of briskGPT or nanoGPT: no model in it")
     if missing := [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]:
         raise UserError(f"{path} is not a GPT checkpoint: it does not state {', '.join(missing)}")
     return checkpoint
 
 
+def is_dict(value):
+    return isinstance(value, dict)
+
+
 def verify(path):
     """Raise `UserError` unless the file at `path` is whole, by the checksum of every record."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # torch leaves both fields 0; set, they change how its reader takes a record
+            odd = [f.filename for f in archive.infolist() if f.flag_bits & 1 or f.external_attr]
+            damaged = odd[0] if odd else archive.testzip()
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
         raise UserError(f"{path} is damaged, or no checkpoint at all: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error

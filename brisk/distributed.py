@@ -50,7 +50,10 @@ class Ranks:
             raise UserError(f"--backend={backend}: {str(error).splitlines()[0]}") from error
 
     def leave(self):
+        """End the process group, all processes together: one that goes first takes gloo's
+        connections away from under the others."""
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
     def wait(self):

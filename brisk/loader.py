@@ -72,7 +72,7 @@ class TokenFile:
         T = self.block_size
         if self.starts is None:
             slack = len(self.tokens) - 1 - self.rows * T  # tokens that no row of a grid reaches
-            offsets = [hash64(self.seed + 1, int(e)) % (min(T - 1, slack) + 1) for e in epochs]
+            offsets = [hash64(self.seed + 1, int(e)) % (slack + 1) for e in epochs]
             first = rows * T + np.array(offsets, dtype=np.int64)
             window = self.tokens[first[:, None] + np.arange(T + 1)].astype(np.int64)
             x, y = window[:, :-1], window[:, 1:]
@@ -81,7 +81,8 @@ class TokenFile:
             at = first + np.arange(T)
             y = np.where(at < end, self.tokens[np.minimum(at, end - 1)].astype(np.int64), -1)
             x = np.concatenate([np.full((count, 1), self.eot), np.maximum(y[:, :-1], 0)], axis=1)
-        self.check(y, f" (rows {position} to {position + count - 1})")
+        for ids in (x, y):
+            self.check(ids, f" (rows {position} to {position + count - 1})")
         return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
 
     def targets(self, position, count):
@@ -109,7 +110,7 @@ def find_data_dir(data_dir, dataset):
         folder = Path(__file__).parent.parent / folder  # started from another directory
     missing = [name for name in ("train.bin", "val.bin") if not (folder / name).exists()]
     if missing:
-        made = f"make it with: python {Path('data', dataset, 'prepare.py')}"
+        made = f"make it with: python {folder / 'prepare.py'}"
         known = sorted(path.parent.name for path in folder.parent.glob("*/prepare.py"))
         if not (folder / "prepare.py").exists():
             made = f"data sets that can be made here: {', '.join(known) or 'none'}"

@@ -19,10 +19,9 @@ def adamw(named_parameters, weight_decay, learning_rate, betas, device_type):
 
 def load_optimizer(optimizer, state, weight_decay, betas):
     """Load a saved `state`, but let the hyper-parameters given now win over the saved ones."""
-    fused = [group["fused"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, is_fused in zip(optimizer.param_groups, fused, strict=True):
-        group.update(betas=betas, fused=is_fused, foreach=None)
+    fused = {"fused": optimizer.param_groups[0]["fused"], "foreach": None}  # of this machine
+    groups = [{**group, **fused, "betas": betas} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 

@@ -1,0 +1,191 @@
+"""What the tests share: the way to the code, a small text made into a data set, tiny runs."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # for models this small more threads are slower, much so side by side
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
+
+from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
+from brisk.corpus import write_dataset  # noqa: E402
+from brisk.tokenizer import CharTokenizer  # noqa: E402
+
+# Shakespeare, sonnets 18 and 116.
+TEXT = """Shall I compare thee to a summer's day?
+Thou art more lovely and more temperate:
+Rough winds do shake the darling buds of May,
+And summer's lease hath all too short a date;
+Sometime too hot the eye of heaven shines,
+And often is his gold complexion dimm'd;
+And every fair from fair sometime declines,
+By chance or nature's changing course untrimm'd;
+But thy eternal summer shall not fade,
+Nor lose possession of that fair thou ow'st;
+Nor shall death brag thou wander'st in his shade,
+When in eternal lines to time thou grow'st:
+So long as men can breathe or eyes can see,
+So long lives this, and this gives life to thee.
+
+Let me not to the marriage of true minds
+Admit impediments. Love is not love
+Which alters when it alteration finds,
+Or bends with the remover to remove:
+O no! it is an ever-fixed mark
+That looks on tempests and is never shaken;
+It is the star to every wandering bark,
+Whose worth's unknown, although his height be taken.
+Love's not Time's fool, though rosy lips and cheeks
+Within his bending sickle's compass come:
+Love alters not with his brief hours and weeks,
+But bears it out even to the edge of doom.
+If this be error and upon me proved,
+I never writ, nor no man ever loved.
+"""
+
+# A run of eight steps that learns something, in half a second; the last step's number is 7.
+TINY = {
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": False,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "eval_interval": 4,
+    "eval_iters": 2,
+    "max_iters": 7,
+    "lr_decay_iters": 7,
+    "warmup_iters": 2,
+    "learning_rate": 1e-2,
+    "min_lr": 1e-3,
+}
+
+
+@dataclass
+class Run:
+    """What a run left behind."""
+
+    out_dir: Path
+    console: str
+
+    @property
+    def metrics(self):
+        lines = (self.out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def series(self, key):
+        """`metrics.jsonl` as {step: value of key}, of the lines that have it."""
+        return {line["step"]: line[key] for line in self.metrics if key in line}
+
+    def checkpoint(self, name="last.pt"):
+        return load_checkpoint(self.out_dir / name)
+
+
+@pytest.fixture(scope="session")
+def text():
+    return TEXT
+
+
+@pytest.fixture(scope="session")
+def char_data(tmp_path_factory):
+    """A prepared set of characters, 1,200 tokens and some: train.bin, val.bin, meta.json and
+    meta.pkl, in a folder `data/sonnets`."""
+    folder = tmp_path_factory.mktemp("root") / "data" / "sonnets"
+    tokenizer = CharTokenizer(sorted(set(TEXT)))
+    splits = {"train": [TEXT[:-200]], "val": [TEXT[-200:]]}
+    write_dataset(folder, tokenizer, splits, "sonnets")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lines_data(tmp_path_factory):
+    """The words and lines of the text as documents of unlike length, end-of-text after each."""
+    folder = tmp_path_factory.mktemp("lines")
+    tokenizer = CharTokenizer(sorted(set(TEXT)), eot=True)
+    splits = {"train": TEXT.split() + TEXT.splitlines(), "val": TEXT.splitlines()}
+    write_dataset(folder, tokenizer, splits, "sonnets", end_documents=True)
+    return folder
+
+
+@pytest.fixture
+def settings(char_data):
+    """The command line of a tiny run, with the given settings changed or added."""
+
+    def argv(out_dir, **changes):
+        tiny = {**TINY, "data_dir": char_data, "out_dir": out_dir, **changes}
+        return [f"--{key}={value}" for key, value in tiny.items() if value is not None]
+
+    return argv
+
+
+@pytest.fixture
+def resumed_settings(settings):
+    """The command line that goes on with a run: what the checkpoint does not say, and changes."""
+
+    def argv(out_dir, init_from="resume", **changes):
+        machine = {"device": "cpu", "compile": False}
+        given = {"init_from": init_from, "out_dir": out_dir, **machine, **changes}
+        return [f"--{key}={value}" for key, value in given.items()]
+
+    return argv
+
+
+@pytest.fixture
+def main(capsys):
+    """Run train.py's main in this process on a command line (a list); a `Run`."""
+    import train
+    from configurator import configure
+
+    def main(argv):
+        config = configure(train.TrainConfig, argv)
+        capsys.readouterr()
+        train.main(config)
+        return Run(Path(config.out_dir), capsys.readouterr().out)
+
+    return main
+
+
+@pytest.fixture
+def train_tiny(main, settings):
+    """A tiny run, from scratch unless told otherwise."""
+    return lambda out_dir, **changes: main(settings(out_dir, **changes))
+
+
+@pytest.fixture
+def resume(main, resumed_settings):
+    """Go on with a run in this process, with nothing given but `changes`."""
+    return lambda out_dir, **changes: main(resumed_settings(out_dir, **changes))
+
+
+def run_script(script, *argv, cwd=None, env=None, launcher=(), root=ROOT):
+    """Run a script of ours in a process of its own; a `subprocess.CompletedProcess` with text."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BRISK_DATA")}
+    clean |= {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, *launcher, str(Path(root, script)), *map(str, argv)]
+    return subprocess.run(
+        command, cwd=cwd, env=clean, capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
+
+
+@pytest.fixture(scope="session")
+def script():
+    """`script("train.py", *argv, cwd=…, env=…)`: run it as a person would."""
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """`torchrun("train.py", *argv)`: the same in two processes on this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return lambda name, *argv, **more: run_script(name, *argv, launcher=launcher, **more)

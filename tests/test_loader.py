@@ -1,0 +1,295 @@
+"""Batches: every row once an epoch, each a pure function of (seed, position)."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brisk import loader
+from brisk.errors import UserError
+from brisk.loader import TokenFile, find_data_dir, hash64, shuffled
+
+EOT = 99
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write token ids to a file; its path."""
+
+    def write(ids, dtype="<u2", name="train.bin"):
+        np.asarray(ids).astype(dtype).tofile(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def counting(write):
+    """A file that counts 0, 1, 2, …, so that a window says where it was taken."""
+    return lambda n=1000, block_size=8, **more: TokenFile(write(range(n)), block_size, n, **more)
+
+
+def firsts(data, position, count):
+    x, _ = data.batch(position, count)
+    return x[:, 0].numpy()
+
+
+# ----------------------------------------------------------------------------- windows
+
+
+def test_targets_are_the_inputs_moved_by_one(counting):
+    x, y = counting(block_size=8).batch(0, 5)
+    assert x.shape == y.shape == (5, 8) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x, x[:, :1] + torch.arange(8))  # a stretch of the file as it stands
+
+
+@pytest.mark.parametrize("n, block_size", [(1000, 8), (999, 8), (97, 10), (33, 16), (21, 10)])
+def test_an_epoch_visits_every_row_of_a_grid_once(counting, n, block_size):
+    data = counting(n, block_size)
+    for epoch in range(5):
+        starts = np.sort(firsts(data, epoch * data.rows, data.rows))
+        assert (np.diff(starts) == block_size).all()  # side by side: none twice, none left out
+        assert starts[-1] + block_size < n  # and each has its last target
+    # All but the two windows that the offset needs are visited.
+    assert data.rows >= n // block_size - 1
+
+
+def test_epochs_differ_in_order_and_in_offset(counting):
+    data = counting(1000, 8)
+    epochs = [firsts(data, epoch * data.rows, data.rows) for epoch in range(12)]
+    offsets = {int(epoch.min()) for epoch in epochs}
+    assert offsets <= set(range(8)) and len(offsets) > 3
+    orders = {tuple((epoch - epoch.min()) // 8) for epoch in epochs}
+    assert len(orders) == 12
+    assert not any((np.diff(order) > 0).all() for order in orders)  # shuffled, not in sequence
+
+
+def test_the_moving_offset_makes_every_token_a_target(counting):
+    """Whatever stands in front of a row in one epoch is inside one in another; up to a row at
+    the end of the file may be left out."""
+    data = counting(100, 8)
+    seen = {int(t) for e in range(60) for t in data.batch(e * data.rows, data.rows)[1].flatten()}
+    assert seen >= set(range(1, 100 - 8))
+
+
+@given(
+    position=st.integers(0, 10**12),
+    count=st.integers(2, 40),
+    cut=st.floats(0, 1),
+    seed=st.integers(0, 2**40),
+)
+def test_a_batch_does_not_depend_on_how_it_is_split(tmp_path_factory, position, count, cut, seed):
+    path = tmp_path_factory.getbasetemp() / "split.bin"
+    if not path.exists():
+        np.arange(300, dtype="<u2").tofile(path)
+    whole = TokenFile(path, 8, 300, seed=seed).batch(position, count)
+    other = TokenFile(path, 8, 300, seed=seed)  # another process, which began elsewhere
+    at = 1 + int(cut * (count - 2))
+    parts = other.batch(position + at, count - at), other.batch(position, at)
+    for i in (0, 1):
+        assert torch.equal(whole[i], torch.cat([parts[1][i], parts[0][i]]))
+
+
+def test_the_seed_picks_the_order(counting):
+    one, same, other = (counting(1000, 8, seed=seed) for seed in (1, 1, 2))
+    assert (firsts(one, 0, 50) == firsts(same, 0, 50)).all()
+    assert (firsts(one, 0, 50) != firsts(other, 0, 50)).any()
+
+
+def test_a_batch_may_be_larger_than_an_epoch(counting):
+    data = counting(25, 8)
+    x, _ = data.batch(0, 5 * data.rows)
+    assert len(x) == 5 * data.rows
+
+
+def test_a_file_of_one_window(counting):
+    data = counting(9, 8)
+    assert data.rows == 1
+    assert firsts(data, 0, 3).tolist() == [0, 0, 0]
+
+
+def test_uint32(write):
+    ids = np.arange(70000, 70100)
+    data = TokenFile(write(ids, "<u4"), 8, 70100, dtype="uint32")
+    x, y = data.batch(0, 4)
+    assert x.min() >= 70000 and torch.equal(y, x + 1)
+
+
+# ----------------------------------------------------------------------------- documents
+
+DOCUMENTS = [[1], [2, 3, 4], [], [5, 6, 7, 8, 9, 10, 11, 12], [13, 14]]
+
+
+@pytest.fixture
+def documents(write):
+    ids = [token for document in DOCUMENTS for token in (*document, EOT)]
+    return TokenFile(write(ids), 5, 100, rows="documents", eot=EOT)
+
+
+def test_a_row_is_one_document_from_its_start(documents):
+    assert documents.rows == 4  # the empty one teaches nothing
+    x, y = documents.batch(0, 4)
+    found = {}
+    for row, targets in zip(x.tolist(), y.tolist(), strict=True):
+        assert row[0] == EOT
+        found[targets[0]] = targets
+        # what the model reads is what it was to say before, as far as there is a target
+        for read, said in zip(row[1:], targets, strict=False):
+            assert read == said or said == -1
+    assert found == {
+        1: [1, EOT, -1, -1, -1],
+        2: [2, 3, 4, EOT, -1],
+        5: [5, 6, 7, 8, 9],  # longer than block_size: its beginning
+        13: [13, 14, EOT, -1, -1],
+    }
+    assert x.min() >= 0  # no -1 reaches the embedding
+
+
+def test_documents_each_once_an_epoch_in_another_order(documents):
+    orders = set()
+    for epoch in range(8):
+        _, y = documents.batch(epoch * 4, 4)
+        orders.add(tuple(y[:, 0].tolist()))
+    assert {tuple(sorted(order)) for order in orders} == {(1, 2, 5, 13)}
+    assert len(orders) > 1
+
+
+@given(position=st.integers(0, 1000), count=st.integers(1, 30))
+def test_targets_counts_the_targets(tmp_path_factory, position, count):
+    path = tmp_path_factory.getbasetemp() / "documents.bin"
+    if not path.exists():
+        ids = [token for document in DOCUMENTS for token in (*document, EOT)]
+        np.array(ids, dtype="<u2").tofile(path)
+    for rows in ("documents", "windows"):
+        data = TokenFile(path, 5, 100, rows=rows, eot=EOT)
+        _, y = data.batch(position, count)
+        assert data.targets(position, count) == int((y >= 0).sum())
+
+
+def test_an_unfinished_last_document_is_no_row(write):
+    data = TokenFile(write([1, 2, EOT, 3, 4, 5, 6]), 4, 100, rows="documents", eot=EOT)
+    assert data.rows == 1
+    assert data.batch(0, 1)[1].tolist() == [[1, 2, EOT, -1]]
+
+
+def test_documents_need_an_end_of_text(write):
+    path = write(range(50))
+    with pytest.raises(UserError, match="end-of-text"):
+        TokenFile(path, 8, 100, rows="documents", eot=None)
+    with pytest.raises(UserError, match="no document"):
+        TokenFile(path, 8, 100, rows="documents", eot=EOT)
+
+
+# ----------------------------------------------------------------------------- mistakes
+
+
+def test_too_short_a_file(write):
+    with pytest.raises(UserError, match=r"train\.bin.*8 tokens.*block_size=8"):
+        TokenFile(write(range(8)), 8, 100)
+    with pytest.raises(UserError, match="block_size"):
+        TokenFile(write([]), 8, 100)
+
+
+def test_a_file_cut_in_the_middle_of_an_id(write):
+    path = write(range(100))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cut short"):
+        TokenFile(path, 8, 100)
+
+
+def test_ids_beyond_the_vocabulary(write):
+    with pytest.raises(UserError, match=r"train\.bin.*500.*99"):
+        TokenFile(write([1] * 40 + [500] + [1] * 40), 8, 100)
+
+
+@pytest.mark.parametrize("bad", range(20, 28))
+def test_ids_beyond_the_vocabulary_far_into_a_file(write, monkeypatch, bad):
+    """What the look at the beginning of a large file does not reach is found in the batch, in
+    whatever column of a row it stands."""
+    monkeypatch.setattr(loader, "SCAN", 4)
+    ids = [1] * 60
+    ids[bad] = 500
+    data = TokenFile(write(ids), 8, 100)
+    for row in range(data.rows):
+        window = None
+        try:
+            window = data.batch(row, 1)
+        except UserError as error:
+            assert "500" in str(error)
+        if window is not None:
+            assert max(t.max() for t in window) < 100
+
+
+@pytest.mark.parametrize("missing", [("train.bin", "val.bin"), ("val.bin",)])
+def test_a_missing_data_set_names_its_command(tmp_path, monkeypatch, missing):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "sonnets"
+    folder.mkdir(parents=True)
+    (folder / "prepare.py").touch()
+    for name in {"train.bin", "val.bin"} - set(missing):
+        (folder / name).touch()
+    with pytest.raises(UserError) as caught:
+        find_data_dir("", "sonnets")
+    assert all(name in str(caught.value) for name in missing)
+    assert "python data/sonnets/prepare.py" in str(caught.value)
+
+
+def test_a_missing_data_set_given_by_its_folder(tmp_path):
+    """The command is that of the folder, not that of the default `dataset`."""
+    folder = tmp_path / "sonnets"
+    folder.mkdir()
+    (folder / "prepare.py").touch()
+    with pytest.raises(UserError) as caught:
+        find_data_dir(str(folder), "openwebtext")
+    assert f"python {folder / 'prepare.py'}" in str(caught.value)
+
+
+def test_a_data_set_that_nobody_can_make_names_those_that_can_be_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        find_data_dir("", "shakespear_char")
+    assert "shakespeare_char" in str(caught.value)
+
+
+def test_data_are_found_from_the_folder_one_works_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "mine"
+    folder.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        (folder / name).touch()
+    assert find_data_dir("", "mine").resolve() == folder
+    assert find_data_dir(str(folder), "openwebtext") == folder
+
+
+# ----------------------------------------------------------------------------- the shuffle
+
+
+@given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_shuffled_is_a_permutation(n, key):
+    assert sorted(shuffled(np.arange(n), n, key)) == list(range(n))
+
+
+@given(n=st.integers(1, 2**62), key=st.integers(0, 2**64 - 1), data=st.data())
+def test_shuffled_stays_in_range_and_never_collides_however_large(n, key, data):
+    ranks = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20, unique=True))
+    found = shuffled(np.array(ranks, dtype=np.int64), n, key)
+    assert len(set(found.tolist())) == len(ranks)
+    assert found.min() >= 0 and found.max() < n
+
+
+def test_shuffled_spreads():
+    """Neighbours land anywhere: ranks and places are uncorrelated, and no key is like another."""
+    n = 4096
+    for key in range(20):
+        order = shuffled(np.arange(n), n, hash64(7, key))
+        assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.08  # five standard deviations
+        assert (order == shuffled(np.arange(n), n, hash64(7, key + 1))).sum() < 12
+
+
+def test_the_numbers_of_the_shuffle_never_change():
+    """A checkpoint of today goes on tomorrow with the same data, whatever libraries there are."""
+    assert hash64(0) == 0xE220A8397B1DCDAF  # SplitMix64's first number for the seed 0
+    assert hash64(1337, 5, 2) == 3954968150649167876
+    assert shuffled(np.arange(10), 10, 1337).tolist() == [1, 8, 5, 4, 6, 7, 3, 2, 0, 9]

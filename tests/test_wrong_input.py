@@ -1,0 +1,148 @@
+"""What a person can get wrong ends in one line on standard error and exit status 2.
+
+Each mistake is made in a process of its own, as a person makes it.
+"""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from brisk.distributed import Ranks
+from brisk.errors import UserError, one_line_errors
+
+HERE = "HERE"  # stands for the folder the mistake is made in
+NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_HOME": "HERE/empty", "CUDA_VISIBLE_DEVICES": ""}
+
+# name: (arguments after the tiny run's settings, words that the line must hold)
+MISTAKES = {
+    "unknown key": (["--weather=fine"], ["--weather"]),
+    "misspelt key": (["--batch-sise=3"], ["did you mean batch_size?"]),
+    "misspelt value": (["--dtype=bfloat61"], ["dtype", "did you mean bfloat16?"]),
+    "seed past all bounds": (["--seed=" + "9" * 40], ["seed"]),
+    "bad key in a config file": (["HERE/bad_key.py"], ["bad_key.py", "did you mean n_layer?"]),
+    "config file that fails": (["HERE/fails.py"], ["fails.py, line 2", "ZeroDivisionError"]),
+    "no data set": (
+        ["--data_dir=", "--dataset=unmade"],
+        ["train.bin", "python data/unmade/prepare.py"],
+    ),
+    "misspelt data set": (
+        ["--data_dir=", "--dataset=shakespear"],
+        ["shakespear", "shakespeare_char"],
+    ),
+    "nothing to resume": (["--init_from=resume", "--out_dir=HERE/none"], ["HERE/none"]),
+    "text as a checkpoint": (["--init_from=HERE/letter.pt"], ["letter.pt"]),
+    "other weights as a checkpoint": (["--init_from=HERE/other.pt"], ["other.pt"]),
+    "damaged checkpoint": (
+        ["--init_from=resume", "--out_dir=HERE/damaged"],
+        ["HERE/damaged", "damaged"],
+    ),
+    "misspelt init_from": (["--init_from=resum"], ["init_from=resum", "did you mean resume?"]),
+    "no network": (["--init_from=gpt2"], ["gpt2", "network"]),
+    "ids beyond the vocabulary": (["--data_dir=HERE/beyond"], ["train.bin", "9999"]),
+    "val.bin too short": (["--data_dir=HERE/short"], ["val.bin", "block_size"]),
+    "head that does not divide": (["--n_embd=10", "--n_head=3"], ["n_embd=10", "n_head=3"]),
+    "no end of text": (["--rows=documents"], ["rows=documents", "end-of-text"]),
+    "longer context than there is": (
+        ["--init_from=HERE/whole.pt", "--block_size=32"],
+        ["block_size=32", "16"],
+    ),
+    "folder that is a file": (["--out_dir=HERE/letter.pt"], ["out_dir", "letter.pt"]),
+    "no such device": (["--device=gpu"], ["--device=gpu"]),
+    "no GPU": (["--device=cuda"], ["--device=cuda", "--device out"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(char_data, tmp_path_factory):
+    """Where the mistakes are made: with a data set that nobody has made yet, and bad files."""
+    from conftest import TINY
+
+    import train
+    from configurator import configure
+
+    here = tmp_path_factory.mktemp("mistakes")
+    (here / "data" / "unmade").mkdir(parents=True)
+    (here / "data" / "unmade" / "prepare.py").touch()
+    (here / "bad_key.py").write_text("n_layers = 4\n")
+    (here / "fails.py").write_text("batch_size = 4\nmin_lr = 1 / 0\n")
+    (here / "letter.pt").write_text("Dear model,\n")
+    torch.save({"layer.weight": torch.zeros(3)}, here / "other.pt")
+    for name in ("beyond", "short"):  # as nanoGPT makes them, without a meta.json
+        shutil.copytree(char_data, here / name, ignore=shutil.ignore_patterns("meta.json"))
+    ids = np.fromfile(here / "beyond" / "train.bin", dtype="<u2")
+    ids[500] = 9999
+    ids.tofile(here / "beyond" / "train.bin")
+    ids[:16].tofile(here / "short" / "val.bin")
+    out = here / "damaged"
+    given = {**TINY, "data_dir": char_data, "out_dir": out, "max_iters": 0}
+    train.main(configure(train.TrainConfig, [f"--{k}={v}" for k, v in given.items()]))
+    shutil.copyfile(out / "last.pt", here / "whole.pt")
+    contents = bytearray((out / "last.pt").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    for name in ("last.pt", "ckpt.pt"):
+        (out / name).write_bytes(contents)
+    return here
+
+
+@pytest.fixture(scope="module")
+def results(folder, char_data, script):
+    """All the mistakes made, two at a time: name → the finished process."""
+    from conftest import TINY
+
+    def make(name):
+        arguments = [a.replace(HERE, str(folder)) for a in MISTAKES[name][0]]
+        given = {**TINY, "data_dir": char_data, "out_dir": folder / "out"}
+        settings = [f"--{key}={value}" for key, value in given.items()]
+        env = {key: value.replace(HERE, str(folder)) for key, value in NO_NETWORK.items()}
+        return script("train.py", *settings, *arguments, cwd=folder, env=env)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MISTAKES, pool.map(make, MISTAKES), strict=True))
+
+
+def assert_one_line(result, words):
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert "Traceback" not in result.stdout
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(results, folder, name):
+    assert_one_line(results[name], [word.replace(HERE, str(folder)) for word in MISTAKES[name][1]])
+
+
+def test_no_mistake_leaves_a_run_behind(results, folder):
+    assert not (folder / "out").exists() and not (folder / "none").exists()
+
+
+@pytest.mark.parametrize("steps, batch_size, world_size, near", [(5, 3, 2, 4), (1, 1, 8, 8)])
+def test_a_batch_that_cannot_be_shared(steps, batch_size, world_size, near):
+    with pytest.raises(UserError) as caught:
+        Ranks(0, 0, world_size).share(steps, batch_size)
+    assert f"--gradient_accumulation_steps={near} " in str(caught.value)
+    assert f"{world_size} processes" in str(caught.value)
+
+
+def test_an_error_of_many_lines_becomes_one(capsys):
+    with pytest.raises(SystemExit) as left, one_line_errors():
+        raise UserError("first\n  second\nthird")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: first second third\n"
+
+
+def test_a_programmers_mistake_keeps_its_traceback():
+    with pytest.raises(ValueError, match="shape"), one_line_errors():
+        raise ValueError("shape")
+
+
+def test_under_torchrun_one_process_of_a_machine_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit), one_line_errors():
+        raise UserError("told once is enough")
+    assert capsys.readouterr().err == ""
