@@ -157,10 +157,18 @@ def test_openwebtext_takes_a_folder_of_texts(prepare, tmp_path, encode_ordinary)
     assert set(read.split(EOT)[:-1]) == texts
 
 
+def test_a_single_document_is_split_in_itself(prepare, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "one.txt").write_text("to be or not to be " * 100)
+    prepare("openwebtext", f"--source={tmp_path / 'one.txt'}", f"--data_dir={tmp_path}")
+    train, val = decoded(tmp_path, "train"), decoded(tmp_path, "val")
+    assert train.replace(EOT, "") + val.replace(EOT, "") == "to be or not to be " * 100
+    assert len(val) < len(train) / 8
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("one.jsonl", '{"text": "alone"}\n', "needs two documents"),
         ("names.jsonl", '{"body": "a"}\n{"body": "b"}\n', "column named text"),
         ("broken.jsonl", '{"text": \n', "JSON parse error"),
         ("pages.doc", "?", "files of one kind"),
