@@ -8,6 +8,7 @@ On two nodes, on each:   torchrun --nnodes=2 --node_rank=<0 or 1> --master_addr=
 What a run would do:     python train.py config/train_gpt2.py --dry_run=True
 """
 
+import math
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, find_data_dir, hash64, to_device
 from brisk.memory import expected_memory, in_bytes, peak_memory
 from brisk.optim import learning_rate_at, load_optimizer
-from brisk.runlog import Forecast, RunLog, duration
+from brisk.runlog import Forecast, RunLog
 from brisk.starting import describe_tokenizer, starting_point, take_over_settings
 from configurator import (
     NonNegativeFloat,
@@ -125,7 +126,7 @@ def main(config):
         return TokenFile(path, config.block_size, vocab_size, dtype, seed, config.rows, eot)
 
     train_data = open_tokens("train", config.seed)
-    eval_data = {split: open_tokens(split, seed=0) for split in ("train", "val")}  # same in any run
+    eval_data = [open_tokens(split, seed=0) for split in ("train", "val")]  # the same in any run
 
     # --- the global batch, and this process's micro-batches of it
     share = ranks.share(config.gradient_accumulation_steps, config.batch_size)
@@ -197,43 +198,11 @@ def main(config):
     peak_flops *= ranks.world_size
     log.say(f"mfu is a share of {peak_flops / 1e12:.3g} TFLOP/s, {peak_name}")
 
-    evaluations = (config.max_iters - step) // config.eval_interval + 2
-    batches = 2 * config.eval_iters / ranks.world_size  # of this process, in an evaluation
-    eval_forecast, step_forecast = Forecast(), Forecast()
-
-    def remaining(micro_batch_seconds):
-        steps_left = 1 + config.max_iters - step
-        evaluating = 0 if config.eval_only else evaluations
-        return steps_left * len(share) * micro_batch_seconds + evaluating * batches * (
-            eval_forecast.best
-        )
-
-    @torch.no_grad()
-    def evaluate():
-        """Mean loss in nats a token over the same `eval_iters` batches of each split every time."""
-        model.eval()
-        losses = {}
-        for split, data in eval_data.items():
-            total = torch.zeros(2, dtype=torch.float64)  # summed nats, tokens
-            for k in range(ranks.rank, config.eval_iters, ranks.world_size):
-                began = time.perf_counter()
-                x, y = data.batch(k * config.batch_size, config.batch_size)
-                n_targets = data.targets(k * config.batch_size, config.batch_size)
-                with device.autocast():
-                    _, loss = model(*to_device((x, y), device), return_logits=False)
-                total += torch.tensor([loss.item() * n_targets, n_targets], dtype=torch.float64)
-                if eval_forecast.ready(time.perf_counter() - began):
-                    text = f"an evaluation takes about {duration(batches * eval_forecast.best)}"
-                    if not config.eval_only:  # a backward pass costs about two forward passes
-                        guess = duration(remaining(3 * eval_forecast.best))
-                        text += f", the whole run at a first guess {guess}"
-                    log.say(text)
-            total = ranks.sum(
-                total.to(device.device, torch.float32 if device.type == "mps" else None)
-            )
-            losses[split] = (total[0] / total[1]).item()
-        model.train()
-        return losses
+    steps_left = config.max_iters + 1 - step
+    evaluations = 1 if config.eval_only else steps_left // config.eval_interval + 2
+    eval_batches = math.ceil(2 * config.eval_iters / ranks.world_size)
+    steps_left = 0 if config.eval_only else steps_left
+    forecast = Forecast(log.say, steps_left, len(share), evaluations, eval_batches)
 
     def save(step, is_best):
         """`last.pt` always; `ckpt.pt` too where this is the best so far, or always."""
@@ -259,11 +228,15 @@ def main(config):
         finished = step > config.max_iters
 
         if step % config.eval_interval == 0 or step == first_step or finished:
-            losses = evaluate()
-            record = {"train_loss": losses["train"], "val_loss": losses["val"]}
+            model.eval()
+            train_loss, val_loss = (
+                estimate_loss(model, data, config, ranks, device, forecast) for data in eval_data
+            )
+            model.train()
+            record = {"train_loss": train_loss, "val_loss": val_loss}
             log.evaluation(step, record | {"tokens": position * config.block_size})
-            is_best = losses["val"] < best_val_loss
-            best_val_loss = min(best_val_loss, losses["val"])
+            is_best = val_loss < best_val_loss
+            best_val_loss = min(best_val_loss, val_loss)
             if step > first_step and ranks.is_main:
                 log.say(f"saving checkpoint to {config.out_dir}")
                 save(step, is_best)
@@ -289,12 +262,9 @@ def main(config):
                 _, loss = trained(*batch, return_logits=False)
             step_loss += loss.detach() * weight
             scaler.scale(loss * (weight * ranks.world_size)).backward()
-            if not step_forecast.said:
+            if not forecast.is_complete:
                 device.synchronize()
-                if step_forecast.ready(time.perf_counter() - began):
-                    step_time = duration(len(share) * step_forecast.best)
-                    left = duration(remaining(step_forecast.best))
-                    log.say(f"a step takes about {step_time}, the whole run about {left}")
+                forecast.micro_batch(time.perf_counter() - began)
         position += global_batch
 
         scaler.unscale_(optimizer)
@@ -332,6 +302,26 @@ def main(config):
         log.say(f"{config.out_dir} has ckpt.pt, last.pt and metrics.jsonl; read what it writes:")
         log.say(f"  python sample.py --out_dir={config.out_dir}")
     ranks.leave()
+
+
+@torch.no_grad()
+def estimate_loss(model, data, config, ranks, device, forecast):
+    """Mean loss in nats a token over the same `eval_iters` batches of `data` every time."""
+    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    nats, tokens = torch.zeros(2, dtype=precise, device=device.device).unbind()
+    for k in range(ranks.rank, config.eval_iters, ranks.world_size):
+        began = time.perf_counter()
+        position = k * config.batch_size
+        batch = to_device(data.batch(position, config.batch_size), device)
+        targets = data.targets(position, config.batch_size)
+        with device.autocast():
+            _, loss = model(*batch, return_logits=False)
+        nats += loss * targets
+        tokens += targets
+        if not forecast.is_complete:
+            device.synchronize()
+            forecast.evaluation_batch(time.perf_counter() - began)
+    return (ranks.sum(nats) / ranks.sum(tokens)).item()
 
 
 def vocabulary_rows(tokenizer):

@@ -142,23 +142,59 @@ def open_wandb(project, name, settings, out_dir, say):
 
 
 class Forecast:
-    """Says how long a run will take as soon as a few timings allow it.
+    """Says how long a run will take, as soon as a few timings allow it and before the waiting.
 
     The first timing of a kind is slow (kernels are chosen, memory is touched), so it speaks after
-    the third, or at once where one alone takes longer than `patience` seconds.
+    the third, or at once where one alone takes longer than `PATIENCE` seconds.
     """
 
-    def __init__(self, patience=10.0):
-        self.patience = patience
-        self.best, self.timings, self.said = float("inf"), 0, False
+    PATIENCE = 10.0
 
-    def ready(self, seconds):
-        """Take a timing; True once, when `best` is worth telling."""
-        self.best = min(self.best, seconds)
-        self.timings += 1
-        if self.said or (self.timings < 3 and seconds < self.patience):
+    def __init__(self, say, steps, micro_batches, evaluations, eval_batches):
+        """`steps` of `micro_batches` each and `evaluations` of `eval_batches` are to come."""
+        self.say, self.steps, self.micro_batches = say, steps, micro_batches
+        self.eval_batches, self.all_eval_batches = eval_batches, evaluations * eval_batches
+        self.timings = {"evaluation": [], "micro-batch": []}
+        self.told = set()
+
+    @property
+    def is_complete(self):
+        """Whether all is said, so that nobody need wait for the device to take a timing."""
+        return "micro-batch" in self.told or ("evaluation" in self.told and not self.steps)
+
+    def evaluation_batch(self, seconds):
+        """A batch of an evaluation took `seconds`."""
+        if self._ready("evaluation", seconds):
+            text = f"an evaluation takes about {duration(self.eval_batches * self._evaluation())}"
+            if self.steps:  # a backward pass costs about two forward passes
+                guess = duration(self._whole_run(3 * self._evaluation()))
+                text += f", the whole run at a first guess {guess}"
+            self.say(text)
+
+    def micro_batch(self, seconds):
+        """The forward and backward pass of a micro-batch took `seconds`."""
+        if self._ready("micro-batch", seconds):
+            one = min(self.timings["micro-batch"])
+            whole, number = self._whole_run(one), self.micro_batches
+            text = f"a step takes about {duration(number * one)}, the whole run {duration(whole)}"
+            if number >= 8 and whole > 3600:
+                text += f" (a step is {number} micro-batches: --gradient_accumulation_steps=1 "
+                text += f"makes it {number} times shorter)"
+            self.say(text)
+
+    def _evaluation(self):
+        return min(self.timings["evaluation"], default=0.0)
+
+    def _whole_run(self, micro_batch):
+        training = self.steps * self.micro_batches * micro_batch
+        return training + self.all_eval_batches * self._evaluation()
+
+    def _ready(self, kind, seconds):
+        timings = self.timings[kind]
+        timings.append(seconds)
+        if kind in self.told or (len(timings) < 3 and seconds < self.PATIENCE):
             return False
-        self.said = True
+        self.told.add(kind)
         return True
 
 

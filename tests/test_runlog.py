@@ -165,11 +165,32 @@ def test_a_terminal_shows_a_progress_bar(settings, tmp_path):
     assert b"tokens/s=" in shown
 
 
-def test_a_forecast_speaks_once_after_three_timings_or_a_long_one():
-    forecast = Forecast(patience=10)
-    assert [forecast.ready(s) for s in (5.0, 2.0, 3.0, 1.0)] == [False, False, True, False]
-    assert forecast.best == 1.0
-    assert Forecast(patience=10).ready(60.0)
+@pytest.fixture
+def forecast():
+    """A forecast of 1,000 steps of 10 micro-batches and 5 evaluations of 40 batches."""
+    said = []
+    forecast = Forecast(said.append, 1000, 10, 5, 40)
+    forecast.said = said
+    return forecast
+
+
+def test_a_forecast_speaks_once_after_three_timings(forecast):
+    for seconds in (3.0, 1.0, 2.0, 1.0, 1.0):
+        forecast.evaluation_batch(seconds)
+    # 5 * 40 batches of 1 s, 10,000 micro-batches at a guess of 3 s
+    assert forecast.said == ["an evaluation takes about 40 s, the whole run at a first guess 8 h"]
+    assert not forecast.is_complete
+    for seconds in (9.0, 4.0, 2.0, 1.0):
+        forecast.micro_batch(seconds)
+    assert forecast.is_complete
+    assert forecast.said[1].startswith("a step takes about 20 s, the whole run 6 h")
+    assert "--gradient_accumulation_steps=1 makes it 10 times shorter" in forecast.said[1]
+    assert len(forecast.said) == 2
+
+
+def test_a_long_wait_is_told_at_once(forecast):
+    forecast.micro_batch(60.0)
+    assert forecast.said[0].startswith("a step takes about 10 min, the whole run 7 days")
 
 
 @pytest.mark.parametrize(
