@@ -22,8 +22,12 @@ from brisk.errors import UserError, one_line_errors
 from brisk.tokenizer import ByteTokenizer, train_bpe
 from configurator import PositiveInt, configure
 
-# Tests are a third of the library and mostly tables; the rest is not of the library, or generated.
-SKIPPED = {"test", "tests", "idle_test", "turtledemo", "site-packages", "dist-packages"}
+SKIPPED = {
+    # a third of the library, and mostly tables
+    *("test", "tests", "idle_test", "encodings", "pydoc_data"),
+    # not the library
+    *("turtledemo", "site-packages", "dist-packages"),
+}
 
 
 @dataclass
@@ -39,7 +43,8 @@ def read_sources(folder):
     texts = {}
     for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
         path = file.relative_to(folder)
-        if SKIPPED.isdisjoint(path.parts) and not file.name.startswith("_sysconfigdata"):
+        generated = file.name.startswith("_sysconfigdata")
+        if not generated and SKIPPED.isdisjoint(path.parts):
             try:
                 texts[path.as_posix()] = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError):
