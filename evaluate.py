@@ -22,6 +22,7 @@ from brisk.corpus import load_tokenizer, read_meta
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, find_data_dir
+from brisk.tokenizer import EOT
 from configurator import PositiveInt, configure
 from sample import load
 
@@ -101,22 +102,23 @@ def loss(model, tokens, counts, batch_size, device):
 
 
 def addition(model, tokenizer, tokens, batch_size, device):
-    """The share of the sums in `tokens` (lines such as 12+34=46) that the likeliest tokens answer
-    to the last digit and the end of the line."""
+    """The share of the sums in `tokens` (documents such as 12+34=46) that the likeliest tokens
+    answer to the last digit and the end of the document."""
     by_length = {}  # prompts of one length make a batch
-    for line in tokenizer.decode(tokens).splitlines():
-        question, equals, answer = line.partition("=")
+    for document in tokenizer.decode(tokens).split(EOT):
+        question, equals, answer = document.partition("=")
         if equals:
-            by_length.setdefault(len(question), []).append((question + equals, answer + "\n"))
+            sums = by_length.setdefault(len(question), [])
+            sums.append((EOT + question + equals, answer + EOT))
     if not by_length:
         raise UserError("task=addition: there are no sums in this data set; see data/addition")
     right = total = 0
     for sums in tqdm(by_length.values(), unit="length", disable=None):
         for first in range(0, len(sums), batch_size):
             batch = sums[first : first + batch_size]
-            prompts = np.stack([tokenizer.encode(question) for question, _ in batch])
+            prompts = np.stack([tokenizer.encode(question, True) for question, _ in batch])
             ids = torch.from_numpy(prompts.astype(np.int64)).to(device.device)
-            longest = max(len(answer) for _, answer in batch)
+            longest = max(len(tokenizer.encode(answer, True)) for _, answer in batch)
             drawn = model.generate(ids, longest, temperature=0, vocab_size=tokenizer.vocab_size)
             for row, (_, answer) in zip(drawn[:, ids.size(1) :].cpu(), batch, strict=True):
                 right += tokenizer.decode(row).startswith(answer)

@@ -59,7 +59,7 @@ def main(config):
     sys.stdout.reconfigure(encoding="utf-8")  # elsewhere than on Windows it is that already
     with redirect_stdout(sys.stderr):
         device = open_device(config.device, config.dtype)
-        model, tokenizer, _ = load(config)
+        model, tokenizer, trained_with = load(config)
         model.to(device.device)
         if resolve_compile(config.compile, device):
             for block in model.transformer.h:
@@ -67,6 +67,13 @@ def main(config):
         print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}")
 
     prompt = encode_prompt(config.start, tokenizer)
+    shown = tokenizer.decode(prompt[0])
+    if trained_with.get("rows") == "documents":  # then the model knows how documents begin and end
+        config.stop = config.stop or EOT
+        if config.start:
+            prompt = torch.cat([torch.tensor([[tokenizer.eot]]), prompt], dim=1)
+        else:
+            prompt, shown = torch.tensor([[tokenizer.eot]]), ""
     if config.stop == EOT and tokenizer.eot is None:
         raise UserError(f"--stop={EOT}: this tokenizer has no end of text; leave --stop out")
     window = min(prompt.size(1) + config.max_new_tokens, model.config.block_size)
@@ -74,7 +81,7 @@ def main(config):
     with device.autocast():
         for first in range(0, config.num_samples, batch_size):
             count = min(batch_size, config.num_samples - first)
-            write_samples(model, tokenizer, prompt, first, count, config)
+            write_samples(model, tokenizer, prompt, shown, first, count, config)
 
 
 def load(config):
@@ -135,12 +142,13 @@ def encode_prompt(start, tokenizer):
     return torch.tensor([ids or [tokenizer.eot or 0]])
 
 
-def write_samples(model, tokenizer, prompt, first, count, config):
-    """Draw the samples from number `first` on, `count` of them side by side, and print them."""
+def write_samples(model, tokenizer, prompt, shown, first, count, config):
+    """Draw the samples from number `first` on, `count` of them side by side, and print each after
+    the prompt as it is `shown`."""
     by_id = config.stop == EOT
     stop_text, stop_ids = ("", [tokenizer.eot]) if by_id else (config.stop, [])
     streams = [TextStream(tokenizer, stop_text, stop_ids) for _ in range(count)]
-    texts = [tokenizer.decode(prompt[0])] * count
+    texts = [shown] * count
 
     def on_token(step, ids):
         pieces = [stream.feed(i) for stream, i in zip(streams, ids.tolist(), strict=True)]

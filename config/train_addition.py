@@ -10,8 +10,9 @@ log_interval = 50
 
 dataset = "addition"
 gradient_accumulation_steps = 1
-batch_size = 64
-block_size = 32
+batch_size = 128
+block_size = 12  # a sum of two-digit numbers and its ends
+rows = "documents"
 
 n_layer = 2
 n_head = 4

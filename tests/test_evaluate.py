@@ -12,7 +12,7 @@ import bench
 import evaluate
 from brisk.device import open_device
 from brisk.errors import UserError
-from brisk.tokenizer import CharTokenizer
+from brisk.tokenizer import EOT, CharTokenizer
 from configurator import configure
 from model import GPT, GPTConfig
 
@@ -81,16 +81,19 @@ class Calculator:
         assert temperature == 0 and vocab_size == self.tokenizer.vocab_size
         rows = []
         for row in ids:
-            a, b = map(int, self.tokenizer.decode(row)[:-1].split("+"))
-            answer = f"{a + b + 10 * (a == 7)}\n".ljust(max_new_tokens, "0")[:max_new_tokens]
-            rows.append([*row.tolist(), *self.tokenizer.encode(answer).tolist()])
+            assert row[0] == self.tokenizer.eot  # as a document begins in training
+            a, b = map(int, self.tokenizer.decode(row[1:-1]).split("+"))
+            answer = self.tokenizer.encode(f"{a + b + 10 * (a == 7)}{EOT}", allow_eot=True)
+            padded = [*answer.tolist(), *[0] * max_new_tokens][:max_new_tokens]
+            rows.append([*row.tolist(), *padded])
         return torch.tensor(rows)
 
 
 def test_a_sum_is_right_to_its_last_digit_or_wrong():
-    tokenizer = CharTokenizer(sorted("0123456789+=\n"))
+    tokenizer = CharTokenizer(sorted("0123456789+="), eot=True)
     sums = [(a, b) for a in (5, 7, 12, 95) for b in (3, 8, 44)]
-    tokens = tokenizer.encode("".join(f"{a}+{b}={a + b}\n" for a, b in sums))
+    text = "".join(f"{a}+{b}={a + b}{EOT}" for a, b in sums)
+    tokens = tokenizer.encode(text, allow_eot=True)
     result = evaluate.addition(Calculator(tokenizer), tokenizer, tokens, 2, open_device("cpu"))
     assert result == {"sums": 12, "right": 9, "accuracy": 0.75}
 
@@ -101,3 +104,14 @@ def test_bench_prints_ceilings_and_a_share_of_them(capsys):
     printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert printed.keys() >= {"products", "memory", "step", "speed", "MFU"}
     assert 0 < float(printed["MFU"].split("%")[0]) < 150
+
+
+def test_a_model_of_documents_begins_and_ends_them_by_itself(
+    train_tiny, lines_data, script, tmp_path
+):
+    train_tiny(tmp_path / "out", data_dir=lines_data, rows="documents", max_iters=40)
+    run = script("sample.py", f"--out_dir={tmp_path / 'out'}", "--num_samples=4", "--start=Sh")
+    assert run.returncode == 0, run.stderr
+    samples = run.stdout.split("---------------\n")[:-1]
+    assert len(samples) == 4 and all(sample.startswith("Sh") for sample in samples)
+    assert EOT not in run.stdout and all(len(sample) < 200 for sample in samples)

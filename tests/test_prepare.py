@@ -233,8 +233,8 @@ def test_python_source_learns_a_vocabulary_of_the_size_asked_for(prepare, tmp_pa
 def problems_in(directory, split):
     """Each (a, b) of a split with how often it is there; all sums are right."""
     problems = Counter()
-    for line in decoded(directory, split).splitlines():
-        question, answer = line.split("=")
+    for document in filter(None, decoded(directory, split).split(EOT)):
+        question, answer = document.split("=")
         a, b = map(int, question.split("+"))
         assert (question, answer) == (f"{a}+{b}", str(a + b))
         problems[a, b] += 1

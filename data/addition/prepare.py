@@ -1,4 +1,4 @@
-"""Sums such as 12+34=46, a line each: a task on which a model is right or wrong.
+"""Sums such as 12+34=46, each a document: a task on which a model is right or wrong.
 
     $ python data/addition/prepare.py --digits=2
 
@@ -46,8 +46,8 @@ def split_problems(problems, rng):
     return splits
 
 
-def lines(problems):
-    return "".join(f"{a}+{b}={a + b}\n" for a, b in problems)
+def written(problems):
+    return [f"{a}+{b}={a + b}" for a, b in problems]
 
 
 def main(config):
@@ -56,12 +56,13 @@ def main(config):
     splits = split_problems(problems, rng)
     train, val = splits["train"], splits["val"]
     print(f"{len(train):,} problems to train on, {len(val):,} held out")
-    shuffled = (lines(rng.sample(train, len(train))) for _ in range(config.passes))
+    shuffled = [sum for _ in range(config.passes) for sum in written(rng.sample(train, len(train)))]
     write_dataset(
         config.data_dir or Path(__file__).parent,
-        CharTokenizer(sorted("0123456789+=\n")),
-        {"train": shuffled, "val": [lines(val)]},
+        CharTokenizer(sorted("0123456789+="), eot=True),
+        {"train": shuffled, "val": written(val)},
         f"sums of numbers of up to {config.digits} digits, seed {config.seed}",
+        end_documents=True,
         extra={"task": "addition", "digits": config.digits},
     )
 
