@@ -119,14 +119,16 @@ def main(config):
         setattr(config, key, getattr(model.config, key))
     log.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
 
-    def open_tokens(split, seed):
+    def open_tokens(split, evenly=0):
         dtype = meta["dtype"] if meta else "uint16"
-        vocab_size, eot = model.config.vocab_size, tokenizer.eot if tokenizer else 50256
+        sizes = (config.block_size, model.config.vocab_size, dtype)
+        eot = tokenizer.eot if tokenizer else 50256
         path = data_dir / f"{split}.bin"
-        return TokenFile(path, config.block_size, vocab_size, dtype, seed, config.rows, eot)
+        return TokenFile(path, *sizes, config.seed, config.rows, eot, evenly)
 
-    train_data = open_tokens("train", config.seed)
-    eval_data = [open_tokens(split, seed=0) for split in ("train", "val")]  # the same in any run
+    train_data = open_tokens("train")
+    eval_rows = config.eval_iters * config.batch_size
+    eval_data = [open_tokens(split, eval_rows) for split in ("train", "val")]
 
     # --- the global batch, and this process's micro-batches of it
     share = ranks.share(config.gradient_accumulation_steps, config.batch_size)

@@ -23,13 +23,25 @@ class TokenFile:
     it is the end-of-text token `eot` and then a document from its start; targets past the
     document's end are -1, and what a document has beyond `block_size` tokens is left out.
 
+    For an evaluation, `evenly=n` takes n rows spread evenly over the whole file, in order and the
+    same in every run whatever its seed, instead of shuffled epochs.
+
     Raises `UserError` where the file is missing, too short, or has ids of `vocab_size` or more.
     """
 
     def __init__(
-        self, path, block_size, vocab_size, dtype="uint16", seed=1337, rows="windows", eot=None
+        self,
+        path,
+        block_size,
+        vocab_size,
+        dtype="uint16",
+        seed=1337,
+        rows="windows",
+        eot=None,
+        evenly=0,
     ):
         self.path, self.block_size, self.vocab_size, self.seed = path, block_size, vocab_size, seed
+        self.evenly = evenly
         size, width = os.path.getsize(path), np.dtype(dtype).itemsize
         if size % width:
             raise UserError(f"{path} is cut short: {size} bytes are no whole number of ids")
@@ -59,6 +71,8 @@ class TokenFile:
 
     def indices(self, positions):
         """The (epoch, row) pairs at `positions` (an array): every row once in an epoch."""
+        if self.evenly:
+            return np.zeros_like(positions), positions * self.rows // self.evenly % self.rows
         epochs, ranks = np.divmod(positions, self.rows)
         rows = np.empty_like(ranks)
         for epoch in np.unique(epochs):
@@ -72,7 +86,8 @@ class TokenFile:
         T = self.block_size
         if self.starts is None:
             slack = len(self.tokens) - 1 - self.rows * T  # tokens that no row of a grid reaches
-            offsets = [hash64(self.seed + 1, int(e)) % (slack + 1) for e in epochs]
+            keys = [hash64(self.seed + 1, int(epoch)) for epoch in epochs]
+            offsets = [0 if self.evenly else key % (slack + 1) for key in keys]
             first = rows * T + np.array(offsets, dtype=np.int64)
             window = self.tokens[first[:, None] + np.arange(T + 1)].astype(np.int64)
             x, y = window[:, :-1], window[:, 1:]

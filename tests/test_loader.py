@@ -293,3 +293,17 @@ def test_the_numbers_of_the_shuffle_never_change():
     assert hash64(0) == 0xE220A8397B1DCDAF  # SplitMix64's first number for the seed 0
     assert hash64(1337, 5, 2) == 3954968150649167876
     assert shuffled(np.arange(10), 10, 1337).tolist() == [1, 8, 5, 4, 6, 7, 3, 2, 0, 9]
+
+
+@pytest.mark.parametrize("evenly", [1, 7, 30, 1000])
+def test_rows_for_evaluation_are_spread_over_the_file_and_know_no_seed(tmp_path, evenly):
+    np.arange(500, dtype="<u2").tofile(tmp_path / "val.bin")
+    one, other = (
+        TokenFile(tmp_path / "val.bin", 8, 500, seed=seed, evenly=evenly) for seed in (1, 2)
+    )
+    x, y = one.batch(0, evenly)
+    starts = x[:, 0].tolist()
+    assert starts == sorted(starts) and len(set(starts)) == min(evenly, one.rows)
+    gaps = np.diff([*starts, 500])
+    assert gaps.max() <= max(8, 500 / evenly) + 24  # nowhere a stretch that is left out
+    assert torch.equal(x, other.batch(0, evenly)[0]) and torch.equal(y[:, :-1], x[:, 1:])
