@@ -9,9 +9,10 @@ OUT ?= out-demo
 demo: .venv/installed
 	.venv/bin/python data/python_source/prepare.py
 	.venv/bin/python train.py config/train_python_source.py --out_dir=$(OUT)
-	.venv/bin/python sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=400
+	.venv/bin/python sample.py --out_dir=$(OUT) --start="    def " \
+		--num_samples=3 --max_new_tokens=200 --temperature=0.6
 	@echo "checkpoint: $(OUT)/ckpt.pt   metrics: $(OUT)/metrics.jsonl"
-	@echo "your turn:  .venv/bin/python sample.py --out_dir=$(OUT) --start='def '"
+	@echo "your turn:  .venv/bin/python sample.py --out_dir=$(OUT) --start='class '"
 
 test: .venv/tested
 	.venv/bin/python -m pytest -q -m "not slow"

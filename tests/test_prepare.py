@@ -157,7 +157,7 @@ def test_openwebtext_takes_a_folder_of_texts(prepare, tmp_path, encode_ordinary)
     assert set(read.split(EOT)[:-1]) == texts
 
 
-def test_a_single_document_is_split_in_itself(prepare, tmp_path):
+def test_a_single_document_is_split_in_itself(prepare, tmp_path, encode_ordinary):
     pytest.importorskip("datasets")
     (tmp_path / "one.txt").write_text("to be or not to be " * 100)
     prepare("openwebtext", f"--source={tmp_path / 'one.txt'}", f"--data_dir={tmp_path}")
