@@ -22,12 +22,9 @@ from brisk.errors import UserError, one_line_errors
 from brisk.tokenizer import ByteTokenizer, train_bpe
 from configurator import PositiveInt, configure
 
-SKIPPED = {
-    # a third of the library, and mostly tables
-    *("test", "tests", "idle_test", "encodings", "pydoc_data"),
-    # not the library
-    *("turtledemo", "site-packages", "dist-packages"),
-}
+# Tests are a third of the library; they, encodings and pydoc_data are mostly tables.
+SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "turtledemo"}
+SKIPPED |= {"site-packages", "dist-packages"}  # not of the library
 
 
 @dataclass
@@ -52,10 +49,6 @@ def read_sources(folder):
     return texts
 
 
-def is_for_validation(path):
-    return int(hashlib.sha256(path.encode()).hexdigest(), 16) % 10 == 0
-
-
 def main(config):
     folder = Path(config.input or sysconfig.get_path("stdlib"))
     texts = read_sources(folder)
@@ -65,7 +58,8 @@ def main(config):
     print(f"found {len(texts):,} files, {megabytes:.1f} million characters, in {folder}")
     splits = {"train": [], "val": []}
     for path, text in texts.items():
-        splits["val" if is_for_validation(path) else "train"].append(text)
+        picked = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 10 == 0
+        splits["val" if picked else "train"].append(text)
     library = f"standard library of Python {platform.python_version()}"
     source = folder.resolve().name if config.input else library
     directory = config.data_dir or Path(__file__).parent
