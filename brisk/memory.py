@@ -14,7 +14,7 @@ def expected_memory(build_model, batch_size, block_size, device):
     with gradient and two AdamW moments (16 bytes a parameter) and three tensors as large as the
     largest, which the backward pass through the loss holds at once. What PyTorch itself occupies,
     and what the allocator loses between tensors, is not counted: a CPU has been seen to take a
-    tenth more, and half as much again with dropout.
+    quarter more, and half as much again with dropout.
     """
     kept = {}
 
