@@ -110,7 +110,8 @@ def run_config_file(path, config, types):
             ours[name] = value
         elif name not in keys_of_all_scripts():
             if near := nearest(name, types):
-                raise UserError(f"{path}: unknown key {name}{near}; a helper's name starts with _")
+                helper = "a name of your own starts with _"
+                raise UserError(f"{path}: unknown key {name} ({helper}){near}")
             print(f"{path}: note: {name} is no key of any script; ignored", file=sys.stderr)
     return ours
 

@@ -1,8 +1,8 @@
 """The whole network: GPT-2 as nanoGPT writes it, weight names included.
 
-Readable alone and usable alone: nothing here knows of files, ranks, precision or text. What a
-trained model needs from outside (pretrained weights, a checkpoint, a way to generate) is asked
-of the `brisk` package when it is called for.
+Readable alone: nothing here knows of files, ranks, precision or text. What a trained model needs
+from outside (pretrained weights, a checkpoint, an optimizer, a way to generate) is asked of the
+`brisk` package when it is called for; the network itself can be copied out and used without.
 
 Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2), and
 https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -183,7 +183,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_directory, override_args=None):
         """GPT-2 from the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a directory
-        that `save_pretrained` wrote. `override_args` may set `dropout`."""
+        that `save_pretrained` wrote, in eval mode. `override_args` may set `dropout`."""
         from brisk.huggingface import load_gpt2
 
         config_args, state_dict = load_gpt2(name_or_directory)
@@ -191,8 +191,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, override_args=None):
-        """The model inside a checkpoint, a file (one of nanoGPT's too) or the dict loaded from it.
-        `override_args` may set `dropout`."""
+        """The model inside a checkpoint, a file (one of nanoGPT's too) or the dict loaded from it,
+        in eval mode. `override_args` may set `dropout`."""
         from brisk.checkpoint import load_checkpoint
         from brisk.errors import UserError
 
@@ -211,7 +211,7 @@ class GPT(nn.Module):
             raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(unknown))}")
         model = cls(GPTConfig(**{**config_args, **(override_args or {})}))
         model.load_state_dict(state_dict)
-        return model
+        return model.eval()
 
     def crop_block_size(self, block_size):
         """Shorten the context, for instance to finetune GPT-2 on fewer than its 1024 tokens."""

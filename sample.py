@@ -14,7 +14,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -44,7 +44,7 @@ class SampleConfig:
     out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
     start: str = ""  # the prompt, or FILE:prompt.txt; none means a newline (or end of text)
     num_samples: PositiveInt = 10  # samples to draw
-    max_new_tokens: NonNegativeInt = 500  # tokens drawn in each sample
+    max_new_tokens: Annotated[int, (0, 10**7)] = 500  # tokens drawn in each sample
     temperature: NonNegativeFloat = 0.8  # below 1 less random, above 1 more, 0 the likeliest token
     top_k: NonNegativeInt = 200  # draw among the k likeliest tokens; 0 means all
     top_p: UnitFloat = 1.0  # draw among the fewest tokens that reach this probability; 1 means all

@@ -28,6 +28,7 @@ from brisk.memory import expected_memory, in_bytes, peak_memory
 from brisk.optim import learning_rate_at, load_optimizer
 from brisk.runlog import Forecast, RunLog
 from brisk.starting import describe_tokenizer, starting_point, take_over_settings
+from brisk.stopping import stop_requests
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -89,10 +90,10 @@ class TrainConfig:
     compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
 
 
-RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard")
+RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "wandb")
 
 
-def main(config):
+def main(config, stop=None):
     # --- who and where we are
     ranks = Ranks.from_environment()
     device = open_device(config.device, config.dtype, None if ranks.is_alone else ranks.local_rank)
@@ -159,7 +160,8 @@ def main(config):
     log.say(f"tokens per iteration will be: {tokens_per_step:,}")
     log.say(f"data: {data_dir}, {len(train_data.tokens):,} training tokens")
     log.say(f"plan: {steps:,} steps, {seen:,} tokens, {epochs:.3g} epochs")
-    log.say(f"device: {device}, {compiled}; about {in_bytes(memory)} of memory for training")
+    each = "" if ranks.is_alone else f"{ranks.world_size} processes, each on "
+    log.say(f"device: {each}{device}, {compiled}; about {in_bytes(memory)} of memory for training")
     if config.dry_run:
         return ranks.leave()
 
@@ -225,10 +227,16 @@ def main(config):
             link_checkpoint(Path(config.out_dir, "last.pt"), Path(config.out_dir, "ckpt.pt"))
 
     # --- the training loop
-    lap, lap_steps = time.perf_counter(), 0
+    lap, lap_steps, warned = time.perf_counter(), 0, False
     while True:
         finished = step > config.max_iters
 
+        if stop and stop.number and not finished:
+            if step > first_step:
+                save(step, is_best=False)
+                log.say(f"saved step {step} to {config.out_dir}; --init_from=resume goes on")
+            log.close()
+            sys.exit(128 + stop.number)
         if step % config.eval_interval == 0 or step == first_step or finished:
             model.eval()
             train_loss, val_loss = (
@@ -290,6 +298,9 @@ def main(config):
                 "tokens": position * config.block_size,
             }
             log.iteration(step, record)
+            if not math.isfinite(loss) and not warned:
+                log.say("the loss is no number any more: try a lower --learning_rate")
+                warned = True
             lap, lap_steps = time.perf_counter(), 0
         step += 1
         log.advance()
@@ -301,7 +312,8 @@ def main(config):
             f"best val loss {best_val_loss:.4f}"
             + (f", memory at its peak {in_bytes(peak)}" if peak else "")
         )
-        log.say(f"{config.out_dir} has ckpt.pt, last.pt and metrics.jsonl; read what it writes:")
+        left = [name for name in RUN_FILES if Path(config.out_dir, name).exists()]
+        log.say(f"{config.out_dir} has {', '.join(left)}; read what the model writes:")
         log.say(f"  python sample.py --out_dir={config.out_dir}")
     ranks.leave()
 
@@ -363,5 +375,5 @@ def make_folder(path):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(configure(TrainConfig, sys.argv[1:]))
+    with one_line_errors(), stop_requests() as stop:
+        main(configure(TrainConfig, sys.argv[1:]), stop)

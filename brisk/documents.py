@@ -37,6 +37,8 @@ def load_documents(source):
 def where_to_look(source):
     """The arguments of `load_dataset` that mean `source`."""
     if not Path(source).exists():
+        if Path(source).suffix in LOADERS:
+            raise UserError(f"there is no file {source}")
         return {"path": source, "num_proc": cores()}
     files = sorted(Path(source).rglob("*")) or [Path(source)]
     kinds = {str(file): LOADERS[end] for file in files for end in file.suffixes if end in LOADERS}

@@ -33,4 +33,5 @@ def one_line_errors():
 def nearest(word, known):
     """`; did you mean …?` with the known word nearest to `word`, or nothing."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    match = match or [key for key in known if len(word) > 3 and str(key).startswith(word)]
     return f"; did you mean {match[0]}?" if match else ""

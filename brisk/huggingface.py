@@ -6,6 +6,7 @@ weight as (inputs, outputs) where `nn.Linear` holds (outputs, inputs).
 """
 
 import json
+import logging
 import pickle
 from pathlib import Path
 
@@ -172,6 +173,7 @@ def hub_file(name, file):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; told in one line
     try:
         try:
             return Path(hf_hub_download(name, file, local_files_only=True))

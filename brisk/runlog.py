@@ -6,10 +6,12 @@ clipping), `step_ms`, `tokens_per_second`, `mfu`. Evaluation lines: `train_loss`
 """
 
 import json
+import netrc
 import os
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlparse
 
 from tqdm import tqdm
 
@@ -132,12 +134,22 @@ def open_wandb(project, name, settings, out_dir, say):
         return None
     try:
         mode = os.environ.get("WANDB_MODE")
-        if not mode and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if not mode and not (os.environ.get("WANDB_API_KEY") or wandb_key()):
             say("wandb has no key (wandb login); it records offline, `wandb sync` sends it later")
             mode = "offline"
         return wandb.init(project=project, name=name, config=settings, dir=out_dir, mode=mode)
     except Exception as error:  # no network, no room, a version it does not like
         say(f"wandb could not start ({' '.join(str(error).split())}); going on without it")
+        return None
+
+
+def wandb_key():
+    """The key that `wandb login` stored, None without one. (Asking wandb itself may prompt.)"""
+    try:
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+        return known[2] if known else None
+    except (OSError, netrc.NetrcParseError):
         return None
 
 
@@ -167,8 +179,8 @@ class Forecast:
         if self._ready("evaluation", seconds):
             text = f"an evaluation takes about {duration(self.eval_batches * self._evaluation())}"
             if self.steps:  # a backward pass costs about two forward passes
-                guess = duration(self._whole_run(3 * self._evaluation()))
-                text += f", the whole run at a first guess {guess}"
+                whole = self._whole_run(3 * self._evaluation())
+                text += f", the whole run at a first guess {duration(whole)}{self._hint(whole)}"
             self.say(text)
 
     def micro_batch(self, seconds):
@@ -177,10 +189,14 @@ class Forecast:
             one = min(self.timings["micro-batch"])
             whole, number = self._whole_run(one), self.micro_batches
             text = f"a step takes about {duration(number * one)}, the whole run {duration(whole)}"
-            if number >= 8 and whole > 3600:
-                text += f" (a step is {number} micro-batches: --gradient_accumulation_steps=1 "
-                text += f"makes it {number} times shorter)"
-            self.say(text)
+            self.say(text + self._hint(whole))
+
+    def _hint(self, whole):
+        number = self.micro_batches
+        if number < 8 or whole < 3600:
+            return ""
+        less = f"--gradient_accumulation_steps=1 makes it {number} times shorter"
+        return f" (a step is {number} micro-batches: {less})"
 
     def _evaluation(self):
         return min(self.timings["evaluation"], default=0.0)

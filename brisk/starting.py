@@ -48,6 +48,11 @@ def starting_point(config):
 def take_over_settings(config, checkpoint, log):
     """Give `config` the checkpoint's settings where none are given now."""
     saved = checkpoint.get("config", {})
+    given = config.given & saved.keys() - OF_THIS_START - {*MODEL_SHAPE, "block_size"}
+    given = [key for key in sorted(given) if saved[key] != getattr(config, key)]
+    changed = [f"{key} {saved[key]} → {getattr(config, key)}" for key in given]
+    if changed:
+        log.say(f"note: changed from the checkpoint's: {', '.join(changed)}")
     left = OF_THIS_START | config.given
     left |= {"data_dir"} if "dataset" in config.given else set()
     left |= {"max_epochs"} if "max_iters" in config.given else set()

@@ -178,7 +178,8 @@ def test_a_forecast_speaks_once_after_three_timings(forecast):
     for seconds in (3.0, 1.0, 2.0, 1.0, 1.0):
         forecast.evaluation_batch(seconds)
     # 5 * 40 batches of 1 s, 10,000 micro-batches at a guess of 3 s
-    assert forecast.said == ["an evaluation takes about 40 s, the whole run at a first guess 8 h"]
+    guess = "an evaluation takes about 40 s, the whole run at a first guess 8 h"
+    assert len(forecast.said) == 1 and forecast.said[0].startswith(guess)
     assert not forecast.is_complete
     for seconds in (9.0, 4.0, 2.0, 1.0):
         forecast.micro_batch(seconds)
