@@ -27,7 +27,7 @@ from brisk.loader import TokenFile, find_data_dir, hash64, to_device
 from brisk.memory import expected_memory, in_bytes, peak_memory
 from brisk.optim import learning_rate_at, load_optimizer
 from brisk.runlog import Forecast, RunLog
-from brisk.starting import describe_tokenizer, starting_point, take_over_settings
+from brisk.starting import MODEL_SHAPE, describe_tokenizer, starting_point, take_over_settings
 from brisk.stopping import stop_requests
 from configurator import (
     NonNegativeFloat,
@@ -116,7 +116,7 @@ def main(config, stop=None):
     # --- model
     torch.manual_seed(config.seed)
     model = build_model(config, checkpoint, vocabulary_rows(tokenizer))
-    for key in ("n_layer", "n_head", "n_embd", "bias", "block_size"):
+    for key in MODEL_SHAPE:
         setattr(config, key, getattr(model.config, key))
     log.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
 

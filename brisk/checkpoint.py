@@ -129,7 +129,9 @@ def latest_checkpoint(out_dir):
     best_checkpoint(out_dir)  # or its error
     found, errors = [], []
     for name in ("last.pt", "ckpt.pt"):
-        if (path := Path(out_dir, name)).exists():
+        path = Path(out_dir, name)
+        linked = found and path.exists() and path.samefile(found[0][1])  # one file, read once
+        if path.exists() and not linked:
             try:
                 verify(path)
                 found.append((int(read(path, mmap=True).get("iter_num", 0)), path))

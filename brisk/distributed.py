@@ -56,11 +56,6 @@ class Ranks:
             dist.barrier()
             dist.destroy_process_group()
 
-    def wait(self):
-        """Until all processes are here."""
-        if not self.is_alone:
-            dist.barrier()
-
     def agree(self, value):
         """The main process's `value` (plain Python), in every process."""
         values = [value]

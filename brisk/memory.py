@@ -23,13 +23,12 @@ def expected_memory(build_model, batch_size, block_size, device):
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with FakeTensorMode() as mode, torch.device(device.device):
+    with FakeTensorMode(), torch.device(device.device):
         model = build_model().train()
         mine = {weight.untyped_storage()._cdata for weight in model.parameters()}
         idx = torch.zeros((batch_size, block_size), dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
-            _, loss = model(idx, idx, return_logits=False)
-        assert mode is not None and loss.dim() == 0
+            model(idx, idx, return_logits=False)
     activations = [size for key, size in kept.items() if key not in mine]
     parameters = sum(weight.numel() for weight in model.parameters())
     return 16 * parameters + sum(activations) + 3 * max(activations)

@@ -19,7 +19,7 @@ OF_THIS_START = {
     "dtype",
     "compile",
 }
-MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "bias")
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 
 
 def starting_point(config):
@@ -48,9 +48,9 @@ def starting_point(config):
 def take_over_settings(config, checkpoint, log):
     """Give `config` the checkpoint's settings where none are given now."""
     saved = checkpoint.get("config", {})
-    given = config.given & saved.keys() - OF_THIS_START - {*MODEL_SHAPE, "block_size"}
-    given = [key for key in sorted(given) if saved[key] != getattr(config, key)]
-    changed = [f"{key} {saved[key]} → {getattr(config, key)}" for key in given]
+    known = config.given & saved.keys() - OF_THIS_START - {*MODEL_SHAPE}
+    other = [key for key in sorted(known) if saved[key] != getattr(config, key)]
+    changed = [f"{key} {saved[key]} → {getattr(config, key)}" for key in other]
     if changed:
         log.say(f"note: changed from the checkpoint's: {', '.join(changed)}")
     left = OF_THIS_START | config.given
@@ -62,7 +62,7 @@ def take_over_settings(config, checkpoint, log):
             if type(value) is kind or (kind is float and type(value) is int):
                 setattr(config, key, kind(value))
     stays = []
-    for key in (*MODEL_SHAPE, "block_size"):
+    for key in MODEL_SHAPE:
         kept, given = checkpoint["model_args"][key], getattr(config, key)
         smaller = key == "block_size" and given < kept and key in config.given
         if given != kept and not smaller:
