@@ -1,9 +1,10 @@
-"""Text ↔ token ids: characters, bytes, byte-pair encodings (GPT-2's, or trained here).
+"""Text ↔ token ids: characters, bytes, words, byte-pair encodings (GPT-2's, or trained here).
 
 Every tokenizer has the same few members, and nothing else is asked of one:
 
     kind, vocab_size    its name in a file; the number of ids it has
     eot                 the id that ends a document, or None
+    unk                 the id of a word it does not know, or None where nothing is unknown
     encode(text)        ids as a numpy array of `id_dtype(vocab_size)`; with `allow_eot=True` a
                         literal <|endoftext|> in the text becomes the id `eot`, where there is one
     decode(ids)         the text; ids it does not have and broken UTF-8 become U+FFFD
@@ -13,12 +14,17 @@ Every tokenizer has the same few members, and nothing else is asked of one:
 
 import base64
 import pickle
+import re
+from collections import Counter
+from itertools import chain
 
 import numpy as np
 
 from brisk.errors import UserError
 
 EOT = "<|endoftext|>"
+UNK = "<|unknown|>"
+WORD = re.compile(r"\.?\w[\w'’.&]*\w|\w\+*#?")
 # How GPT-2 cuts text before pairs are merged: words, numbers, signs, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
@@ -36,6 +42,7 @@ class CharTokenizer:
     """
 
     kind = "char"
+    unk = None
 
     def __init__(self, characters, eot=False):
         self.characters = list(characters)
@@ -79,6 +86,7 @@ class ByteTokenizer:
     """The 256 bytes of UTF-8, and 256 for the end of a document: any text, nothing to learn."""
 
     kind = "byte"
+    unk = None
     eot = 256
     vocab_size = 257
 
@@ -100,6 +108,64 @@ class ByteTokenizer:
         return {"kind": self.kind}
 
 
+class WordTokenizer:
+    """One id for each of `words`, then one for an unknown word, and one more with `eot=True`.
+
+    A word is letters, digits and underscores, with what belongs to it in don't, .net, at&t, c++;
+    whatever is between words is left out, so text comes back as its words with a space after
+    each. Not for scripts without spaces.
+
+    Args:
+        words: the known words, none of them twice.
+        stop_words: words that are left out of every text.
+        lower: whether text is lower-cased first.
+    """
+
+    kind = "word"
+
+    def __init__(self, words, stop_words=(), lower=True, eot=False):
+        self.words, self.stop_words, self.lower = list(words), frozenset(stop_words), lower
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.unk = len(self.words)
+        self.eot = self.unk + 1 if eot else None
+        self.vocab_size = self.unk + 1 + bool(eot)
+
+    def encode(self, text, allow_eot=False):
+        return encode_around_eot(self, self.encode_ordinary, text, allow_eot)
+
+    def encode_ordinary(self, text):
+        words = find_words(text, self.stop_words, self.lower)
+        return [self.ids.get(word, self.unk) for word in words]
+
+    def decode(self, ids):
+        return decode_tokens(self, ids)
+
+    def token_bytes(self, token):
+        if 0 <= token < len(self.words):
+            return self.words[token].encode("utf-8", "surrogatepass") + b" "
+        return {self.eot: EOT.encode(), self.unk: UNK.encode() + b" "}.get(token, REPLACEMENT)
+
+    def to_dict(self):
+        stop_words, eot = sorted(self.stop_words), self.eot is not None
+        settings = {"stop_words": stop_words, "lower": self.lower, "eot": eot}
+        return {"kind": self.kind, "words": self.words, **settings}
+
+
+def find_words(text, stop_words=frozenset(), lower=True):
+    """The words of `text` as `WordTokenizer` sees them, in order."""
+    words = WORD.findall(text.lower() if lower else text)
+    return [word for word in words if word not in stop_words] if stop_words else words
+
+
+def learn_words(texts, min_count=1, max_words=None, **settings):
+    """A `WordTokenizer` of the words that `texts` (an iterable of strings) has at least `min_count`
+    times, the most frequent first; `settings` are its other arguments."""
+    seen = {key: settings[key] for key in ("stop_words", "lower") if key in settings}
+    counts = Counter(chain.from_iterable(find_words(text, **seen) for text in texts))
+    words = [word for word, count in counts.most_common(max_words) if count >= min_count]
+    return WordTokenizer(words, **settings)
+
+
 class BPETokenizer:
     """Byte-pair encoding (Sennrich et al. 2016; on bytes, Radford et al. 2019), run by tiktoken.
 
@@ -108,6 +174,7 @@ class BPETokenizer:
     """
 
     kind = "bpe"
+    unk = None
 
     def __init__(self, encoding):
         self.encoding = encoding
@@ -115,7 +182,11 @@ class BPETokenizer:
         self.vocab_size = encoding.n_vocab
 
     def encode(self, text, allow_eot=False):
-        return encode_around_eot(self, self.encoding.encode_ordinary, text, allow_eot)
+        return encode_around_eot(self, self.encode_ordinary, text, allow_eot)
+
+    def encode_ordinary(self, text):
+        # As tiktoken's encode_ordinary, but without a Python int for each token.
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
         return decode_tokens(self, ids)
@@ -168,6 +239,9 @@ def from_dict(description):
             return CharTokenizer(description["characters"], eot=description["eot"])
         if kind == "byte":
             return ByteTokenizer()
+        if kind == "word":
+            settings = (description[key] for key in ("words", "stop_words", "lower", "eot"))
+            return WordTokenizer(*settings)
         if kind == "bpe":
             tokens = [base64.b64decode(token) for token in description["tokens"].split(" ")]
             return BPETokenizer(

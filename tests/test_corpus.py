@@ -1,20 +1,16 @@
 """What is written is what was tokenized, in order and whole, and a half-written set is noticed."""
 
 import hashlib
-import io
 import json
 import os
 import pickle
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from brisk import corpus
-from brisk.corpus import find_text, load_tokenizer, read_meta, split_text, write_dataset
+from brisk.corpus import load_tokenizer, read_meta, split_text, write_dataset
 from brisk.errors import UserError
 from brisk.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -96,50 +92,6 @@ def test_another_tokenizer_leaves_no_old_meta_pkl(tmp_path):
     assert not (tmp_path / "meta.pkl").exists()
 
 
-def test_workers_write_the_same_files_as_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BATCH", 100)
-    tokenizer = small_bpe()
-    alone = write(tmp_path / "alone", tokenizer, end_documents=True, workers=1)
-    shared = write(tmp_path / "shared", tokenizer, iter(DOCUMENTS), end_documents=True, workers=2)
-    assert shared == alone
-    same = [(tmp_path / who / "train.bin").read_bytes() for who in ("alone", "shared")]
-    assert same[0] == same[1]
-
-
-def test_only_a_few_batches_wait_for_the_workers(monkeypatch):
-    monkeypatch.setattr(corpus, "BATCH", 100)
-    taken = 0
-
-    def many():
-        nonlocal taken
-        for _ in range(500):
-            taken += 1
-            yield "x" * 100
-
-    results = corpus.encode_documents(small_bpe(), many(), workers=1)
-    next(results)
-    assert taken <= corpus.FEW_BATCHES + 1
-    results = corpus.encode_documents(small_bpe(), many(), workers=2)
-    next(results)
-    results.close()
-    assert taken < 40
-
-
-PIECES = st.lists(st.sampled_from(["a", "7", "_", " ", "\n", "\r\n", "é", "的", "'s", "!", "\x85"]))
-
-
-@settings(deadline=None, max_examples=300)
-@given(PIECES.map("".join))
-def test_a_long_document_has_the_same_ids_in_parts(text):
-    tokenizer = small_bpe()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "BATCH", 3)
-        parts = list(corpus.cut(text))
-    assert "".join(parts) == text
-    ids = [i for part in parts for i in tokenizer.encode(part).tolist()]
-    assert ids == tokenizer.encode(text).tolist()
-
-
 def test_a_split_without_text_is_told_and_nothing_is_written(tmp_path):
     with pytest.raises(UserError, match="val"):
         write_dataset(tmp_path, ByteTokenizer(), {"train": ["a"], "val": [""]}, "here")
@@ -155,7 +107,8 @@ def test_a_failure_leaves_the_earlier_files_as_they_were(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
-    (tmp_path / ".writing-killed").mkdir()
+    (tmp_path / ".writing").mkdir()
+    (tmp_path / ".writing" / "val.bin").write_bytes(b"half of it")
     write(tmp_path, ByteTokenizer())
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
 
@@ -219,75 +172,6 @@ def test_a_damaged_description_is_told(tmp_path, text):
     (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="damaged"):
         read_meta(tmp_path)
-
-
-# ----------------------------------------------------------------------------- finding the text
-
-URL = "https://example.org/raw.txt"
-RAW = "Grüße\r\nund mehr".encode()
-SHA256 = hashlib.sha256(RAW).hexdigest()
-
-
-def look(here, given=""):
-    return find_text(given, here, "raw.txt", URL, SHA256)
-
-
-@pytest.fixture
-def network(monkeypatch):
-    """A network whose answer is the last thing in the list; without one there is no network."""
-    answers = []
-
-    def urlopen(url, timeout):
-        if not answers:
-            raise urllib.error.URLError("no route to host")
-        return io.BytesIO(answers[-1])
-
-    monkeypatch.delenv("BRISK_DATA", raising=False)
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    return answers
-
-
-def test_text_is_looked_for_in_the_promised_order(tmp_path, monkeypatch, network):
-    here, shared = tmp_path / "here", tmp_path / "shared"
-    here.mkdir()
-    shared.mkdir()
-    network.append(RAW)
-    assert look(here) == ("Grüße\nund mehr", URL)
-    assert (here / "input.txt").read_bytes() == RAW  # kept, so the next time needs no network
-    network.clear()
-    assert look(here) == ("Grüße\nund mehr", URL)
-
-    (here / "input.txt").unlink()
-    (shared / "raw.txt").write_text("shared")
-    monkeypatch.setenv("BRISK_DATA", str(shared))
-    assert look(here) == ("shared", "raw.txt")
-    (here / "input.txt").write_text("beside")
-    assert look(here) == ("beside", "input.txt")
-    (tmp_path / "mine.txt").write_text("given")
-    assert look(here, str(tmp_path / "mine.txt")) == ("given", "mine.txt")
-
-
-def test_without_any_text_three_lines_say_what_to_do(tmp_path, network, capsys):
-    with pytest.raises(UserError, match=rf"download {URL} and save it as .*input\.txt"):
-        look(tmp_path)
-    looked, use = capsys.readouterr().err.splitlines()
-    assert "input.txt" in looked and "--input=PATH" in use
-
-
-def test_a_damaged_download_is_not_kept(tmp_path, network):
-    network.append(RAW[:-1])
-    with pytest.raises(UserError, match="checksum"):
-        look(tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_given_file_that_is_missing_or_no_text_is_told(tmp_path, network):
-    network.append(RAW)
-    with pytest.raises(UserError, match=r"cannot use .*: No such file"):
-        look(tmp_path, str(tmp_path / "missing.txt"))
-    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8 at byte 2"):
-        look(tmp_path, str(tmp_path / "latin.txt"))
 
 
 @given(st.text())

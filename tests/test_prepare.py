@@ -169,9 +169,8 @@ def test_a_single_document_is_split_in_itself(prepare, tmp_path, encode_ordinary
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("names.jsonl", '{"body": "a"}\n{"body": "b"}\n', "column named text"),
+        ("names.jsonl", '{"body": "a"}\n{"body": "b"}\n', "no column text"),
         ("broken.jsonl", '{"text": \n', "JSON parse error"),
-        ("pages.doc", "?", "files of one kind"),
     ],
 )
 def test_openwebtext_tells_what_it_cannot_use(prepare, tmp_path, name, content, message):
@@ -184,7 +183,7 @@ def test_openwebtext_tells_what_it_cannot_use(prepare, tmp_path, name, content, 
 def test_openwebtext_without_a_network_is_one_line(prepare):
     pytest.importorskip("datasets")
     stderr = prepare("openwebtext", fails=True, HF_HUB_OFFLINE="1")
-    assert "Skylion007/openwebtext" in stderr and "--source=PATH" in stderr
+    assert "Skylion007/openwebtext" in stderr and "files of yours" in stderr
     assert len(stderr.splitlines()) == 1
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from brisk.corpus import split_text, write_dataset
-from brisk.documents import Texts, load_documents
+from brisk.documents import Rows, load_documents
 from brisk.errors import one_line_errors
 from brisk.tokenizer import gpt2
 from configurator import NonNegativeInt, UnitFloat, configure
@@ -27,23 +27,25 @@ class PrepareConfig:
     num_proc: NonNegativeInt = 0  # processes that tokenize; one for each core if 0
 
 
-def split(documents, test_size):
+def split(documents, test_size, source):
     """Documents for training and validation as nanoGPT splits them; one alone, in itself."""
+    rows = Rows(documents, "text", source)
     if len(documents) == 1:
-        return split_text(documents[0]["text"])
+        return split_text(next(iter(rows)))
     count = max(1, math.ceil(test_size * len(documents)))
     count = min(count, len(documents) - 1)
     halves = documents.train_test_split(test_size=count, seed=2357, shuffle=True)
-    return {"train": Texts(halves["train"]), "val": Texts(halves["test"])}
+    return {
+        split: Rows(halves[half], "text", source)
+        for split, half in (("train", "train"), ("val", "test"))
+    }
 
 
 def main(config):
-    splits = split(load_documents(config.source), config.test_size)
+    splits = split(load_documents(config.source), config.test_size, config.source)
     directory = config.data_dir or Path(__file__).parent
     source = Path(config.source).name if Path(config.source).exists() else config.source
-    meta = write_dataset(directory, gpt2(), splits, source, True, config.num_proc)
-    if meta["splits"]["val"]["tokens"] <= 1024:
-        print("that is less than GPT-2's context of 1024: a larger --test_size holds out more")
+    write_dataset(directory, gpt2(), splits, source, True, config.num_proc)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from brisk.corpus import find_text, split_text, write_dataset
+from brisk.corpus import split_text, write_dataset
 from brisk.errors import one_line_errors
+from brisk.rawtext import find_text
 from brisk.tokenizer import CharTokenizer
 from configurator import configure
 
@@ -24,7 +25,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 @dataclass
 class PrepareConfig:
-    input: str = ""  # a text file in UTF-8; if empty, Shakespeare's, downloaded if need be
+    input: str = ""  # a text file; if empty, Shakespeare's, downloaded if need be
     data_dir: str = ""  # where to write; beside this script if empty
 
 

@@ -1,0 +1,181 @@
+"""Raw text on disk: finding it, telling its encoding, and reading it a piece at a time."""
+
+import codecs
+import hashlib
+import io
+import os
+import sys
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from brisk.errors import UserError
+
+PIECE = 2**20  # bytes read at a time
+# Besides UTF-8 and whatever has a byte order mark. Few on purpose: the more there are, the
+# likelier a wrong one fits. Each is the largest of its family (GB18030 reads GBK and GB2312).
+ENCODINGS = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252"]
+MARKS = [  # longest first: UTF-32's mark begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (b"\x84\x31\x95\x33", "gb18030"),
+]
+
+
+class TextFile:
+    """The text of a file, possibly compressed (.gz, .bz2, .xz, .zst, .zip), as an iterable of
+    strings of about a million characters; it can be gone through again and again.
+
+    A byte order mark is left out, and line ends become "\\n". `encoding` is what it was read as.
+
+    Raises `UserError` for a file that cannot be read, or is not in that encoding throughout.
+    """
+
+    def __init__(self, path, encoding="auto"):
+        self.path = Path(path)
+        self.encoding = encoding
+        if encoding == "auto":
+            self.encoding = detect_encoding(self.path)
+        else:
+            try:
+                codecs.lookup(encoding)
+            except LookupError as error:
+                raise UserError(f"--encoding={encoding}: Python knows no such encoding") from error
+
+    def __iter__(self):
+        decoder = codecs.getincrementaldecoder(self.encoding)()
+        lines = io.IncrementalNewlineDecoder(None, translate=True)
+        position, first = 0, True
+        for raw in blocks(self.path):
+            try:
+                waiting = len(decoder.getstate()[0])
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeError as error:
+                place = position - waiting + getattr(error, "start", 0)
+                raise UserError(
+                    f"{self.path} is not {self.encoding} at byte {place}; "
+                    "name its encoding (--encoding=gb18030, say) or mend it"
+                ) from error
+            position += len(raw)
+            if first and text:  # GB18030's mark decodes to U+FEFF like any other character
+                text, first = text.removeprefix("\ufeff"), False
+            if piece := lines.decode(text, final=not raw):
+                yield piece
+
+
+def read_text(path, encoding="auto"):
+    """The whole text of a file as one string."""
+    return "".join(TextFile(path, encoding))
+
+
+def blocks(path):
+    """The bytes of a file, decompressed, a block at a time; an empty one at the end."""
+    import fsspec  # torch needs it, so it is there; but not to read a data set's description
+
+    try:
+        with fsspec.open(os.path.abspath(path), "rb", compression="infer") as file:
+            while block := file.read(PIECE):
+                yield block
+            yield b""
+    except (OSError, EOFError, ValueError) as error:  # of the file, or of a decompressor
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
+    except Exception as error:  # zlib, lzma and zstd have errors of their own
+        raise UserError(f"cannot read {path}: it is damaged ({error})") from error
+
+
+def detect_encoding(path):
+    """The name of the encoding of a text file: from its byte order mark, else UTF-8 if it is that,
+    else what its bytes look most like. ASCII counts as UTF-8.
+
+    The first block with anything but ASCII decides. Raises `UserError` where it looks like no text.
+    """
+    sample, start = b"", True
+    for block in blocks(path):
+        if start:
+            for mark, encoding in MARKS:
+                if block.startswith(mark):
+                    return encoding
+            start = False
+        if b"\0" in block:
+            raise UserError(f"{path} is no text: it has bytes of zero")
+        if not block.isascii():
+            sample = block
+            break
+    else:
+        return "utf-8"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(sample)  # may end within a character
+        return "utf-8"
+    except UnicodeDecodeError:
+        pass
+    import charset_normalizer
+
+    whole_lines = sample[: sample.rfind(b"\n") + 1]  # no character is cut in half
+    found = charset_normalizer.from_bytes(whole_lines or sample, cp_isolation=ENCODINGS).best()
+    if found is None:
+        raise UserError(f"cannot tell the encoding of {path}; name it: --encoding=gb18030, say")
+    print(f"{path} looks like {found.encoding}; if it is not: --encoding=NAME", file=sys.stderr)
+    return found.encoding
+
+
+def find_text(given, here, filename, url, sha256, encoding="auto"):
+    """The raw text of a data set, and a word on where it comes from.
+
+    Looks at the path `given` (if not empty), `here/input.txt`, `$BRISK_DATA/filename`, then `url`,
+    whose bytes must have the checksum `sha256` (hex) and are kept as `here/input.txt`. Line ends
+    become "\\n", as in nanoGPT.
+
+    Returns (text, source); source is `url` if the checksum is the known one, else the file's name.
+    Raises `UserError` where there is no text.
+    """
+    path = find_file(given, here, filename, url, sha256)
+    text = read_text(path, encoding)
+    if not text:
+        raise UserError(f"{path} is empty")
+    return text, url if url and checksum(path) == sha256 else path.name
+
+
+def find_file(given, here, filename, url, sha256, name="input.txt"):
+    """The path of a raw file, looked for as in `find_text`; `name` is what it is called in `here`.
+    Without a `url` the network is left out."""
+    if given:
+        return Path(given)
+    places = [Path(here) / name]
+    if os.environ.get("BRISK_DATA"):
+        places.append(Path(os.environ["BRISK_DATA"]) / filename)
+    found = next(filter(Path.exists, places), None)
+    if found is None and not url:
+        looked = ", ".join(map(str, places))
+        raise UserError(f"no text found at {looked}; give a file of yours: --input=PATH")
+    return found or download(url, sha256, places)
+
+
+def checksum(path):
+    """The SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(PIECE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(url, sha256, places):
+    """Keep the bytes at `url` at the first of `places`, where it was looked for in vain."""
+    kept = places[0]
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            raw = response.read()
+        if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
+            raise UserError(f"what {url} sent is damaged (its checksum is wrong); try again")
+        part = kept.with_suffix(".part")
+        part.write_bytes(raw)
+        return part.replace(kept)
+    except (OSError, HTTPException) as error:
+        looked = ", ".join(map(str, places))
+        print(f"looked for the text at {looked} and {url} ({error})", file=sys.stderr)
+        print("to use a file of your own: --input=PATH", file=sys.stderr)
+        raise UserError(f"no text found; download {url} and save it as {kept}") from error

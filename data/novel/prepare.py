@@ -1,0 +1,69 @@
+"""One long text, character by character, chapter by chapter: a novel in any language.
+
+    $ python data/novel/prepare.py --input=novel.txt
+    $ python data/novel/prepare.py --input=novel.txt --chapters="^CHAPTER [IVXLC]+" --encoding=big5
+
+UTF-8, GB18030 and Big5 are told apart by themselves. Each chapter is a document that begins with
+its heading; the last tenth of the chapters is for validation. Without chapters, of the text.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from brisk.corpus import split_text, write_dataset
+from brisk.errors import UserError, one_line_errors
+from brisk.rawtext import find_text
+from brisk.tokenizer import CharTokenizer
+from configurator import configure
+
+HERE = Path(__file__).parent
+# Lines that are headings: 第一章 …, 第12回 …, 一　…, 楔子, Chapter 4, CHAPTER IV. …
+NUMERAL = "零〇一二三四五六七八九十百千"
+HEADING = (
+    rf"^\s*(第\s*[\d{NUMERAL}]+\s*[章回節节卷]|[{NUMERAL}]+[\s、]|楔子|(?i:chapter)\s\w+).{{0,40}}$"
+)
+
+
+@dataclass
+class PrepareConfig:
+    input: str = ""  # a text file; if empty, novel.txt in the folder that BRISK_DATA names
+    chapters: str = HEADING  # a pattern (Python's re) for the lines at which chapters begin
+    encoding: str = "auto"  # of the file: utf-8, gb18030, big5, …
+    val_share: Annotated[float, (0.001, 0.5)] = 0.1  # the end of it, for validation
+    data_dir: str = ""  # where to write; beside this script if empty
+
+
+def cut_at(pattern, text):
+    """The chapters of `text`; what stands before the first of them is one too."""
+    try:
+        starts = [match.start() for match in re.finditer(pattern, text, re.MULTILINE)]
+    except re.error as error:
+        raise UserError(f"--chapters={pattern} is no pattern: {error}") from error
+    bounds = sorted({0, *starts, len(text)})
+    chapters = [text[a:b].strip() for a, b in pairwise(bounds)]
+    return [chapter for chapter in chapters if chapter]
+
+
+def main(config):
+    text, source = find_text(config.input, HERE, "novel.txt", "", "", config.encoding)
+    chapters = cut_at(config.chapters, text) if config.chapters else [text]
+    is_one = len(chapters) == 1
+    held_out = max(1, round(config.val_share * len(chapters)))
+    splits = {"train": chapters[:-held_out], "val": chapters[-held_out:]}
+    if is_one:
+        splits = split_text(text, config.val_share)
+    tokenizer = CharTokenizer(sorted(set(text)), eot=not is_one)
+    characters = f"{len(text):,} characters, {len(tokenizer.characters):,} different ones"
+    print(f"{characters}, in {len(chapters)} chapter{'s' * (not is_one)}")
+    write_dataset(config.data_dir or HERE, tokenizer, splits, source, not is_one)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(configure(PrepareConfig, sys.argv[1:]))

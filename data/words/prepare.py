@@ -1,0 +1,62 @@
+"""Words as tokens, common ones left out: small models of what a text is about, on any CPU.
+
+    $ python data/words/prepare.py
+    $ python data/words/prepare.py --input=my.txt --stop_words=none --data_dir=data/mine
+
+What is no word (signs, spaces, line ends) is left out, and so are the stop words.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from brisk.corpus import split_text, write_dataset
+from brisk.errors import UserError, one_line_errors
+from brisk.rawtext import find_text, read_text
+from brisk.tokenizer import learn_words
+from configurator import PositiveInt, configure
+
+HERE = Path(__file__).parent
+URL = "https://raw.githubusercontent.com/diixo/numoGPT/main/data/train-nn.txt"
+SHA256 = "4d1036d6294a7fdef77e0b01648cbdd0ba29073c2852355fba5863b8bd90a53c"
+
+
+@dataclass
+class PrepareConfig:
+    input: str = ""  # a text file; if empty, 50 kB of abstracts on text clustering
+    stop_words: str = "english"  # words to leave out: a file of them, english, or none
+    lower: bool = True  # lower-case all text
+    min_count: PositiveInt = 1  # words that training has less often are unknown
+    vocab_size: PositiveInt = 50_000  # the most words
+    val_share: Annotated[float, (0.001, 0.5)] = 0.1  # the end of the text, for validation
+    encoding: str = "auto"  # of the file: utf-8, gb18030, big5, …
+    data_dir: str = ""  # where to write; beside this script if empty
+
+
+def read_stop_words(name):
+    """The words in the file `name`, or in the list of English ones beside this script."""
+    if name in ("none", ""):
+        return []
+    if name != "english" and not Path(name).exists():
+        raise UserError(f"--stop_words={name}: no such file; or say english, or none")
+    return read_text(HERE / "english.txt" if name == "english" else name).lower().split()
+
+
+def main(config):
+    text, source = find_text(config.input, HERE, "words.txt", URL, SHA256, config.encoding)
+    stop_words = read_stop_words(config.stop_words)
+    splits = split_text(text, config.val_share)
+    settings = {"stop_words": stop_words, "lower": config.lower}
+    tokenizer = learn_words(splits["train"], config.min_count, config.vocab_size, **settings)
+    unknown = tokenizer.encode(splits["val"][0]) == tokenizer.unk
+    print(f"{tokenizer.vocab_size:,} words, {len(stop_words)} stop words left out")
+    print(f"unknown are {100 * unknown.mean() if len(unknown) else 0:.1f} % of validation")
+    write_dataset(config.data_dir or HERE, tokenizer, splits, source)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(configure(PrepareConfig, sys.argv[1:]))
