@@ -1,10 +1,16 @@
 """How good a checkpoint is: exact loss over a whole split, or its share of right answers.
 
     $ python evaluate.py --out_dir=out-shakespeare-char
+    $ python evaluate.py --out_dir=out-shakespeare-char --stride=32
     $ python evaluate.py --init_from=gpt2 --dataset=shakespeare --split=train
     $ python evaluate.py --out_dir=out-addition --task=addition
+    $ python evaluate.py --init_from=gpt2 --task=hellaswag --file=hellaswag_val.jsonl
+    $ python evaluate.py --init_from=gpt2 --task=lambada --file=lambada_test.jsonl --json
 
-`train.py` estimates the loss from some windows; this reads every token once.
+`train.py` estimates the loss from some windows; this reads every token once. What a model reads
+is the split in windows of block_size, end-of-text tokens and all, or, where it was trained with
+rows=documents, one document after another, each from its start. Standard output is the result
+alone; `loss` and the tasks in brisk/tasks.py say what its figures are.
 """
 
 import json
@@ -21,54 +27,59 @@ from tqdm import tqdm
 from brisk.corpus import load_tokenizer, read_meta
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
-from brisk.loader import TokenFile, find_data_dir
-from brisk.tokenizer import EOT
-from configurator import PositiveInt, configure
+from brisk.loader import SCAN, TokenFile, find_data_dir
+from brisk.scoring import batches, padded, token_nats, windows
+from brisk.tasks import addition, hellaswag, lambada
+from configurator import NonNegativeInt, PositiveInt, configure
 from sample import load
+
+TASKS_OF_ITEMS = {"hellaswag": hellaswag, "lambada": lambada}  # which come in a file of their own
 
 
 @dataclass
 class EvaluateConfig:
     init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
     out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
+    task: Literal["loss", "addition", "hellaswag", "lambada"] = "loss"  # or what share is right
+    file: str = ""  # items of task=hellaswag (ctx, endings, label) or lambada (text): JSON lines
     dataset: str = ""  # evaluate on data/<dataset>; what the checkpoint was trained on if empty
     data_dir: str = ""  # folder of the token files, instead of data/<dataset>
     split: Literal["val", "train"] = "val"  # which of its two files
-    task: Literal["loss", "addition"] = "loss"  # loss and perplexity, or sums answered right
-    batch_size: PositiveInt = 16  # windows, or prompts, at a time
+    rows: Literal["auto", "windows", "documents"] = "auto"  # auto: as it was trained
+    stride: NonNegativeInt = 0  # windows start every so many tokens; 0 is block_size: no overlap
+    all_positions: bool = False  # score overlaps in each window, as training does, not just once
+    batch_size: PositiveInt = 16  # windows at a time, or as many shorter rows as take their room
     json: bool = False  # print one JSON object instead of text
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
 
 
 def main(config):
+    task = TASKS_OF_ITEMS.get(config.task)
+    if task and not config.file:
+        raise UserError(f"task={config.task} reads its items from a file: --file=PATH.jsonl")
+    if config.file and not task:
+        raise UserError(f"--file goes with --task={' or --task='.join(TASKS_OF_ITEMS)}")
     with redirect_stdout(sys.stderr):
         device = open_device(config.device, config.dtype)
         model, tokenizer, trained_with = load(config)
         model.to(device.device).eval()
-        data_dir = config.data_dir or ("" if config.dataset else trained_with.get("data_dir", ""))
-        dataset = config.dataset or trained_with.get("dataset", "")
-        if not data_dir and not dataset:
-            raise UserError("on what text? name a data set that is prepared: --dataset=NAME")
-        data_dir = find_data_dir(data_dir, dataset)
-        theirs = load_tokenizer(data_dir)
-        if theirs and theirs.to_dict() != tokenizer.to_dict():
-            raise UserError(
-                f"{data_dir} is tokenized otherwise than what this model was trained on"
-            )
-        meta = read_meta(data_dir)
-        dtype = meta["dtype"] if meta else "uint16"
-        path, sizes = data_dir / f"{config.split}.bin", model.config
-        block_size = 1 if config.task == "addition" else sizes.block_size
-        tokens = TokenFile(path, block_size, sizes.vocab_size, dtype).tokens
+        rows = trained_with.get("rows", "windows") if config.rows == "auto" else config.rows
+        if not task:
+            file, counts = open_split(config, trained_with, model, tokenizer, rows)
 
     with torch.no_grad(), device.autocast():
-        if config.task == "addition":
-            result = addition(model, tokenizer, tokens, config.batch_size, device)
+        if task:
+            documents = rows == "documents"
+            result = task(model, tokenizer, config.file, config.batch_size, device, documents)
+        elif config.task == "addition":
+            result = addition(model, tokenizer, file.tokens, config.batch_size, device)
         else:
-            counts = meta["splits"][config.split] if meta else {}
-            result = loss(model, tokens, counts, config.batch_size, device)
-    result = {"data": str(path), **result}
+            if rows == "documents" and not counts:
+                counts = count_text(file, tokenizer)
+            options = (config.batch_size, config.stride, config.all_positions)
+            result = loss(model, file, counts, device, *options)
+    result = {"data": config.file if task else str(file.path), **result}
     if config.json:
         print(json.dumps(result))
     else:
@@ -76,54 +87,93 @@ def main(config):
             print(f"{name:<20} {value:,.4f}" if isinstance(value, float) else f"{name:<20} {value}")
 
 
-def loss(model, tokens, counts, batch_size, device):
-    """Cross-entropy over all of `tokens` in windows of `block_size` that do not overlap.
+def open_split(config, trained_with, model, tokenizer, rows):
+    """The `TokenFile` to evaluate on, and what is known of its text (a dict, maybe empty)."""
+    data_dir = config.data_dir or ("" if config.dataset else trained_with.get("data_dir", ""))
+    dataset = config.dataset or trained_with.get("dataset", "")
+    if not data_dir and not dataset:
+        raise UserError("on what text? name a data set that is prepared: --dataset=NAME")
+    data_dir = find_data_dir(data_dir, dataset)
+    theirs = load_tokenizer(data_dir)
+    if theirs and theirs.to_dict() != tokenizer.to_dict():
+        raise UserError(f"{data_dir} is tokenized otherwise than what this model was trained on")
+    meta = read_meta(data_dir)
+    dtype = meta["dtype"] if meta else "uint16"
+    path, vocab_size = data_dir / f"{config.split}.bin", model.config.vocab_size
+    # The windows are cut here, and a text may be shorter than one: block_size 1 opens any file.
+    file = TokenFile(path, 1, vocab_size, dtype, rows=rows, eot=tokenizer.eot)
+    return file, meta["splits"][config.split] if meta else {}
 
-    `counts` may have the split's `bytes` and `characters`, which make the loss comparable between
-    tokenizers (bits per byte: nats / ln 2 / bytes of UTF-8).
+
+def loss(model, file, counts, device, batch_size=16, stride=0, all_positions=False):
+    """Cross-entropy over all of a `TokenFile`, each of its tokens scored once.
+
+    Windows of `block_size` start every `stride` tokens (0: `block_size`, so that none overlap), and
+    a token is scored in the window that shows the model most of what stands before it: a smaller
+    stride costs more and tells better what the model can do. With `all_positions`, every position
+    of every window is scored instead, as in training: a token counts as often as it is seen.
+
+    A file opened with rows="windows" is one text, of which the first token has nothing before it
+    and is not scored. With rows="documents" each document is a text: it starts after an end-of-text
+    token, its own end-of-text is its last target, and windows do not reach into the next. Documents
+    without a token are left out, and so is what may follow the last end-of-text.
+
+    Returns:
+        A dict with `tokens`, the number of targets; `loss`, in nats over all targets, the
+        end-of-text tokens included; `perplexity`, exp(loss). And where `counts` has the `bytes` and
+        `characters` of the text and no token counts twice, what can be compared between tokenizers:
+        `loss_per_character` in nats, `bits_per_character`, and `bits_per_byte` (nats / ln 2 / bytes
+        of UTF-8). These take the nats of all targets, but of documents the separators are left
+        out, the end-of-text tokens: their nats, and in `counts` their characters.
     """
-    T = model.config.block_size
-    starts = range(0, len(tokens) - 1, T)
-    nats = 0.0
-    for first in tqdm(range(0, len(starts), batch_size), unit="batch", disable=None):
-        rows = [tokens[s : s + T + 1].astype(np.int64) for s in starts[first : first + batch_size]]
-        tail = len(rows) > 1 and len(rows[-1]) < T + 1  # the last window is shorter
-        for group in (rows[:-1], rows[-1:]) if tail else (rows,):
-            ids = torch.from_numpy(np.stack(group)).to(device.device)
-            _, mean = model(ids[:, :-1], ids[:, 1:], return_logits=False)
-            nats += mean.item() * ids[:, 1:].numel()
-    n_targets = len(tokens) - 1
+    T, tokens = model.config.block_size, file.tokens
+    if stride > T:
+        raise UserError(f"stride={stride} leaves tokens out: the model's block_size is {T}")
+    of_documents = file.starts is not None
+    starts, ends = np.array([1]), np.array([len(tokens)])  # of the targets in the file
+    if of_documents:
+        starts, ends = file.starts[:-1], file.ends
+    text, begin, end, new = windows(ends - starts, T, stride or T)
+    scored = end - (begin if all_positions else new)
+    first, last = (
+        starts[text] + begin - 1,
+        starts[text] + end,
+    )  # of the inputs, and past the targets
+
+    nats = nats_of_eot = n_targets = 0
+    for batch in tqdm(batches(end - begin, batch_size * T), unit="batch", disable=None):
+        rows = [tokens[max(0, first[i]) : last[i]].astype(np.int64) for i in batch]
+        for number in np.flatnonzero(first[batch] < 0):  # in the file, no end-of-text before it
+            rows[number] = np.append(file.eot, rows[number])
+        file.check(np.concatenate(rows))
+        inputs, targets = padded(rows, scored[batch], device.device)
+        costs, _ = token_nats(model, inputs, targets)
+        nats += costs.sum().item()
+        n_targets += int(scored[batch].sum())
+        if of_documents:
+            nats_of_eot += costs[targets == file.eot].sum().item()
+
     result = {"tokens": n_targets, "loss": nats / n_targets}
     result["perplexity"] = math.exp(min(700.0, nats / n_targets))
-    if counts:
-        result["bits_per_byte"] = nats / math.log(2) / counts["bytes"]
-        result["bits_per_character"] = nats / math.log(2) / counts["characters"]
+    if counts and n_targets == (ends - starts).sum():
+        of_text = nats - nats_of_eot
+        result["loss_per_character"] = of_text / counts["characters"]
+        result["bits_per_byte"] = of_text / math.log(2) / counts["bytes"]
+        result["bits_per_character"] = of_text / math.log(2) / counts["characters"]
     return result
 
 
-def addition(model, tokenizer, tokens, batch_size, device):
-    """The share of the sums in `tokens` (documents such as 12+34=46) that the likeliest tokens
-    answer to the last digit and the end of the document."""
-    by_length = {}  # prompts of one length make a batch
-    for document in tokenizer.decode(tokens).split(EOT):
-        question, equals, answer = document.partition("=")
-        if equals:
-            sums = by_length.setdefault(len(question), [])
-            sums.append((EOT + question + equals, answer + EOT))
-    if not by_length:
-        raise UserError("task=addition: there are no sums in this data set; see data/addition")
-    right = total = 0
-    for sums in tqdm(by_length.values(), unit="length", disable=None):
-        for first in range(0, len(sums), batch_size):
-            batch = sums[first : first + batch_size]
-            prompts = np.stack([tokenizer.encode(question, True) for question, _ in batch])
-            ids = torch.from_numpy(prompts.astype(np.int64)).to(device.device)
-            longest = max(len(tokenizer.encode(answer, True)) for _, answer in batch)
-            drawn = model.generate(ids, longest, temperature=0, vocab_size=tokenizer.vocab_size)
-            for row, (_, answer) in zip(drawn[:, ids.size(1) :].cpu(), batch, strict=True):
-                right += tokenizer.decode(row).startswith(answer)
-                total += 1
-    return {"sums": total, "right": right, "accuracy": right / total}
+def count_text(file, tokenizer):
+    """Bytes and characters in the documents of a file that has no meta.json to say so."""
+    pieces = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+    pieces[file.eot] = b""
+    often = np.zeros(len(pieces), dtype=np.int64)
+    for first in range(0, file.starts[-1], SCAN):
+        part = file.tokens[first : min(first + SCAN, file.starts[-1])]
+        often += np.bincount(part, minlength=len(pieces))[: len(pieces)]
+    # Of a character's bytes in UTF-8, all but the first are 10xxxxxx.
+    characters = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
+    return {"bytes": int(often @ list(map(len, pieces))), "characters": int(often @ characters)}
 
 
 if __name__ == "__main__":

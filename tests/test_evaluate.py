@@ -1,7 +1,8 @@
-"""The loss is that of every token once, a sum is right to its last digit, bench.py runs."""
+"""The loss is that of every token once, as transformers computes it too; bench.py runs."""
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,11 +11,15 @@ from torch.nn import functional as F
 
 import bench
 import evaluate
+from brisk.checkpoint import load_checkpoint
 from brisk.device import open_device
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, CharTokenizer
+from brisk.loader import TokenFile
+from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, from_dict
 from configurator import configure
 from model import GPT, GPTConfig
+
+CPU = open_device("cpu", "float32")
 
 
 @pytest.fixture
@@ -33,26 +38,225 @@ def evaluated(capsys):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=1, n_head=2, n_embd=16)).eval()
+    model = GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=1, n_head=2, n_embd=16)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform, so that a mistake shows
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def write_tokens(tmp_path):
+    """Token ids as an open `TokenFile` of the model's vocabulary."""
+
+    def write(tokens, **options):
+        np.asarray(tokens, dtype="<u2").tofile(tmp_path / "val.bin")
+        return TokenFile(tmp_path / "val.bin", 1, 13, **options)
+
+    return write
+
+
+def random_tokens(length):
+    return np.random.default_rng(length).integers(0, 13, length)
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 64, 65, 66, 100])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_every_token_counts_once(model, length, batch_size):
-    tokens = np.random.default_rng(length).integers(0, 13, length).astype(np.uint16)
+def test_every_token_counts_once(model, write_tokens, length, batch_size):
+    tokens = random_tokens(length)
     nats = 0.0  # one window after another
     for start in range(0, length - 1, 8):
-        ids = torch.from_numpy(tokens[start : start + 9].astype(np.int64))[None]
+        ids = torch.from_numpy(tokens[start : start + 9])[None]
         logits = model.predict(ids[:, :-1])
         nats += F.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
     counts = {"bytes": 2 * length, "characters": length}
-    with torch.no_grad():
-        result = evaluate.loss(model, tokens, counts, batch_size, open_device("cpu"))
+    result = evaluate.loss(model, write_tokens(tokens), counts, CPU, batch_size)
     assert result["tokens"] == length - 1
     assert result["loss"] == pytest.approx(nats / (length - 1), rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / (2 * length), rel=1e-5)
     assert result["bits_per_character"] == pytest.approx(2 * result["bits_per_byte"])
+    assert result["loss_per_character"] == pytest.approx(nats / length, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def theirs(model, tmp_path_factory):
+    """The same weights in transformers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=13)
+    config = transformers.GPT2Config(
+        **sizes, bos_token_id=0, eos_token_id=0, activation_function="gelu"
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {k: w.t() if k.endswith(turned) else w for k, w in model.state_dict().items()}
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@torch.no_grad()
+def strided_nats(theirs, ids, stride, all_positions=False):
+    """What each target of `ids` costs, by transformers, in Hugging Face's loop over windows: with
+    a window's inputs 8, and what the window before it ended with not counted again."""
+    costs, counted = [], 0
+    for begin in range(0, len(ids) - 1, stride):
+        end = min(begin + 8, len(ids) - 1)
+        logits = theirs(torch.tensor([ids[begin:end]])).logits[0]
+        targets = torch.tensor(ids[begin + 1 : end + 1])
+        nats = F.cross_entropy(logits, targets, reduction="none").tolist()
+        costs += nats if all_positions else nats[counted - begin :] if counted else nats
+        counted = end
+        if end == len(ids) - 1:
+            break
+    return costs
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 10, 40, 101])
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+@pytest.mark.parametrize("all_positions", [False, True])
+def test_strided_loss_is_that_of_transformers(
+    model, theirs, write_tokens, length, stride, all_positions
+):
+    tokens = random_tokens(length)
+    costs = strided_nats(theirs, tokens.tolist(), stride, all_positions)
+    counts = {"bytes": length, "characters": length}
+    result = evaluate.loss(model, write_tokens(tokens), counts, CPU, 3, stride, all_positions)
+    assert result["tokens"] == len(costs)
+    assert result["loss"] == pytest.approx(np.mean(costs), abs=1e-4)
+    assert all_positions or len(costs) == length - 1
+    # Where a token counts twice, its bytes would have to.
+    assert ("bits_per_byte" in result) == (len(costs) == length - 1)
+
+
+def test_a_small_stride_shows_a_token_more_of_the_text(model, write_tokens):
+    """A token that copies the one seven places before it is foretold only where both are seen."""
+    seen = [evaluate.windows(np.array([30]), 8, stride) for stride in (8, 2)]
+    contexts = [
+        [t - b for b, e, n in zip(*window[1:], strict=True) for t in range(n, e)] for window in seen
+    ]
+    assert [len(context) for context in contexts] == [30, 30]
+    assert min(contexts[0][8:]) == 0 and min(contexts[1][8:]) == 6
+
+
+def documents_and_file(write_tokens):
+    """Documents of 1 to 30 tokens, empty ones between them, and the file of them."""
+    rng = np.random.default_rng(5)
+    documents = [rng.integers(0, 12, n).tolist() for n in [*range(1, 31), 8, 7, 9, 16, 15, 17]]
+    stream = [12]  # an empty document
+    for n, document in enumerate(documents):
+        stream += [*document, 12] + [12] * (n % 10 == 0)
+    return documents, write_tokens([*stream, 3, 4], rows="documents", eot=12)
+
+
+@pytest.mark.parametrize("stride", [0, 1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_documents_one_by_one(model, theirs, write_tokens, stride, batch_size):
+    documents, file = documents_and_file(write_tokens)
+    costs = [strided_nats(theirs, [12, *d, 12], stride or 8) for d in documents]
+    characters = sum(map(len, documents))
+    counts = {"bytes": 2 * characters, "characters": characters}
+    result = evaluate.loss(model, file, counts, CPU, batch_size, stride)
+    assert result["tokens"] == characters + len(documents)
+    assert result["loss"] == pytest.approx(np.mean(np.concatenate(costs)), abs=1e-4)
+    of_text = sum(sum(nats[:-1]) for nats in costs) / characters
+    assert result["loss_per_character"] == pytest.approx(of_text, abs=1e-4)
+    assert result["bits_per_character"] == pytest.approx(of_text / math.log(2), abs=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(of_text / 2 / math.log(2), abs=1e-4)
+
+
+def test_the_first_document_starts_as_all_others(model, theirs, write_tokens):
+    """At the file's start there is no end-of-text; every other document has one before it."""
+    file = write_tokens([1, 2, 3, 12, 4, 5, 12], rows="documents", eot=12)
+    costs = strided_nats(theirs, [12, 1, 2, 3, 12], 8) + strided_nats(theirs, [12, 4, 5, 12], 8)
+    assert evaluate.loss(model, file, {}, CPU)["loss"] == pytest.approx(np.mean(costs), abs=1e-4)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("aé—😀", eot=True)])
+def test_text_is_counted_where_no_meta_json_does(tokenizer, tmp_path, monkeypatch):
+    documents = ["aé—", "😀", "aaaé😀"]
+    text = "".join(document + EOT for document in documents)
+    tokenizer.encode(text, allow_eot=True).astype("<u2").tofile(tmp_path / "val.bin")
+    vocab_size, eot = tokenizer.vocab_size, tokenizer.eot
+    file = TokenFile(tmp_path / "val.bin", 1, vocab_size, rows="documents", eot=eot)
+    monkeypatch.setattr(evaluate, "SCAN", 4)
+    whole = "".join(documents)
+    expected = {"bytes": len(whole.encode()), "characters": len(whole)}
+    assert evaluate.count_text(file, tokenizer) == expected
+
+
+def test_a_model_of_documents_is_evaluated_document_by_document(
+    train_tiny, evaluated, lines_data, tmp_path
+):
+    train_tiny(tmp_path / "out", data_dir=lines_data, rows="documents")
+    checkpoint = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    model, nats, nats_of_text = GPT.from_checkpoint(checkpoint), 0.0, 0.0
+    tokenizer = from_dict(checkpoint["tokenizer"])
+    ids = np.fromfile(lines_data / "val.bin", dtype="<u2")
+    lines = [line for line in tokenizer.decode(ids).split(EOT) if line]
+    for line in lines:  # of up to three windows of 16
+        row = [tokenizer.eot, *tokenizer.encode(line).tolist(), tokenizer.eot]
+        for start in range(0, len(row) - 1, 16):
+            part = torch.tensor([row[start : start + 17]])
+            costs = F.cross_entropy(model.predict(part[:, :-1])[0], part[0, 1:], reduction="none")
+            nats += costs.sum().item()
+            nats_of_text += costs[part[0, 1:] != tokenizer.eot].sum().item()
+    out = tmp_path / "out"
+    result = evaluated(out_dir=out)
+    characters = sum(map(len, lines))
+    assert result["tokens"] == characters + len(lines)
+    assert result["loss"] == pytest.approx(nats / result["tokens"], abs=1e-4)
+    assert result["loss_per_character"] == pytest.approx(nats_of_text / characters, abs=1e-4)
+    assert evaluated(out_dir=out, rows="documents") == result
+    assert evaluated(out_dir=out, rows="windows")["tokens"] == len(ids) - 1
+    # The same bins as nanoGPT leaves them, with a meta.pkl only.
+    shutil.copytree(lines_data, tmp_path / "bare", ignore=shutil.ignore_patterns("meta.json"))
+    bare = evaluated(out_dir=out, data_dir=tmp_path / "bare")
+    assert {**bare, "data": ""} == {**result, "data": ""}
+
+
+def test_text_and_json_have_the_same_numbers(train_tiny, evaluated, tmp_path, capsys):
+    train_tiny(tmp_path / "out", max_iters=0)
+    result = evaluated(out_dir=tmp_path / "out", stride=5)
+    argv = [f"--out_dir={tmp_path / 'out'}", "--stride=5", "--device=cpu"]
+    evaluate.main(configure(evaluate.EvaluateConfig, argv))
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed.keys() == result.keys()
+    for name in result.keys() - {"data"}:
+        assert float(printed[name].replace(",", "")) == pytest.approx(result[name], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stride": 17}, ["stride=17", "block_size is 16"]),
+        ({"rows": "documents"}, ["no end-of-text"]),
+        ({"task": "hellaswag"}, ["task=hellaswag", "--file"]),
+        ({"task": "lambada", "file": "missing.jsonl"}, ["cannot read missing.jsonl"]),
+        ({"file": "text.txt"}, ["--file goes with --task=hellaswag or --task=lambada"]),
+    ],
+)
+def test_what_cannot_be_is_said(train_tiny, evaluated, tmp_path, changes, words):
+    train_tiny(tmp_path / "out", max_iters=0)
+    with pytest.raises(UserError) as caught:
+        evaluated(out_dir=tmp_path / "out", **changes)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_broken_items_are_one_line_and_status_2(train_tiny, script, tmp_path):
+    train_tiny(tmp_path / "out", max_iters=0)
+    (tmp_path / "items.jsonl").write_text('{"text": "so long"}\n{"text": so long}\n')
+    argv = [f"--out_dir={tmp_path / 'out'}", "--task=lambada", f"--file={tmp_path}/items.jsonl"]
+    run = script("evaluate.py", *argv, "--device=cpu")
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/items.jsonl, line 2: no JSON")
+    assert "Traceback" not in run.stderr
+
+
+def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(model, write_tokens, monkeypatch):
+    monkeypatch.setattr("brisk.loader.SCAN", 4)
+    file = write_tokens([1, 2, 3, 4, 5, 13, 1])
+    with pytest.raises(UserError, match="token id 13"):
+        evaluate.loss(model, file, {}, CPU)
 
 
 def test_a_run_is_evaluated_on_what_it_was_trained_on(train_tiny, evaluated, char_data, tmp_path):
@@ -69,33 +273,6 @@ def test_data_of_another_tokenizer_is_refused(train_tiny, evaluated, lines_data,
     train_tiny(tmp_path / "out", max_iters=0)
     with pytest.raises(UserError, match="tokenized otherwise"):
         evaluated(out_dir=tmp_path / "out", data_dir=lines_data)
-
-
-class Calculator:
-    """In place of a model: adds, but errs where the first summand is 7."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def generate(self, ids, max_new_tokens, temperature, vocab_size):
-        assert temperature == 0 and vocab_size == self.tokenizer.vocab_size
-        rows = []
-        for row in ids:
-            assert row[0] == self.tokenizer.eot  # as a document begins in training
-            a, b = map(int, self.tokenizer.decode(row[1:-1]).split("+"))
-            answer = self.tokenizer.encode(f"{a + b + 10 * (a == 7)}{EOT}", allow_eot=True)
-            padded = [*answer.tolist(), *[0] * max_new_tokens][:max_new_tokens]
-            rows.append([*row.tolist(), *padded])
-        return torch.tensor(rows)
-
-
-def test_a_sum_is_right_to_its_last_digit_or_wrong():
-    tokenizer = CharTokenizer(sorted("0123456789+="), eot=True)
-    sums = [(a, b) for a in (5, 7, 12, 95) for b in (3, 8, 44)]
-    text = "".join(f"{a}+{b}={a + b}{EOT}" for a, b in sums)
-    tokens = tokenizer.encode(text, allow_eot=True)
-    result = evaluate.addition(Calculator(tokenizer), tokenizer, tokens, 2, open_device("cpu"))
-    assert result == {"sums": 12, "right": 9, "accuracy": 0.75}
 
 
 def test_bench_prints_ceilings_and_a_share_of_them(capsys):
