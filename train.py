@@ -26,7 +26,7 @@ from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, find_data_dir, hash64, to_device
 from brisk.memory import expected_memory, in_bytes, peak_memory
 from brisk.optim import learning_rate_at, load_optimizer
-from brisk.runlog import Forecast, RunLog
+from brisk.runlog import Forecast, RunLog, draw_samples, sample_prompt
 from brisk.starting import MODEL_SHAPE, describe_tokenizer, starting_point, take_over_settings
 from brisk.stopping import stop_requests
 from configurator import (
@@ -44,11 +44,13 @@ from model import GPT, GPTConfig
 @dataclass
 class TrainConfig:
     # the run
-    out_dir: str = "out"  # folder of the run: checkpoints and metrics.jsonl
+    out_dir: str = "out"  # folder of the run: checkpoints, metrics.jsonl and loss.png
     init_from: str = "scratch"  # scratch, resume, auto, gpt2*, a Hugging Face folder, a checkpoint
     eval_interval: PositiveInt = 2000  # steps between evaluations, each with a save
     log_interval: PositiveInt = 1  # steps between lines of the training loss
     eval_iters: PositiveInt = 200  # batches of each split in an evaluation
+    eval_samples: NonNegativeInt = 0  # texts to draw and show at each evaluation
+    eval_start: str = ""  # what they begin with
     eval_only: bool = False  # evaluate once and stop; saves nothing
     always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
     dry_run: bool = False  # say what the run would do and stop
@@ -112,6 +114,7 @@ def main(config, stop=None):
     if tokenizer is None:
         log.say("no tokenizer described with the data: taking it for GPT-2's")
     saved_tokenizer = describe_tokenizer(tokenizer, checkpoint, data_dir, log)
+    prompt = sample_prompt(config, tokenizer, log)  # None: no texts at evaluations
 
     # --- model
     torch.manual_seed(config.seed)
@@ -228,6 +231,7 @@ def main(config, stop=None):
 
     # --- the training loop
     lap, lap_steps, warned = time.perf_counter(), 0, False
+    clipped = torch.zeros((), device=device.device)  # steps since the last line that were
     while True:
         finished = step > config.max_iters
 
@@ -242,9 +246,12 @@ def main(config, stop=None):
             train_loss, val_loss = (
                 estimate_loss(model, data, config, ranks, device, forecast) for data in eval_data
             )
-            model.train()
             record = {"train_loss": train_loss, "val_loss": val_loss}
-            log.evaluation(step, record | {"tokens": position * config.block_size})
+            record["tokens"] = position * config.block_size
+            if prompt and ranks.is_main:
+                record["samples"] = draw_samples(model, tokenizer, prompt, config, device)
+            log.evaluation(step, record)
+            model.train()
             is_best = val_loss < best_val_loss
             best_val_loss = min(best_val_loss, val_loss)
             if step > first_step and ranks.is_main:
@@ -280,6 +287,7 @@ def main(config, stop=None):
         scaler.unscale_(optimizer)
         limit = config.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        clipped += grad_norm > limit  # on the device, which need not wait
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -292,11 +300,14 @@ def main(config, stop=None):
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": grad_norm.item(),
+                "clipped": clipped.item() / min(config.log_interval, step - first_step + 1),
                 "step_ms": seconds * 1000,
                 "tokens_per_second": tokens_per_step / seconds,
                 "mfu": model.estimate_mfu(global_batch, seconds, peak_flops),
+                "memory": peak_memory(device),
                 "tokens": position * config.block_size,
             }
+            clipped.zero_()
             log.iteration(step, record)
             if not math.isfinite(loss) and not warned:
                 log.say("the loss is no number any more: try a lower --learning_rate")

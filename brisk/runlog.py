@@ -1,10 +1,14 @@
-"""Where a run's numbers go: the console, a progress bar, `metrics.jsonl`, TensorBoard, wandb.
+"""Where a run's numbers go: the console, a progress bar, `metrics.jsonl` and a picture of it,
+TensorBoard, wandb.
 
 `metrics.jsonl` has one JSON object a line. Both kinds have `step`, `tokens` (seen so far) and
 `seconds` (since the run began). Training lines: `loss` (nats), `lr`, `grad_norm` (before
-clipping), `step_ms`, `tokens_per_second`, `mfu`. Evaluation lines: `train_loss`, `val_loss`.
+clipping), `clipped` (share of the steps since the line before whose norm was over `grad_clip`),
+`step_ms`, `tokens_per_second`, `mfu`, `memory` (bytes at the peak so far, where known).
+Evaluation lines: `train_loss`, `val_loss` and, if asked for, `samples`, a list of texts.
 """
 
+import html
 import json
 import netrc
 import os
@@ -13,7 +17,13 @@ import time
 from pathlib import Path
 from urllib.parse import urlparse
 
+import torch
 from tqdm import tqdm
+
+from brisk.curves import leave_picture
+from brisk.errors import UserError
+
+SAMPLE_TOKENS = 100  # of each text drawn at an evaluation
 
 
 class RunLog:
@@ -21,13 +31,14 @@ class RunLog:
 
     def __init__(self, active=True):
         self.active = active
-        self.file = self.bar = self.board = self.wandb = None
+        self.file = self.bar = self.board = self.wandb = self.out_dir = None
         self.began = time.time()
 
     def say(self, text):
         """Print a line, above the progress bar where there is one."""
         if self.active:
-            tqdm.write(text)
+            encoding = sys.stdout.encoding or "utf-8"  # a Windows console's lacks many characters
+            tqdm.write(text.encode(encoding, "replace").decode(encoding))
             sys.stdout.flush()
 
     def open(self, out_dir, step, last_step, settings, tensorboard=False, wandb=None):
@@ -44,8 +55,9 @@ class RunLog:
         self.file = open(path, "a", encoding="utf-8")
         tty = sys.stderr.isatty()
         self.bar = tqdm(total=last_step + 1, initial=step, unit="step", disable=not tty)
+        self.out_dir = out_dir
         if tensorboard:
-            self.board = open_tensorboard(out_dir, self.say)
+            self.board = open_tensorboard(out_dir, step, self.say)
         if wandb:
             self.wandb = open_wandb(*wandb, settings, out_dir, self.say)
 
@@ -60,28 +72,37 @@ class RunLog:
         self.record(step, record)
 
     def evaluation(self, step, record):
-        """An evaluation's numbers, likewise."""
+        """An evaluation's numbers, likewise, and the texts that were drawn at it."""
         train, val = record["train_loss"], record["val_loss"]
         self.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}")
+        for number, text in enumerate(record.get("samples", ()), 1):
+            self.say(f"  sample {number}:\n{quoted(text, '  | ')}")
         self.record(step, record)
 
     def record(self, step, record):
         if not self.file:
             return
+        record = {key: value for key, value in record.items() if value is not None}
         line = {"step": step, **record, "seconds": round(time.time() - self.began, 3)}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        samples = record.pop("samples", ())
         names = {"train_loss": "train/loss", "val_loss": "val/loss", "loss": "train/batch_loss"}
-        renamed = {names.get(key, key): value for key, value in record.items()}
+        numbers = {names.get(key, key): value for key, value in record.items()}
         if self.board:
-            for key, value in renamed.items():
-                self.board.add_scalar(key, value, step)
+            self.trying("board", send_to_tensorboard, step, numbers, samples)
         if self.wandb:
-            try:
-                self.wandb.log({"iter": step, **renamed}, step=step)
-            except Exception as error:  # whatever it is, training matters more
-                self.say(f"wandb stopped taking numbers ({error}); going on without it")
-                self.wandb = None
+            self.trying("wandb", send_to_wandb, step, numbers, samples)
+
+    def trying(self, part, send, *what):
+        """Send to a recorder; one that fails, in whatever way, is left: training matters more."""
+        try:
+            send(getattr(self, part), *what)
+        except Exception as error:
+            name = {"board": "TensorBoard"}.get(part, part)
+            reason = " ".join(str(error).split())
+            self.say(f"{name} stopped taking numbers ({reason}); going on without it")
+            setattr(self, part, None)
 
     def advance(self):
         """One step is done."""
@@ -89,11 +110,62 @@ class RunLog:
             self.bar.update()
 
     def close(self):
-        for part in (self.bar, self.file, self.board):
+        """All that was opened is closed, and the losses are drawn in `loss.png`."""
+        for part in (self.bar, self.file):
             if part is not None:
                 part.close()
+        if self.board:
+            self.trying("board", lambda board: board.close())
         if self.wandb:
-            self.wandb.finish()
+            self.trying("wandb", lambda run: run.finish())
+        if self.file:
+            leave_picture(self.out_dir, self.say)
+
+
+def sample_prompt(config, tokenizer, log):
+    """Ids of the prompt for the texts drawn at evaluations, `config.eval_start`; None where none
+    are drawn. Raises `UserError` for a prompt with unknown characters."""
+    if not config.eval_samples:
+        return None
+    if tokenizer is None:
+        log.say("--eval_samples needs a tokenizer, and the data describes none: no texts are drawn")
+        return None
+    try:
+        ids = tokenizer.encode(config.eval_start, allow_eot=True).tolist()
+    except UserError as error:
+        raise UserError(f"--eval_start: {error}") from error
+    if config.rows == "documents" and tokenizer.eot is not None:  # what a document begins after
+        return [tokenizer.eot, *ids]
+    try:
+        return ids or tokenizer.encode("\n").tolist()
+    except UserError:  # it knows no newline
+        return [tokenizer.eot or 0]
+
+
+def draw_samples(model, tokenizer, prompt, config, device):
+    """`config.eval_samples` texts that go on from the ids `prompt`, begun with `config.eval_start`.
+
+    The random numbers are the samples' own, the same ones at every evaluation: training does not
+    notice, and the texts differ by what the model has learned.
+    """
+    stop_ids = [tokenizer.eot] if config.rows == "documents" and tokenizer.eot is not None else []
+    idx = torch.tensor([prompt] * config.eval_samples, device=device.device)
+    choice = {"temperature": 0.8, "top_k": 200, "vocab_size": tokenizer.vocab_size}
+    # texts grow, and blocks compiled for training would be compiled anew for their lengths
+    with device.autocast(), torch.compiler.set_stance("force_eager"):
+        ids = model.generate(idx, SAMPLE_TOKENS, seed=config.seed, stop_ids=stop_ids, **choice)
+    texts = []
+    for drawn in ids[:, len(prompt) :].tolist():
+        end = min((drawn.index(stop) for stop in stop_ids if stop in drawn), default=len(drawn))
+        texts.append(config.eval_start + tokenizer.decode(drawn[:end]))
+    return texts
+
+
+def quoted(text, mark):
+    """`text` with `mark` before each line, and without what would steer a terminal."""
+    lines = [mark + line for line in text.splitlines() or [""]]
+    shown = [c if c.isprintable() or c in "\n\t" else "\ufffd" for c in "\n".join(lines)]
+    return "".join(shown)
 
 
 def cut_metrics(path, step):
@@ -116,13 +188,25 @@ def cut_metrics(path, step):
     return seconds
 
 
-def open_tensorboard(out_dir, say):
+def open_tensorboard(out_dir, step, say):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         say("TensorBoard is not installed (pip install tensorboard); going on without it")
         return None
-    return SummaryWriter(Path(out_dir, "tensorboard"))
+    try:
+        return SummaryWriter(Path(out_dir, "tensorboard"), purge_step=step)
+    except Exception as error:  # no room, no permission
+        say(f"TensorBoard could not start ({error}); going on without it")
+        return None
+
+
+def send_to_tensorboard(board, step, numbers, samples):
+    for key, value in numbers.items():
+        board.add_scalar(key, value, step)
+    if samples:  # four spaces: Markdown for text as it stands
+        texts = [quoted(text, "    ") for text in samples]
+        board.add_text("samples", "\n\n---\n\n".join(texts), step)
 
 
 def open_wandb(project, name, settings, out_dir, say):
@@ -141,6 +225,16 @@ def open_wandb(project, name, settings, out_dir, say):
     except Exception as error:  # no network, no room, a version it does not like
         say(f"wandb could not start ({' '.join(str(error).split())}); going on without it")
         return None
+
+
+def send_to_wandb(run, step, numbers, samples):
+    record = {"iter": step, **numbers}
+    if samples:
+        import wandb
+
+        pages = [f"<pre>{html.escape(text)}</pre>" for text in samples]
+        record["samples"] = wandb.Html("<hr>".join(pages))
+    run.log(record, step=step)
 
 
 def wandb_key():

@@ -1,4 +1,4 @@
-"""A run's numbers arrive, whatever a recorder does, and cutting back leaves no line behind."""
+"""A run's numbers and texts arrive, whatever a recorder does, and leave training as it is."""
 
 import json
 import os
@@ -7,10 +7,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from brisk.corpus import write_dataset
+from brisk.errors import UserError
 from brisk.runlog import Forecast, RunLog, cut_metrics, duration
+from brisk.tokenizer import CharTokenizer, from_dict
+from model import GPT
 
 RECORD = {"loss": 2.5, "step_ms": 20.0, "mfu": 0.5, "tokens_per_second": 1000.0, "tokens": 768}
+RECORD |= {"lr": 1e-3, "grad_norm": 1.5, "clipped": 0.25, "memory": 10**9}
+EVALUATION = {"train_loss": 2.0, "val_loss": 2.25, "tokens": 768}
+SAMPLES = ["ROMEO:\n<b>莎</b>\u2028\x1b[31m", "JULIET:"]  # what a terminal or a page may trip over
 
 
 @pytest.fixture
@@ -71,6 +79,13 @@ def test_time_goes_on_after_a_restart(log, tmp_path):
     assert 100 <= lines(tmp_path)[-1]["seconds"] < 160
 
 
+def test_what_is_not_known_is_left_out(log, tmp_path):
+    log = log(tensorboard=True)
+    log.iteration(0, RECORD | {"memory": None})
+    log.close()
+    assert lines(tmp_path)[0].keys() == {"step", "seconds", *RECORD} - {"memory"}
+
+
 @pytest.mark.parametrize(
     ("package", "recorders"),
     [("wandb", {"wandb": ("project", "name")}), ("tensorboard", {"tensorboard": True})],
@@ -85,18 +100,52 @@ def test_a_recorder_that_is_not_installed_is_one_line(log, capsys, monkeypatch, 
     assert len(said) == 2 and f"pip install {package}" in said[0]
 
 
-def test_a_recorder_that_fails_does_not_stop_the_run(log, capsys, tmp_path):
-    class Failing:
-        def log(self, *_, **__):
-            raise OSError("no route to host")
+class Failing:
+    """A recorder that fails at one of its calls."""
 
-    log = log()
-    log.wandb = Failing()
+    def __init__(self, at):
+        self.at, self.calls = at, []
+
+    def __getattr__(self, name):
+        def call(*_, **__):
+            self.calls.append(name)
+            if name == self.at:
+                raise OSError("no route to host")
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("recorder", "at", "calls"),
+    [
+        ("wandb", "log", ["log"]),
+        ("wandb", "finish", ["log", "log", "log", "finish"]),
+        ("board", "add_scalar", ["add_scalar"]),
+        ("board", "add_text", None),
+        ("board", "close", None),
+    ],
+)
+def test_a_recorder_that_fails_does_not_stop_the_run(log, capsys, tmp_path, recorder, at, calls):
+    log, failing = log(), Failing(at)
+    setattr(log, recorder, failing)
     log.iteration(0, RECORD)
+    log.evaluation(0, EVALUATION | {"samples": ["text"]})
     log.iteration(1, RECORD)
     log.close()
-    assert capsys.readouterr().out.count("no route to host") == 1
-    assert len(lines(tmp_path)) == 2
+    said = capsys.readouterr().out
+    name = {"board": "TensorBoard"}.get(recorder, recorder)
+    assert said.count("no route to host") == 1 and f"{name} stopped" in said
+    assert len(lines(tmp_path)) == 3
+    assert failing.calls.count(at) == 1 and calls in (failing.calls, None)
+
+
+def test_a_recorder_that_cannot_start_is_one_line(log, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file where the folder would be")
+    log = log(tensorboard=True)
+    log.iteration(0, RECORD)
+    log.close()
+    assert capsys.readouterr().out.count("TensorBoard could not start") == 1
 
 
 def test_wandb_without_a_key_records_offline_and_asks_nothing(tmp_path):
@@ -104,12 +153,13 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(tmp_path):
     pytest.importorskip("wandb")
     script = (
         "import sys; from brisk.runlog import RunLog; log = RunLog();"
-        "log.open(sys.argv[1], 0, 9, {}, wandb=('project', 'name'));"
-        f"log.iteration(0, {RECORD}); log.close()"
+        "log.open(sys.argv[1], 0, 9, {'batch_size': 12}, wandb=('project', 'name'));"
+        f"log.evaluation(0, {EVALUATION | {'samples': SAMPLES}});"
+        f"log.iteration(0, {RECORD}); log.iteration(1, {RECORD | {'loss': 2.25}}); log.close()"
     )
     hidden = ("WANDB_API_KEY", "WANDB_MODE")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
-    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "PYTHONIOENCODING": "utf-8"}
     (tmp_path / "out").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "out")],
@@ -117,26 +167,208 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        encoding="utf-8",
         timeout=120,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "wandb has no key" in done.stdout
-    runs = list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(runs) == 1 and runs[0].stat().st_size > 0
+    [run] = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    [recorded] = run.glob("*.wandb")
+    config, history = read_wandb(recorded)
+    assert config["batch_size"] == 12
+    loss = {row["_step"]: row["train/batch_loss"] for row in history if "train/batch_loss" in row}
+    assert loss == {0: 2.5, 1: 2.25}
+    first = next(row for row in history if row["_step"] == 0)
+    assert (first["val/loss"], first["train/loss"]) == (2.25, 2.0)
+    assert first.items() >= {key: RECORD[key] for key in RECORD if key != "loss"}.items()
+    [page] = (run / "files" / "media" / "html").glob("samples*.html")
+    shown = page.read_text(encoding="utf-8")
+    assert "&lt;b&gt;莎&lt;/b&gt;" in shown and "JULIET:" in shown
 
 
-def test_tensorboard_holds_the_curve(log, tmp_path):
+def read_wandb(path):
+    """(config, rows of the history) of a run that was recorded offline.
+
+    The file is LevelDB's log format after 7 bytes of its own: blocks of 32 KiB, in them fragments
+    with a checksum (4 bytes), a length (2) and a type (1 whole, 2 first, 3 middle, 4 last).
+    """
+    proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    data, at, pending, config, history = path.read_bytes(), 7, b"", {}, []
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        pending += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (2, 3):
+            continue
+        record = proto.Record.FromString(pending)
+        pending = b""
+        if items := record.history.item:
+            row = {item.key or "/".join(item.nested_key): item.value_json for item in items}
+            history.append({key: json.loads(value) for key, value in row.items()})
+        for item in record.run.config.update:
+            config[item.key] = json.loads(item.value_json)
+    return config, history
+
+
+def test_tensorboard_holds_the_curves_and_the_texts(log, tmp_path):
     pytest.importorskip("tensorboard")
+    log = log(tensorboard=True)
+    log.evaluation(0, EVALUATION)
+    log.iteration(0, RECORD)
+    log.evaluation(4, EVALUATION | {"val_loss": 1.25, "samples": SAMPLES})
+    log.close()
+    events = read_tensorboard(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(0, 2.25), (4, 1.25)]
+    names = {"train/loss", "val/loss", "train/batch_loss", *RECORD} - {"loss"}
+    assert set(events.Tags()["scalars"]) == names
+    for key in ("grad_norm", "clipped", "memory", "mfu", "tokens_per_second"):
+        assert [event.value for event in events.Scalars(key)] == [pytest.approx(RECORD[key])]
+    [text] = events.Tensors("samples/text_summary")
+    assert text.step == 4 and "莎" in text.tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    for first, steps in ((0, range(6)), (3, range(3, 8))):
+        log = RunLog()
+        log.open(tmp_path, first, 9, {}, tensorboard=True)
+        for step in steps:
+            log.iteration(step, RECORD | {"loss": float(first)})
+        log.close()
+    losses = {
+        event.step: event.value for event in read_tensorboard(tmp_path).Scalars("train/batch_loss")
+    }
+    assert losses == {0: 0, 1: 0, 2: 0, 3: 3, 4: 3, 5: 3, 6: 3, 7: 3}
+    assert len(read_tensorboard(tmp_path).Scalars("train/batch_loss")) == 8
+
+
+def read_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = log(tensorboard=True)
-    log.evaluation(0, {"train_loss": 2.0, "val_loss": 2.25})
-    log.evaluation(4, {"train_loss": 1.0, "val_loss": 1.25})
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(0, 2.25), (4, 1.25)]
+    return events
+
+
+# ----------------------------------------------------------------------------- of each step
+
+
+def test_the_clipped_share_is_of_the_steps_since_the_line_before(train_tiny, resume, tmp_path):
+    free = train_tiny(tmp_path / "free", grad_clip=0)
+    assert set(free.series("clipped").values()) == {0}
+    limit = sorted(free.series("grad_norm").values())[4]
+    each = train_tiny(tmp_path / "each", grad_clip=limit)
+    over = {step: norm > limit for step, norm in each.series("grad_norm").items()}
+    assert each.series("clipped") == over and 0 < sum(over.values()) < 8
+
+    third = train_tiny(tmp_path / "third", grad_clip=limit, log_interval=3)  # one evaluated between
+    shares = {0: [0], 3: [1, 2, 3], 6: [4, 5, 6]}
+    expected = {step: sum(over[k] for k in steps) / len(steps) for step, steps in shares.items()}
+    assert third.series("clipped") == pytest.approx(expected)
+    again = resume(tmp_path / "third", max_iters=9, grad_clip=1e-9)
+    assert again.series("clipped")[9] == 1  # of steps 8 and 9
+
+
+def test_memory_is_logged_and_never_falls(train_tiny, tmp_path):
+    pytest.importorskip("resource")
+    memory = list(train_tiny(tmp_path / "out").series("memory").values())
+    assert len(memory) == 8 and memory == sorted(memory) and memory[0] > 50e6
+
+
+# ----------------------------------------------------------------------------- texts
+
+
+def test_texts_at_evaluations_leave_the_run_as_it_is(train_tiny, tmp_path):
+    hard = {"dropout": 0.2, "eval_iters": 1}
+    without = train_tiny(tmp_path / "without", **hard)
+    drawn = train_tiny(tmp_path / "with", eval_samples=3, eval_start="Shall I", **hard)
+    assert drawn.series("val_loss") == without.series("val_loss")
+    assert drawn.series("loss") == without.series("loss")
+    before, after = without.checkpoint()["model"], drawn.checkpoint()["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not without.series("samples")
+
+    samples = drawn.series("samples")
+    assert list(samples) == [0, 4, 8]
+    for texts in samples.values():
+        assert len(set(texts)) == 3
+        assert all(text.startswith("Shall I") and len(text) == 107 for text in texts)
+    assert samples[0] != samples[8]  # it has learned
+    for line in samples[8][0].splitlines():
+        assert f"  | {line}" in drawn.console.splitlines()
+
+
+def test_texts_are_those_of_the_model_that_is_saved(train_tiny, tmp_path):
+    run = train_tiny(tmp_path / "out", eval_samples=1, eval_start="Thou")
+    checkpoint = run.checkpoint()
+    tokenizer = from_dict(checkpoint["tokenizer"])
+    idx = torch.tensor(tokenizer.encode("Thou").astype("int64"))[None]
+    ids = GPT.from_checkpoint(checkpoint).generate(idx, 100, 0.8, 200, seed=1337)
+    assert run.series("samples")[8] == [tokenizer.decode(ids[0].tolist())]
+
+
+def test_texts_of_documents_begin_and_end_where_documents_do(train_tiny, lines_data, tmp_path):
+    rows = {"data_dir": lines_data, "rows": "documents", "max_iters": 60, "eval_interval": 60}
+    run = train_tiny(tmp_path / "out", eval_samples=8, **rows)
+    texts = run.series("samples")[61]
+    assert len(texts) == 8 and not any("endoftext" in text for text in texts)
+    assert min(len(text) for text in texts) < 100
+    started = train_tiny(tmp_path / "out", eval_samples=2, eval_start="Thou", **rows)
+    assert all(text.startswith("Thou") for text in started.series("samples")[61])
+
+
+def test_texts_without_a_newline_in_the_vocabulary(train_tiny, tmp_path):
+    write_dataset(
+        tmp_path / "data", CharTokenizer("ab"), {"train": ["ab" * 99], "val": ["ab" * 99]}, "ab"
+    )
+    run = train_tiny(tmp_path / "out", data_dir=tmp_path / "data", eval_samples=1)
+    assert set(run.series("samples")[8][0]) <= {"a", "b"}
+
+
+def test_an_unknown_character_in_the_start_is_told_before_training(train_tiny, tmp_path):
+    with pytest.raises(UserError, match=r"--eval_start: .*莎"):
+        train_tiny(tmp_path / "out", eval_samples=1, eval_start="莎")
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_need_a_tokenizer(train_tiny, char_data, tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(train, "describe_tokenizer", lambda *_: None)
+    run = train_tiny(tmp_path / "out", eval_samples=1)
+    assert run.console.count("--eval_samples needs a tokenizer") == 1
+    assert not run.series("samples")
+
+
+def test_texts_after_a_restart_are_those_of_a_run_not_stopped(train_tiny, resume, tmp_path):
+    whole = train_tiny(tmp_path / "whole", eval_samples=1, max_iters=11)
+    stopped = train_tiny(tmp_path / "out", eval_samples=1)
+    with open(stopped.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        later = {"step": 9, "seconds": 9.0, "val_loss": 1.0, "samples": ["later than was saved"]}
+        file.write(json.dumps(later) + "\n")
+    assert resume(stopped.out_dir, max_iters=11).series("samples") == whole.series("samples")
+
+
+def test_texts_cannot_steer_a_terminal_or_pass_for_the_log(log, capsys, tmp_path):
+    log = log()
+    log.evaluation(0, EVALUATION | {"samples": ["one\niter 5: loss\r\x1b[31mred\x07\u2028two", ""]})
+    log.close()
+    assert lines(tmp_path)[0]["samples"][0].endswith("\u2028two")
+    assert cut_metrics(tmp_path / "metrics.jsonl", 1) >= 0 and len(lines(tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\x07" not in said and "  | two" in said.splitlines()
+    assert not re.search(r"^iter", said, re.MULTILINE)
+
+
+def test_a_console_without_the_characters_does_not_stop_the_run(script, settings, tmp_path):
+    argv = settings(tmp_path / "莎", max_iters=0)
+    done = script("train.py", *argv, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal is a thing of Unix")

@@ -428,7 +428,7 @@ def test_log_interval(train_tiny, tmp_path):
 def test_metrics_tell_what_readers_rely_on(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     step = {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "step_ms"}
-    step |= {"tokens_per_second", "mfu"}
+    step |= {"tokens_per_second", "mfu", "clipped", "memory"}
     evaluation = {"step", "tokens", "seconds", "train_loss", "val_loss"}
     assert {frozenset(line) for line in lines} == {frozenset(step), frozenset(evaluation)}
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -632,6 +632,7 @@ def test_a_run_ends_without_leftovers(trained):
     assert sorted(path.name for path in trained.iterdir()) == [
         "ckpt.pt",
         "last.pt",
+        "loss.png",
         "metrics.jsonl",
     ]
 

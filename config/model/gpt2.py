@@ -1,0 +1,12 @@
+# The size of gpt2, 124M parameters, for any other config:
+# python train.py config/train_gpt2.py config/model/gpt2.py              # from scratch
+# python train.py config/finetune_shakespeare.py config/model/gpt2.py    # OpenAI's, finetuned
+# python bench.py config/model/gpt2.py
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+
+_start = globals().get("init_from", "scratch")
+if _start.startswith("gpt2"):
+    init_from = "gpt2"

@@ -1,0 +1,12 @@
+# The size of gpt2-medium, 355M parameters, for any other config:
+# python train.py config/train_gpt2.py config/model/gpt2_medium.py              # from scratch
+# python train.py config/finetune_shakespeare.py config/model/gpt2_medium.py    # OpenAI's, finetuned
+# python bench.py config/model/gpt2_medium.py
+
+n_layer = 24
+n_head = 16
+n_embd = 1024
+
+_start = globals().get("init_from", "scratch")
+if _start.startswith("gpt2"):
+    init_from = "gpt2-medium"

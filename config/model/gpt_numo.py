@@ -1,0 +1,7 @@
+# The size of gpt-numo, for words or other small sets on a CPU:
+# python train.py config/train_words.py
+
+n_layer = 4
+n_head = 4
+n_embd = 64
+block_size = 8

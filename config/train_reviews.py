@@ -1,0 +1,29 @@
+# Chinese film reviews, one after another, with 9 million parameters, for a GPU:
+# python data/reviews/prepare.py && python train.py config/train_reviews.py
+# python sample.py --out_dir=out-reviews --start=好看
+
+out_dir = "out-reviews"
+eval_interval = 100
+eval_iters = 20
+log_interval = 10
+
+always_save_checkpoint = False  # so few reviews are soon known by heart: keep the best
+
+dataset = "reviews"
+gradient_accumulation_steps = 1
+batch_size = 128
+block_size = 64
+rows = "documents"
+
+n_layer = 12
+n_head = 12
+n_embd = 252
+dropout = 0.3
+
+learning_rate = 6e-4
+max_iters = 1500
+lr_decay_iters = 1500
+min_lr = 6e-5
+beta2 = 0.99
+
+warmup_iters = 100

@@ -1,0 +1,27 @@
+# words of abstracts, common ones left out, with a small model, on a CPU in about a minute:
+# python data/words/prepare.py && python train.py config/train_words.py
+# python sample.py --out_dir=out-words --start="text clustering" --max_words=5
+# python sample.py --out_dir=out-words --start="text clustering" --show_next=10
+
+out_dir = "out-words"
+eval_interval = 500
+eval_iters = 20
+log_interval = 100
+
+dataset = "words"
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 8
+
+n_layer = 4
+n_head = 4
+n_embd = 64
+dropout = 0.1
+
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+
+warmup_iters = 100

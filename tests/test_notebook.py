@@ -1,0 +1,52 @@
+"""The tour runs from top to bottom, on characters and on Chinese, and shows what it says."""
+
+from pathlib import Path
+
+import pytest
+
+from brisk.corpus import write_dataset
+from brisk.tokenizer import CharTokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tour(monkeypatch):
+    """`tour(out_dir, prompt)`: the notebook executed on a run; its text output and pictures."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("matplotlib")
+
+    def run(out_dir, prompt):
+        monkeypatch.setenv("OUT_DIR", str(out_dir))
+        monkeypatch.setenv("PROMPT", prompt)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        notebook = nbformat.read(ROOT / "notebooks" / "tour.ipynb", as_version=4)
+        assert not any(cell.get("outputs") for cell in notebook.cells)  # none are kept in git
+        where = {"resources": {"metadata": {"path": str(ROOT / "notebooks")}}}
+        nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", **where).execute()
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        assert not [output for output in outputs if output.get("name") == "stderr"]
+        pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+        return "".join(output.get("text", "") for output in outputs), pictures
+
+    return run
+
+
+def test_the_tour_runs_from_top_to_bottom(tour, train_tiny, tmp_path):
+    train_tiny(tmp_path / "out")
+    text, pictures = tour(tmp_path / "out", "Shall I comp")
+    assert "logits: (1, 12, " in text
+    assert text.count("--- temperature") == 3 and "step 100: loss 0.0" in text
+    assert text.rstrip().endswith("Shall I comp")  # learned by heart
+    assert len(pictures) == 3  # attention, next tokens, the run
+
+
+def test_the_tour_runs_on_chinese(tour, train_tiny, tmp_path):
+    poem = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\n" * 30
+    splits = {"train": [poem], "val": [poem[:100]]}
+    write_dataset(tmp_path / "data", CharTokenizer(sorted(set(poem))), splits, "a poem")
+    train_tiny(tmp_path / "out", data_dir=tmp_path / "data")
+    text, pictures = tour(tmp_path / "out", "床前明月光")
+    assert "床" in text and len(pictures) == 3

@@ -1,0 +1,461 @@
+"""A picture shows the numbers it was made from, under names that tell runs apart."""
+
+import json
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.colors import same_color, to_rgb
+from matplotlib.image import imread
+
+from brisk import curves
+from brisk.curves import draw, elided, leave_picture, read_run, read_runs, save, smoothed
+from brisk.errors import UserError
+from brisk.fonts import fonts_for
+
+VAL = [4.0, 2.5, 2.0, 2.25]  # at steps 0, 100, 200, 300: the best is not the last
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Write a run's metrics.jsonl, evaluations and training lines; its folder."""
+
+    def write(name="out-a", val=VAL, batches=30, tokens=1000, seconds=0.5):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        lines = []
+        for i, loss in enumerate(val):
+            record = {"step": 100 * i, "train_loss": loss - 0.1, "val_loss": loss}
+            lines.append(record | {"tokens": 100 * i * tokens, "seconds": 100 * i * seconds})
+        for i in range(batches):
+            record = {"step": 10 * i, "loss": 4.0 - 0.05 * i + 0.1 * (-1) ** i, "grad_norm": 1.0}
+            lines.append(record | {"tokens": 10 * i * tokens, "seconds": 10 * i * seconds})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+        return folder
+
+    return write
+
+
+def lines_of(figure):
+    """The curves of a picture, by their labels."""
+    lines = figure.axes[0].get_lines()
+    return {line.get_label(): line for line in lines if not line.get_label().startswith("_")}
+
+
+def rings_of(figure):
+    """(x, y, colour) of the marks of the best values."""
+    rings = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    return [(*line.get_xdata(), *line.get_ydata(), line.get_color()) for line in rings]
+
+
+def words(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def legend(figure):
+    box = figure.axes[0].get_legend()
+    return [text.get_text() for text in box.get_texts()] if box else []
+
+
+def pixels(path):
+    return imread(path)[..., :3]
+
+
+# ----------------------------------------------------------------------------- what is drawn
+
+
+def test_the_curves_are_the_numbers_of_the_file(run):
+    figure = draw([read_run(run())])
+    axes, lines = figure.axes[0], lines_of(figure)
+    val, train, batch = (lines[f"out-a {key}"] for key in ("val_loss", "train_loss", "loss"))
+    assert list(val.get_xdata()) == [0, 100, 200, 300] and list(val.get_ydata()) == VAL
+    assert list(train.get_ydata()) == pytest.approx([loss - 0.1 for loss in VAL])
+    assert list(batch.get_xdata()) == [10 * i for i in range(30)]
+    assert batch.get_ydata()[3] == pytest.approx(4.0 - 0.15 - 0.1)
+    # one colour, told apart by how they are drawn: solid, dashed, thin and translucent
+    assert same_color(val.get_color(), train.get_color())
+    assert same_color(val.get_color(), batch.get_color())
+    assert val.get_linestyle() == "-" and train.get_linestyle() == "--"
+    assert batch.get_linewidth() < val.get_linewidth() and batch.get_alpha() < 0.5
+    assert legend(figure) == ["validation", "training, estimated", "training batches"]
+    assert "nats" in axes.get_ylabel() and axes.get_xlabel() == "steps"
+
+
+@pytest.mark.parametrize(
+    ("x", "seconds", "name", "at"),
+    [
+        ("tokens", 0.5, "tokens", [0, 1e5, 2e5, 3e5]),
+        ("seconds", 0.5, "seconds", [0, 50, 100, 150]),
+        ("seconds", 6, "minutes", [0, 10, 20, 30]),
+        ("seconds", 72, "hours", [0, 2, 4, 6]),
+        ("seconds", 3456, "days", [0, 4, 8, 12]),
+    ],
+)
+def test_against_tokens_and_time(run, x, seconds, name, at):
+    figure = draw([read_run(run(seconds=seconds))], x=x)
+    val = lines_of(figure)["out-a val_loss"]
+    assert list(val.get_xdata()) == pytest.approx(at) and list(val.get_ydata()) == VAL
+    assert figure.axes[0].get_xlabel() == name
+    assert rings_of(figure)[0][:2] == pytest.approx((at[2], 2.0))
+
+
+def test_the_best_value_is_marked_and_told(run):
+    figure = draw([read_run(run())])
+    [(x, y, color)] = rings_of(figure)
+    assert (x, y) == (200, 2.0)
+    assert words(figure) == ["out-a", "best 2.0000 at step 200"]
+    assert same_color(color, figure.axes[0].texts[0].get_color())
+
+
+@pytest.mark.parametrize(
+    ("which", "kinds"),
+    [("val", {"val_loss"}), ("train", {"train_loss", "loss"})],
+)
+def test_only_what_is_asked_for(run, which, kinds):
+    figure = draw([read_run(run())], curves=which)
+    assert {label.split()[-1] for label in lines_of(figure)} == kinds
+    assert bool(rings_of(figure)) == (which == "val")
+    assert figure.axes[0].get_ylabel().startswith({"val": "validation", "train": "training"}[which])
+
+
+def test_many_runs_show_their_validation_loss_alone_and_labels_apart(run):
+    """Ten runs, all ending at the same height."""
+    runs = read_runs([run(f"out-{i}", [4, 3, 2 + i / 1000]) for i in range(10)])
+    figure = draw(runs)
+    lines = lines_of(figure)
+    assert len(lines) == 10 and all("val_loss" in label for label in lines)
+    colors = {to_rgb(line.get_color()) for line in lines.values()}
+    assert len(colors) == 10
+    assert len(rings_of(figure)) == 10
+    assert no_texts_overlap(figure)
+    assert len(lines_of(draw(runs, curves="both"))) == 30
+
+
+def no_texts_overlap(figure):
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert all(box.width > 5 for box in boxes)
+    pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
+    shared = [min(a.y1, b.y1) - max(a.y0, b.y0) for a, b in pairs]
+    return max(shared) < 2  # pixels of the room for accents and tails
+
+
+@pytest.mark.parametrize("number", [2, 3, 25])
+def test_labels_never_overlap(run, number):
+    figure = draw(read_runs([run(f"gjy{i}/out", [4, 3, 2]) for i in range(number)]))
+    assert no_texts_overlap(figure)
+    heights = [text.get_position()[1] for text in figure.axes[0].texts]
+    assert min(heights) > 0 and max(heights) < 1
+    assert len({line.get_color() for line in lines_of(figure).values()}) == number
+
+
+def test_labels_stand_in_the_order_of_the_ends(run):
+    runs = read_runs([run("low", [4, 2.0]), run("high", [4, 2.02]), run("mid", [4, 2.01])])
+    names = {text.get_text(): text.get_position()[1] for text in draw(runs).axes[0].texts}
+    assert names["low"] < names["mid"] < names["high"]
+
+
+def test_runs_of_one_name_are_told_apart(run):
+    paths = [run("a/1/out"), run("b/1/out"), run("out-c")]
+    assert [r.name for r in read_runs(paths)] == ["a/1/out", "b/1/out", "out-c"]
+    # the same run twice is one; its file stands for its folder
+    assert [r.name for r in read_runs([paths[0], paths[0] / "metrics.jsonl"])] == ["out"]
+
+
+def test_long_names_are_shortened_but_not_alike():
+    long = "a" * 30 + "-with-a-very-long-name-" + "b" * 30
+    [short] = elided([long])
+    assert len(short) == 32 and short.startswith("aaa") and short.endswith("bbb")
+    alike = [long, long.replace("very", "really")]
+    assert elided(alike) == alike
+
+
+def test_the_batch_loss_is_smoothed_by_the_mean_around_each_point(run):
+    figure = draw([read_run(run())], smooth=3)
+    batch = lines_of(figure)["out-a loss"].get_ydata()
+    raw = [4.0 - 0.05 * i + 0.1 * (-1) ** i for i in range(30)]
+    assert batch[0] == pytest.approx(np.mean(raw[:2]))
+    assert batch[5] == pytest.approx(np.mean(raw[4:7]))
+    assert legend(figure)[-1] == "training batches, mean of 3"
+
+
+def test_smoothing_leaves_out_what_is_no_number_and_keeps_a_spike_to_its_place():
+    values = np.array([1.0, np.nan, 3.0, 1e30, 1.0, 1.0, 1.0, np.nan, np.nan, np.nan])
+    mean = smoothed(values, 3)
+    assert mean[:2] == pytest.approx([1, 2]) and mean[5:7] == pytest.approx([1, 1])
+    assert mean[3] == pytest.approx(1e30 / 3) and np.isnan(mean[8])
+    assert list(smoothed(values[:1], 50)) == [1]
+
+
+# ----------------------------------------------------------------------------- damaged numbers
+
+
+def test_broken_lines_are_skipped(run):
+    folder = run()
+    whole = len(read_run(folder).lines)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'\n[1]\n"x"\n{"loss": 1}\n{"step": "4", "loss": 2}\n\xff\xfe\n')
+        file.write(b'{"step": 5, "loss": null}\n{"step": 400, "val_lo')
+    after = read_run(folder)
+    assert [len(after.curve(key)[0]) for key in ("loss", "val_loss")] == [30, 4]
+    assert len(after.lines) == whole + 1
+
+
+def test_numbers_that_are_none_leave_a_gap(run, tmp_path):
+    nan, inf = math.nan, math.inf
+    figure = draw([read_run(run(val=[4.0, nan, 3.0, inf, 3.5, -inf]))])
+    val = lines_of(figure)["out-a val_loss"]
+    assert list(np.isnan(val.get_ydata())) == [False, True, False, True, False, True]
+    assert rings_of(figure)[0][:2] == (200, 3.0)
+    assert np.isfinite(figure.axes[0].get_ylim()).all()
+    save(figure, tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_run_that_explodes_does_not_flatten_the_others(run, log):
+    runs = read_runs([run("good"), run("bad", [4.0, 3.0, 1e4, 1e12, math.nan])])
+    low, high = draw(runs, log=log).axes[0].get_ylim()
+    assert 4.0 < high < 6 and low < 2.0
+
+
+def test_overfitting_stays_in_the_frame(run):
+    low, high = draw([read_run(run(val=[3.0, 2.0, 3.3]))]).axes[0].get_ylim()
+    assert low < 2.0 and high > 3.3
+
+
+def test_one_point_can_be_seen(run, tmp_path):
+    one = run("one", val=[3.0], batches=0)
+    none = run("none", val=[], batches=1)
+    for folder in (one, none):
+        figure = draw([read_run(folder)])
+        assert any(
+            line.get_marker() not in ("None", None, "") for line in lines_of(figure).values()
+        )
+        save(figure, tmp_path / "loss.png")
+
+
+def test_a_logarithmic_axis(run, tmp_path):
+    figure = draw([read_run(run(val=[2.0, 0.1, 0.01, 0.0]))], curves="val", log=True)
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "log"
+    figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert len(shown) >= 4
+    assert {label.get_text() for label in axes.get_yticklabels()} >= {"0.01", "0.1", "1"}
+    save(figure, tmp_path / "loss.png")
+
+
+# ----------------------------------------------------------------------------- the file
+
+
+def test_a_png_and_an_svg_are_written_and_not_blank(run, tmp_path):
+    figure = draw([read_run(run())], title="two to the fifth: $2^5$")
+    save(figure, tmp_path / "loss.png")
+    picture = pixels(tmp_path / "loss.png")
+    assert picture.shape[0] > 600 and picture.shape[1] > 1000
+    assert (picture[0] == 1).all()  # white at the edge
+    blue = np.abs(picture - to_rgb(curves.COLORS[0])).max(axis=-1) < 0.02
+    assert blue.sum() > 500
+    save(figure, tmp_path / "loss.svg")
+    first = (tmp_path / "loss.svg").read_bytes()
+    assert b"<svg" in first and curves.COLORS[0].encode() in first
+    save(draw([read_run(tmp_path / "out-a")], title="two to the fifth: $2^5$"), tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").read_bytes() == first
+    save(figure, tmp_path / "UPPER.PNG")
+
+
+def test_names_are_no_formulas(run, tmp_path):
+    save(draw([read_run(run("out-$lr$_{1"))], title="100% of $\\frac$"), tmp_path / "loss.png")
+
+
+# ----------------------------------------------------------------------------- characters
+
+
+@pytest.fixture
+def cjk_font(tmp_path, monkeypatch):
+    """A font that has 莎 (a full square) and nothing else, and matplotlib's list with it."""
+    builder = pytest.importorskip("fontTools.fontBuilder")
+    pens = pytest.importorskip("fontTools.pens.ttGlyphPen")
+    import matplotlib
+    from matplotlib import font_manager
+
+    def square(size):
+        pen = pens.TTGlyphPen(None)
+        if size:
+            pen.moveTo((0, 0))
+            for corner in ((0, size), (size, size), (size, 0)):
+                pen.lineTo(corner)
+            pen.closePath()
+        return pen.glyph()
+
+    font = builder.FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "sha"])
+    font.setupCharacterMap({ord("莎"): "sha"})
+    font.setupGlyf({".notdef": square(0), "sha": square(900)})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "sha": (1000, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": "Square Han", "styleName": "Regular"})
+    font.setupOS2(usWeightClass=500)
+    font.setupPost()
+    path = tmp_path / "square.ttf"
+    font.save(path)
+    data = str(matplotlib.get_data_path())
+    bundled = [f for f in font_manager.fontManager.ttflist if f.fname.startswith(data)]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", bundled)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(path)])
+    return "Square Han"
+
+
+def test_chinese_shows_in_a_font_that_has_it(run, tmp_path, cjk_font, caplog):
+    """The font was installed after matplotlib made its list."""
+    said = []
+    figure = draw([read_run(run("莎莎莎莎"))], say=said.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(figure, tmp_path / "loss.png")
+    assert not said and not caplog.records
+    assert cjk_font in figure.axes[0].texts[0].get_fontfamily()
+    # each 莎 is a full square here, which nothing else in the column of names is
+    picture = pixels(tmp_path / "loss.png")
+    blue = np.abs(picture - to_rgb(curves.COLORS[0])).max(axis=-1) < 0.1
+    names = blue[:, int(0.8 * blue.shape[1]) :]
+    rows = names.sum(axis=1)
+    assert (rows > 60).sum() >= 15
+
+
+def test_without_such_a_font_one_line_says_so(run, tmp_path, cjk_font, caplog):
+    said = []
+    figure = draw([read_run(run("莎士比亚"))], title="士", say=said.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(figure, tmp_path / "loss.png")
+    assert len(said) == 1 and "士" in said[0] and "莎" not in said[0] and "font" in said[0]
+    assert not caplog.records and (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_latin_text_needs_no_other_font():
+    assert fonts_for("out-shakespeare, naïve → Ωμέγα") == (["DejaVu Sans"], set())
+
+
+# ----------------------------------------------------------------------------- at a run's end
+
+
+def test_a_run_leaves_its_picture(train_tiny, tmp_path):
+    ran = train_tiny(tmp_path / "out")
+    assert pixels(ran.out_dir / "loss.png").std() > 0.05
+    assert "loss.png" in ran.console.splitlines()[-2]
+    assert not train_tiny(tmp_path / "other", eval_only=True).out_dir.exists()
+
+
+def test_a_stopped_run_leaves_its_picture(settings, tmp_path, monkeypatch):
+    import train
+    from brisk.runlog import RunLog
+    from brisk.stopping import StopRequest
+    from configurator import configure
+
+    stop, iteration = StopRequest(), RunLog.iteration
+
+    def stopping(log, step, record):
+        iteration(log, step, record)
+        stop.number = 15 if step == 2 else stop.number
+
+    monkeypatch.setattr(RunLog, "iteration", stopping)
+    with pytest.raises(SystemExit):
+        train.main(configure(train.TrainConfig, settings(tmp_path / "out")), stop)
+    assert (tmp_path / "out" / "loss.png").exists()
+    assert len(read_run(tmp_path / "out").curve("loss")[0]) == 3
+
+
+def test_no_matplotlib_is_one_line(train_tiny, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = train_tiny(tmp_path / "out")
+    told = [line for line in ran.console.splitlines() if "loss.png" in line]
+    assert len(told) == 1 and "pip install matplotlib" in told[0]
+    assert ran.checkpoint()["iter_num"] == 8
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(run, tmp_path):
+    said = []
+    (run() / "loss.png").mkdir()
+    leave_picture(tmp_path / "out-a", said.append)
+    leave_picture(tmp_path / "none", said.append)
+    assert len(said) == 2 and all(line.startswith("no loss.png: ") for line in said)
+
+
+# ----------------------------------------------------------------------------- plot.py
+
+
+def test_plot_py_as_a_person_runs_it(script, run, tmp_path):
+    one, two = run("莎士比亚"), run("out-b")
+    env = {"DISPLAY": "", "MPLBACKEND": "agg"}
+    done = script("plot.py", one, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(one / "loss.png") and (one / "loss.png").exists()
+    done = script("plot.py", one, two / "metrics.jsonl", "--x=tokens", cwd=tmp_path, env=env)
+    assert done.stdout.strip() == "loss.png" and (tmp_path / "loss.png").exists()
+
+
+@pytest.fixture
+def plot(capsys):
+    """Run plot.py's main in this process; what it printed."""
+    import plot
+
+    def run_main(*argv):
+        plot.main([str(argument) for argument in argv])
+        return capsys.readouterr().out
+
+    return run_main
+
+
+def test_plot_py_writes_where_it_is_told(plot, run, tmp_path):
+    to = tmp_path / "a.svg"
+    keys = ("--log=True", "--smooth=5", "--title=Two runs", "--curves=both")
+    assert plot("--x=seconds", run("a=b"), f"--to={to}", run("out-b"), *keys) == f"{to}\n"
+    assert b"<svg" in to.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "no run given"),
+        (["nowhere"], "nowhere"),
+        (["empty"], "metrics.jsonl"),
+        (["words.txt"], "words.txt"),
+        (["out", "empty"], "empty"),
+        (["out", "--to=loss.jpg"], ".png or .svg"),
+        (["out", "--to=loss"], ".png or .svg"),
+        (["out", "--to=nowhere/loss.png"], "nowhere"),
+        (["out", "--to=folder.png"], "folder.png"),
+        (["out", "--x=epochs"], "steps"),
+        (["out", "--smooth=0"], "smooth"),
+        (["out", "--x=tokens"], "tokens"),
+        (["out", "--curves=val"], "validation"),
+        (["out", "log=True"], "--log=True"),
+    ],
+)
+def test_wrong_input_is_a_user_error_that_names_it(plot, tmp_path, monkeypatch, argv, named):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "folder.png", "out"):
+        Path(folder).mkdir()
+    Path("words.txt").write_text("to be or not\n{}\n")
+    Path("out", "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    with pytest.raises(UserError, match=named):
+        plot(*argv)
+
+
+def test_wrong_input_is_one_line_and_status_2(script, tmp_path):
+    done = script("plot.py", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert not os.listdir(tmp_path)
