@@ -2,9 +2,10 @@
 
     $ python train.py config/train_shakespeare_char.py --batch_size=32
 
-runs the config file first and lets the command line override it, in the order given. A config
-file is plain Python: assignments to the keys of the dataclass, with every key's current value
-and `os, time, math, pickle, np, torch` in scope, so `min_lr = learning_rate / 10` works.
+runs the config file first and lets the command line override it, in the order given. A switch
+may stand alone: `--eval_only` is `--eval_only=True`. A config file is plain Python: assignments
+to the keys of the dataclass, with every key's current value and `os, time, math, pickle, np,
+torch` in scope, so `min_lr = learning_rate / 10` works.
 
 A script states its settings once, as a dataclass; a field's trailing comment is its help line:
 
@@ -72,7 +73,9 @@ def configure(Config, argv):
             key = key.replace("-", "_")
             if key not in types:
                 raise UserError(f"unknown key --{key}{nearest(key, types)} (--help lists them all)")
-            if not equals:
+            if not equals and bool in options(types[key]):
+                text = "True"  # a switch
+            elif not equals:
                 raise UserError(f"--{key} needs a value, as in --{key}={getattr(config, key)}")
             set_key(key, parsed(text, types[key]), "on the command line")
         elif "=" in argument and not os.path.exists(argument):
@@ -189,14 +192,19 @@ def describe(kind):
 
 def help_text(Config):
     """Every key of `Config` with its default and its trailing comment, under the script's doc."""
-    source = inspect.getsource(Config)
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+    comments = help_lines(Config)
     doc = inspect.getdoc(inspect.getmodule(Config)) or ""
     lines = [doc, "", "Settings, as --key=value or as `key = value` in a config file:", ""]
     for field in fields(Config):
         setting = f"--{field.name}={field.default}"
         lines.append(f"  {setting:<36} {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)
+
+
+def help_lines(Config):
+    """The trailing comment of every key of `Config` that has one."""
+    source = inspect.getsource(Config)
+    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
 
 
 def keys_of_all_scripts():

@@ -3,27 +3,34 @@
     $ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
     $ python sample.py --init_from=gpt2-xl --start="The answer is" --num_samples=5
     $ python sample.py --start=FILE:prompt.txt --stop="<|endoftext|>" --temperature=0
+    $ python sample.py --prompts=prompts.txt --max_words=50 --out=samples.jsonl
+    $ python sample.py --start="The answer is" --show_next=10
+    $ python sample.py --interactive
 
 Standard output is the text alone, a sample begun with its prompt and ended by a line of dashes;
 notices go to standard error. The samples are drawn side by side, as many as TOKENS_AT_ONCE
 allows: the first of a batch is shown as its tokens come, the others follow whole. A sample's
-text depends on the seed and its number, not on how many are drawn with it.
+text depends on the seed and its number, not on how many are drawn with it; the number counts the
+samples of one prompt, with --interactive those of the session.
 """
 
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 
 from brisk.checkpoint import best_checkpoint, load_checkpoint
+from brisk.conversation import converse
 from brisk.corpus import load_tokenizer
 from brisk.device import open_device, resolve_compile
 from brisk.errors import UserError, nearest, one_line_errors
 from brisk.generation import TextStream
 from brisk.huggingface import GPT2_NAMES
+from brisk.likeliest import as_table, likeliest_next
+from brisk.prompts import open_new, read_prompt, read_prompts, write_samples
 from brisk.tokenizer import EOT, from_dict, gpt2
 from configurator import (
     NonNegativeFloat,
@@ -31,11 +38,20 @@ from configurator import (
     PositiveInt,
     Seed,
     UnitFloat,
+    checked,
     configure,
+    help_lines,
+    parsed,
 )
 from model import GPT
 
 TOKENS_AT_ONCE = 32768  # in the windows of a batch: bounds its memory, to 32 times 1024 tokens
+TOKENS_A_WORD = 32  # at the most, and rarely: the budget of a sample that max_words ends
+MOST_TOKENS = 10**7  # of one sample
+DASHES = "---------------"
+# What makes a text what it is: --out records these, and --interactive has commands for them.
+SHAPING = ("temperature", "top_k", "top_p", "max_new_tokens", "max_words", "stop", "seed")
+ORIGIN = ("init_from", "out_dir")
 
 
 @dataclass
@@ -43,13 +59,18 @@ class SampleConfig:
     init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
     out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
     start: str = ""  # the prompt, or FILE:prompt.txt; none means a newline (or end of text)
-    num_samples: PositiveInt = 10  # samples to draw
-    max_new_tokens: Annotated[int, (0, 10**7)] = 500  # tokens drawn in each sample
+    prompts: str = ""  # a file of prompts instead, one a line; blank lines are passed over
+    interactive: bool = False  # type prompts and see the text as it comes; /help is there
+    num_samples: PositiveInt = 10  # samples to draw after each prompt; interactive: 1
+    max_new_tokens: Annotated[int, (0, MOST_TOKENS)] = 500  # tokens drawn in each sample
+    max_words: NonNegativeInt = 0  # a sample ends after so many words, never in one; 0: no limit
     temperature: NonNegativeFloat = 0.8  # below 1 less random, above 1 more, 0 the likeliest token
     top_k: NonNegativeInt = 200  # draw among the k likeliest tokens; 0 means all
     top_p: UnitFloat = 1.0  # draw among the fewest tokens that reach this probability; 1 means all
     stop: str = ""  # a sample ends before this text, which is not shown; <|endoftext|> too
     seed: Seed = 1337  # the same seed gives the same text
+    show_next: NonNegativeInt = 0  # instead of samples, the n likeliest next tokens
+    out: str = ""  # write prompts and samples to this new file too, one JSON object a line
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
     compile: bool | Literal["auto"] = False  # compile the blocks: a slow start, then faster
@@ -57,6 +78,7 @@ class SampleConfig:
 
 def main(config):
     sys.stdout.reconfigure(encoding="utf-8")  # elsewhere than on Windows it is that already
+    prompts, out = before_loading(config)
     with redirect_stdout(sys.stderr):
         device = open_device(config.device, config.dtype)
         model, tokenizer, trained_with = load(config)
@@ -65,23 +87,69 @@ def main(config):
             for block in model.transformer.h:
                 block.compile()
         print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}")
+    documents = trained_with.get("rows") == "documents"  # it knows how they begin and end
+    unk = getattr(tokenizer, "unk", None)
+    drawable = {"vocab_size": tokenizer.vocab_size, "suppress": () if unk is None else (unk,)}
+    check_stop(config.stop, tokenizer)
+    for number, text in enumerate(prompts, 1):  # all of them before the first is answered
+        try:
+            encode_prompt(text, tokenizer, documents)
+        except UserError as error:
+            where = f"{config.prompts}, prompt {number}: " if config.prompts else ""
+            raise UserError(f"{where}{error}") from error
 
-    prompt = encode_prompt(config.start, tokenizer)
-    shown = tokenizer.decode(prompt[0])
-    if trained_with.get("rows") == "documents":  # then the model knows how documents begin and end
-        config.stop = config.stop or EOT
-        if config.start:
-            prompt = torch.cat([torch.tensor([[tokenizer.eot]]), prompt], dim=1)
-        else:
-            prompt, shown = torch.tensor([[tokenizer.eot]]), ""
-    if config.stop == EOT and tokenizer.eot is None:
-        raise UserError(f"--stop={EOT}: this tokenizer has no end of text; leave --stop out")
-    window = min(prompt.size(1) + config.max_new_tokens, model.config.block_size)
-    batch_size = max(1, TOKENS_AT_ONCE // window)
+    def answer(text, first=0):
+        """Write what the model says after the prompt `text`, in samples numbered from `first`."""
+        prompt, shown = encode_prompt(text, tokenizer, documents)
+        if unknown := prompt[0].tolist().count(unk):
+            print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
+        prompt = prompt.to(device.device)
+        if config.show_next:
+            likeliest = likeliest_next(model, prompt, config.show_next, **drawable)
+            print(as_table(*likeliest, tokenizer), DASHES, sep="\n", flush=True)
+            return
+        ends_by_id = documents or config.stop == EOT
+        stops = "" if config.stop == EOT else config.stop, [tokenizer.eot] if ends_by_id else []
+        window = min(prompt.size(1) + token_budget(config), model.config.block_size)
+        batch_size = max(1, TOKENS_AT_ONCE // window)
+        end = first + config.num_samples
+        for begin in range(first, end, batch_size):
+            count = min(batch_size, end - begin)
+            streams = [TextStream(tokenizer, *stops, config.max_words) for _ in range(count)]
+            drawn = print_samples(model, prompt, shown, begin, streams, drawable, config)
+            if out:
+                settings = {key: getattr(config, key) for key in (*SHAPING, *ORIGIN)}
+                write_samples(out, text, begin, drawn, settings)
+
+    def change(key, text):
+        """Set a key of the settings, from what a person typed."""
+        kind = get_type_hints(SampleConfig, include_extras=True)[key]
+        value = checked(parsed(text, kind), kind, key, "here")
+        if key == "stop":
+            check_stop(value, tokenizer)
+        setattr(config, key, value)
+        config.given.add(key)
+
     with device.autocast():
-        for first in range(0, config.num_samples, batch_size):
-            count = min(batch_size, config.num_samples - first)
-            write_samples(model, tokenizer, prompt, shown, first, count, config)
+        for text in prompts:
+            answer(text)
+        if config.interactive:
+            about = help_lines(SampleConfig)
+            keys = {key: about[key] for key in (*SHAPING, "num_samples", "show_next")}
+            converse(config, keys, change, lambda line, first: answer(read_prompt(line), first))
+
+
+def before_loading(config):
+    """The prompts, and the file for samples or None: mistakes in these should cost no waiting."""
+    if (config.start != "") + (config.prompts != "") + config.interactive > 1:
+        raise UserError("start, prompts and interactive exclude each other: give one of them")
+    if config.out and config.show_next and not config.interactive:
+        raise UserError("show_next draws no samples for out: leave one of them out")
+    prompts = read_prompts(config.prompts) if config.prompts else [read_prompt(config.start)]
+    out = open_new(config.out) if config.out else None
+    if config.interactive and "num_samples" not in config.given:
+        config.num_samples = 1
+    return [] if config.interactive else prompts, out
 
 
 def load(config):
@@ -124,55 +192,68 @@ def tokenizer_of(checkpoint):
     return gpt2()
 
 
-def encode_prompt(start, tokenizer):
-    """Ids (1, T) of the prompt, T at least 1."""
-    if start.startswith("FILE:"):
-        path = start.removeprefix("FILE:")
-        try:
-            start = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read the prompt in {path}: {reason}") from error
+def encode_prompt(text, tokenizer, documents):
+    """Ids (1, T) of the prompt, T at least 1, and the text to show of it. A model of `documents`
+    reads the end of the one before in front of it."""
     try:
-        ids = tokenizer.encode(start or "\n", allow_eot=True).tolist()
+        ids = tokenizer.encode(text or "\n", allow_eot=True).tolist()
     except UserError:
-        if start:
+        if text:
             raise
         ids = []  # it knows no newline
-    return torch.tensor([ids or [tokenizer.eot or 0]])
+    if documents:
+        ids = [tokenizer.eot, *ids] if text else [tokenizer.eot]
+        return torch.tensor([ids]), tokenizer.decode(ids[1:])
+    ids = ids or [tokenizer.eot or 0]
+    return torch.tensor([ids]), tokenizer.decode(ids)
 
 
-def write_samples(model, tokenizer, prompt, shown, first, count, config):
-    """Draw the samples from number `first` on, `count` of them side by side, and print each after
-    the prompt as it is `shown`."""
-    by_id = config.stop == EOT
-    stop_text, stop_ids = ("", [tokenizer.eot]) if by_id else (config.stop, [])
-    streams = [TextStream(tokenizer, stop_text, stop_ids) for _ in range(count)]
-    texts = [shown] * count
+def check_stop(stop, tokenizer):
+    if stop == EOT and tokenizer.eot is None:
+        raise UserError(f"stop={EOT}: this tokenizer has no end of text; leave stop out")
+
+
+def token_budget(config):
+    """The most tokens to draw in a sample; with max_words alone, those end it long before."""
+    if config.max_words and "max_new_tokens" not in config.given:
+        return min(TOKENS_A_WORD * config.max_words, MOST_TOKENS)
+    return config.max_new_tokens
+
+
+def print_samples(model, prompt, shown, first, streams, drawable, config):
+    """Draw the samples from number `first` on, one for each stream, side by side. Print each after
+    the prompt as it is `shown`; return what was drawn of each, as text."""
+    drawn = [""] * len(streams)
 
     def on_token(step, ids):
         pieces = [stream.feed(i) for stream, i in zip(streams, ids.tolist(), strict=True)]
-        texts[:] = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        drawn[:] = [text + piece for text, piece in zip(drawn, pieces, strict=True)]
         print(pieces[0], end="", flush=True)
         return all(stream.stopped for stream in streams)
 
-    print(texts[0], end="", flush=True)
-    model.generate(
-        prompt.repeat(count, 1).to(next(model.parameters()).device),
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
-        top_p=config.top_p,
-        vocab_size=tokenizer.vocab_size,
-        seed=config.seed,
-        first_sample=first,
-        on_token=on_token,
-    )
-    print(streams[0].finish())
-    print("---------------")
-    for stream, text in zip(streams[1:], texts[1:], strict=True):
-        print(text + stream.finish())
-        print("---------------")
+    print(shown, end="", flush=True)
+    try:
+        model.generate(
+            prompt.repeat(len(streams), 1),
+            token_budget(config),
+            config.temperature,
+            config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+            first_sample=first,
+            on_token=on_token,
+            **drawable,
+        )
+    except KeyboardInterrupt:
+        print(flush=True)  # what comes next begins a line
+        raise
+    rests = [stream.finish() for stream in streams]
+    drawn = [text + rest for text, rest in zip(drawn, rests, strict=True)]
+    print(rests[0], DASHES, sep="\n")
+    for text in drawn[1:]:
+        print(shown + text, DASHES, sep="\n")
+    sys.stdout.flush()
+    return drawn
 
 
 if __name__ == "__main__":

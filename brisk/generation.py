@@ -5,9 +5,15 @@ needs a tokenizer with `token_bytes`; drawing needs a model with `config.block_s
 """
 
 import codecs
+import re
 
 import numpy as np
 import torch
+
+# A word is a run without white space. Chinese and Japanese write no spaces: there a character is
+# one, with the signs around it, as word processors count them.
+UNSPACED = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[^\w\s]*[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+")
 
 
 @torch.no_grad()
@@ -21,6 +27,7 @@ def generate(
     top_p=None,
     stop_ids=(),
     vocab_size=None,
+    suppress=(),
     seed=None,
     first_sample=0,
     on_token=None,
@@ -37,6 +44,7 @@ def generate(
             (nucleus sampling, Holtzman et al. 2020); None or 1 means all.
         stop_ids: a sample that drew one of these is finished and repeats it from there on.
         vocab_size: ids from here on are never drawn (rows that only pad the vocabulary).
+        suppress: these ids are never drawn either, the unknown word for instance.
         seed: sample i draws its random numbers from (`seed`, `first_sample` + i), whatever is
             in the batch beside it. None takes torch's global generator.
         first_sample: the number of this batch's first sample in a larger set.
@@ -49,7 +57,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a negative temperature, top_k or number of tokens, a top_p
-            outside 0 to 1.
+            outside 0 to 1, every token suppressed.
     """
     B, T = idx.shape
     if T == 0:
@@ -65,13 +73,14 @@ def generate(
     uniforms = draw_uniforms(B, max_new_tokens, seed, first_sample).to(idx.device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=idx.device)
     finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
+    never = never_drawn(suppress, vocab_size, idx.device)
 
     was_training = model.training
     model.eval()
     try:
         end = T
         for step in range(max_new_tokens):
-            logits = next_token_logits(model, ids[:, :end])[:, :vocab_size]
+            logits = without(next_token_logits(model, ids[:, :end])[:, :vocab_size], never)
             new = draw(logits, uniforms[:, step], temperature, top_k, top_p)
             new = torch.where(finished, ids[:, end - 1], new)
             ids[:, end] = new
@@ -85,6 +94,22 @@ def generate(
     finally:
         model.train(was_training)
     return ids[:, :end]
+
+
+def never_drawn(suppress, vocab_size, device):
+    """The ids to suppress as a tensor, without those that `vocab_size` rules out already."""
+    ids = sorted(i for i in set(suppress) if vocab_size is None or i < vocab_size)
+    return torch.tensor(ids, dtype=torch.long, device=device)
+
+
+def without(logits, ids):
+    """The logits (B, V) with those of `ids`, a tensor, at minus infinity."""
+    if len(ids) == 0:
+        return logits
+    logits = logits.index_fill(1, ids, -torch.inf)
+    if logits.size(1) == len(ids):
+        raise ValueError("every token is suppressed; there is nothing to draw")
+    return logits
 
 
 def next_token_logits(model, ids):
@@ -132,34 +157,46 @@ class TextStream:
     """One sample's ids, one at a time, as text that can be shown at once.
 
     Never gives half a character (one may be several tokens), nor anything of the stop text:
-    what may be its beginning is held back until the next tokens tell.
+    what may be its beginning is held back until the next tokens tell. With `max_words` never
+    half a word either: one is given when what follows it has begun, and the last one ends the
+    text (see `WORD`).
     """
 
-    def __init__(self, tokenizer, stop_text="", stop_ids=()):
+    def __init__(self, tokenizer, stop_text="", stop_ids=(), max_words=0):
         self.token_bytes = tokenizer.token_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.stop_text = stop_text
         self.stop_ids = frozenset(stop_ids)
-        self.held = ""
-        self.stopped = False  # a stop id or the stop text has come; nothing follows
+        self.words_left = max_words or None  # None is no limit
+        self.held = ""  # may be the beginning of the stop text
+        self.word = ""  # white space and a word that may go on
+        self.stopped = False  # a stop id, the stop text or the last word has come; nothing follows
 
     def feed(self, token_id):
         """The text that `token_id` completes, often none."""
         if self.stopped:
             return ""
         if token_id in self.stop_ids:
-            return self.finish()
+            return self._end(whole=True)
         return self._release(self.decoder.decode(self.token_bytes(token_id)))
 
     def finish(self):
-        """What is still held back; an incomplete character becomes U+FFFD."""
-        if self.stopped:
-            return ""
-        text = self._release(self.decoder.decode(b"", final=True)) + self.held
+        """What is still held back; an incomplete character becomes U+FFFD, and with `max_words`
+        a word that was not seen to end is left out."""
+        return "" if self.stopped else self._end(whole=False)
+
+    def _end(self, whole):
+        """The rest of the text; `whole` where it ends here by itself, and its last word too."""
+        text = self._before_stop(self.decoder.decode(b"", final=True)) + self.held
+        ends = whole or self.stopped
         self.held, self.stopped = "", True
-        return text
+        return self._whole_words(text, ends)
 
     def _release(self, text):
+        text = self._before_stop(text)
+        return self._whole_words(text, self.stopped)
+
+    def _before_stop(self, text):
         text, self.held = self.held + text, ""
         if not self.stop_text:
             return text
@@ -172,3 +209,18 @@ class TextStream:
                 self.held = text[-length:]
                 return text[:-length]
         return text
+
+    def _whole_words(self, text, ends):
+        if self.words_left is None:
+            return text
+        text, end = self.word + text, 0
+        for match in WORD.finditer(text):
+            if match.end() == len(text) and not ends:
+                break
+            end = match.end()
+            self.words_left -= 1
+            if self.words_left == 0:
+                self.stopped = True
+                break
+        self.word = text[end:]
+        return text[:end]

@@ -263,6 +263,8 @@ def test_a_config_file_does_not_see_the_file_before(config_file):
         ("--min-lr=-0.5", -0.5),
         ("--bias=True", True),
         ("--bias=False", False),
+        ("--bias", True),  # a switch alone turns it on
+        ("--compile", True),
         ("--compile=True", True),
         ("--compile=auto", "auto"),
         ("--dtype=bfloat16", "bfloat16"),
@@ -290,6 +292,8 @@ def test_values_on_the_command_line(argument, value):
         ("--batch_size=four", "whole number"),
         ("--batch_size=", "whole number"),
         ("--batch_size", "needs a value"),
+        ("--dtype", "needs a value"),
+        ("--bias=", "True or False"),
         ("--max_iters=-1", "at least 0"),
         ("--learning_rate=inf", "number"),
         ("--learning_rate=nan", "number"),

@@ -1,11 +1,16 @@
 """Drawing: the right distribution, reproducible, and never what was ruled out."""
 
+import re
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from brisk.generation import TextStream, draw, generate
-from brisk.tokenizer import ByteTokenizer
+from brisk.likeliest import as_table, likeliest_next
+from brisk.tokenizer import ByteTokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
 
@@ -130,6 +135,54 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn(model):
     assert (generate(FixedLogits([0.0, 1.0, 9.0]), prompt(), 5, 0, vocab_size=2)[:, 5:] == 1).all()
 
 
+def test_suppressed_tokens_are_never_drawn_and_the_others_in_proportion():
+    logits = [0.0, 5.0, -1.0, 1.0]
+    n = 20_000
+    start = torch.zeros(n, 1, dtype=torch.long)
+    for suppress in ([1], [1, 1, 7], {1}):  # twice the same, and one that there is not
+        ids = generate(FixedLogits(logits), start, 1, vocab_size=4, suppress=suppress, seed=3)
+        shares = torch.bincount(ids[:, 1], minlength=4) / n
+        expected = torch.softmax(torch.tensor([0.0, -torch.inf, -1.0, 1.0]), -1)
+        assert torch.allclose(shares, expected, atol=0.02) and shares[1] == 0
+    for options in ({"temperature": 0}, {"top_k": 1}, {"top_p": 0.1}):
+        assert (
+            generate(FixedLogits(logits), start[:1], 3, suppress=[1], **options)[0, 1:].eq(3).all()
+        )
+    with pytest.raises(ValueError, match="every token"):
+        generate(FixedLogits(logits), start[:1], 1, vocab_size=2, suppress=[0, 1])
+
+
+def test_the_likeliest_next_tokens_are_those_of_the_softmax(model):
+    model.eval()
+    expected = torch.softmax(model(prompt())[0][0, -1, :30], -1)
+    ids, probs = likeliest_next(model, prompt(), 5, vocab_size=30)
+    assert ids.tolist() == expected.argsort(descending=True)[:5].tolist()
+    assert torch.allclose(probs, expected[ids])
+    ids, probs = likeliest_next(model, prompt(), 999, vocab_size=30)
+    assert sorted(ids.tolist()) == list(range(30)) and torch.allclose(probs.sum(), torch.ones(()))
+    likeliest = ids[0].item()
+    ids, probs = likeliest_next(model, prompt(), 999, vocab_size=30, suppress=[likeliest])
+    assert sorted([*ids.tolist(), likeliest]) == list(range(30))
+    assert torch.allclose(probs.sum(), torch.ones(()))
+    assert likeliest_next(model, prompt(), 1, suppress=[likeliest])[0] != likeliest
+
+
+def test_the_table_shows_each_token_and_keeps_its_columns_even():
+    tokenizer = CharTokenizer("a 语\n\u0301\u200b'")
+    ids = torch.arange(7)
+    assert as_table(ids, torch.tensor([1.0, 0.5, 0.25, 0.125, 0.1, 0.001, 0]), tokenizer) == (
+        "1  'a'       100.00%\n"
+        "2  ' '        50.00%\n"
+        "3  '语'       25.00%\n"  # twice as wide as it is long
+        "4  '\\n'       12.50%\n"
+        "5  '\u0301'         10.00%\n"  # an accent on the quote has no width
+        "6  '\\u200b'    0.10%\n"
+        '7  "\'"         0.00%'
+    )
+    ten = as_table(torch.arange(10) + 0xE8, torch.zeros(10), ByteTokenizer()).splitlines()
+    assert ten[0] == r" 1  b'\xe8'    0.00%" and ten[9].startswith(r"10  b'\xf1'")
+
+
 def test_a_finished_sample_repeats_its_stop_id_and_the_others_are_not_moved(model):
     free = generate(model, prompt(6), 40, temperature=2.0, seed=0)
     stops = {7, 8, 9}
@@ -213,3 +266,51 @@ def test_a_stop_id_ends_a_stream():
     stream = TextStream(ByteTokenizer(), stop_ids=[256])
     assert [stream.feed(token) for token in (97, 256, 98)] == ["a", "", ""]
     assert stream.stopped
+
+
+def whole_words(text, n, ends=False):
+    """`text` up to the end of its n-th word, or of its last whole one."""
+    after = r"(?=\s|\Z)" if ends else r"(?=\s)"
+    for count in range(n, 0, -1):
+        if found := re.match(rf"(\s*\S+){{{count}}}{after}", text):
+            return found[0]
+    return ""
+
+
+@given(st.text("ab. \n'é", max_size=40), st.integers(1, 6), st.integers(1, 5))
+def test_words_are_counted_and_shown_whole(text, n, size):
+    """However the text is cut into tokens, at every moment."""
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    tokenizer = ByteTokenizer()
+    tokenizer.token_bytes = lambda i: pieces[i].encode()
+    stream, shown = TextStream(tokenizer, max_words=n), ""
+    for i in range(len(pieces)):
+        shown += stream.feed(i)
+        assert shown == whole_words("".join(pieces[: i + 1]), n)  # at once, not later
+        assert stream.stopped == (len(shown.split()) == n)
+    assert stream.finish() == ""  # half a word at the end is not shown
+
+
+def test_the_last_word_of_a_text_that_ended_is_whole():
+    pieces, rest, stream = streamed("one two.END", stop_text="END", max_words=5)
+    assert "".join(pieces) == "one two." and rest == "" and stream.stopped
+    pieces, rest, _ = streamed("one two.END", stop_text="END", max_words=1)
+    assert "".join(pieces) + rest == "one"
+    stream = TextStream(ByteTokenizer(), stop_ids=[256], max_words=5)
+    assert "".join(map(stream.feed, [*b"one two ", *b"three", 256])) == "one two three"
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "shown"),
+    [
+        ("床前明月光,疑是", 3, "床前明"),
+        ("床前,明月。光", 2, "床前,"),
+        ("“你好”他说。", 2, "“你好”"),
+        ("GPT 语言 model!", 3, "GPT 语言"),
+        ("ひらがなテスト", 4, "ひらがな"),
+        ("한국어 문장 하나", 2, "한국어 문장"),  # Korean has spaces
+    ],
+)
+def test_a_script_without_spaces_has_a_word_in_each_character(text, n, shown):
+    pieces, rest, stream = streamed(text, max_words=n)
+    assert "".join(pieces) == shown and rest == "" and stream.stopped

@@ -1,5 +1,6 @@
 """sample.py as a person meets it: the text on standard output, mistakes in one line."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ import torch
 import sample
 from brisk.corpus import write_dataset
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, BPETokenizer, CharTokenizer
+from brisk.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
 from configurator import configure
 from model import GPT, GPTConfig
 
@@ -247,3 +248,209 @@ def test_config_files_of_train_py_are_accepted(run, folder):
         "out_dir = 'out'\nlearning_rate = 1e-3\nmax_iters = 5\ncompile = False\n"
     )
     assert len(texts(run("train_letters.py"))) == 3
+
+
+# ----------------------------------------------------------------------------- prompts and out
+
+
+def records(path):
+    """The lines of a file of samples, each whole."""
+    *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
+    assert rest == ""
+    return [json.loads(line) for line in lines]
+
+
+def test_out_has_what_was_printed_and_how_it_was_drawn(run, monkeypatch):
+    monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 2 * 32)  # two at once, then one
+    found = texts(run("--start=语 ab", "--out=samples.jsonl", "--top_p=0.9", "--stop=z"))
+    written = records("samples.jsonl")
+    assert [one["prompt"] + one["text"] for one in written] == found
+    assert [one["sample"] for one in written] == [0, 1, 2]
+    settings = {"seed": 1337, "temperature": 0.8, "top_k": 200, "top_p": 0.9, "stop": "z"}
+    settings |= {"max_new_tokens": 40, "max_words": 0, "init_from": "resume", "out_dir": "out"}
+    assert all(settings.items() <= one.items() for one in written)
+    assert "语 ab" in Path("samples.jsonl").read_text(encoding="utf-8")  # for people too
+
+
+def test_a_recorded_sample_can_be_drawn_again(run):
+    run("--start=ab", "--out=samples.jsonl", "--temperature=1.5", "--seed=7", "--max_words=3")
+    for one in records("samples.jsonl"):
+        keys = ("seed", "temperature", "top_k", "top_p", "max_words", "stop")
+        argv = [f"--{key}={one[key]}" for key in keys]
+        again = texts(run(f"--start={one['prompt']}", *argv, samples=one["sample"] + 1))
+        assert again[-1] == one["prompt"] + one["text"]
+
+
+def test_samples_are_on_the_disk_while_the_next_are_drawn(run, monkeypatch):
+    monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 1)
+    counts, forward = set(), GPT.forward
+
+    def counting_forward(*args, **more):
+        counts.add(len(records("samples.jsonl")))
+        return forward(*args, **more)
+
+    monkeypatch.setattr(GPT, "forward", counting_forward)
+    run("--out=samples.jsonl")
+    assert counts == {0, 1, 2}
+
+
+def test_out_overwrites_nothing(run, folder):
+    (folder / "mine.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.jsonl is there already; name a new file"):
+        run("--out=mine.jsonl")
+    assert (folder / "mine.jsonl").read_text() == "mine"
+    (folder / "empty.jsonl").touch()
+    run("--out=empty.jsonl")
+    assert len(records("empty.jsonl")) == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full")
+def test_a_full_disk_is_one_line(run):
+    with pytest.raises(UserError, match="No space left"):
+        run("--out=/dev/full")
+
+
+def test_prompts_are_lines_of_a_file(run, folder):
+    (folder / "prompts.txt").write_bytes("语 ab\r\n\n  \n the \nFILE:x".encode())
+    with pytest.raises(UserError, match=r"prompts\.txt, prompt 3: .*'F'"):  # before any is drawn
+        run("--prompts=prompts.txt")
+    (folder / "prompts.txt").write_bytes("语 ab\r\n\n  \n the \n".encode())
+    found = texts(run("--prompts=prompts.txt", "--out=samples.jsonl", samples=2))
+    assert found == [
+        *texts(run("--start=语 ab", samples=2)),
+        *texts(run("--start= the ", samples=2)),
+    ]
+    order = [(one["prompt"], one["sample"]) for one in records("samples.jsonl")]
+    assert order == [("语 ab", 0), ("语 ab", 1), (" the ", 0), (" the ", 1)]
+    (folder / "blank.txt").write_text("\n\n")
+    with pytest.raises(UserError, match=r"blank\.txt has no prompt"):
+        run("--prompts=blank.txt")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--start=FILE:nowhere.txt"], "nowhere.txt"),
+        (["--start=FILE:"], "cannot read"),
+        (["--start=FILE:a\0b"], "cannot read"),
+        (["--prompts=nowhere.txt"], "nowhere.txt"),
+        (["--prompts=latin1.txt"], "latin1.txt"),
+        (["--prompts=out"], "out"),  # a folder
+        (["--prompts=prompts.txt", "--start=x"], "give one of them"),
+        (["--interactive", "--start=x"], "give one of them"),
+        (["--interactive", "--prompts=prompts.txt"], "give one of them"),
+        (["--out=out"], "cannot write"),
+        (["--out=no/such/folder.jsonl"], "cannot write"),
+        (["--out=latin1.txt"], "is there already"),
+        (["--out=new.jsonl", "--show_next=3"], "leave one of them out"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(run, folder, monkeypatch, argv, words):
+    (folder / "latin1.txt").write_bytes(b"caf\xe9")
+    monkeypatch.setattr(sample, "load", lambda config: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=words):
+        run(*argv)
+    assert not (folder / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "setting", ["max_words=-1", "show_next=-1", "show_next=x", "max_words=1.5"]
+)
+def test_numbers_that_make_no_sense(setting):
+    with pytest.raises(UserError, match="whole number of at least 0"):
+        configure(sample.SampleConfig, [f"--{setting}"])
+
+
+def test_such_a_mistake_is_one_line_and_status_2(folder):
+    done = in_a_process(folder, "--out=out")
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.startswith(b"error: ") and len(done.stderr.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------- words, likeliest
+
+
+def test_max_words_ends_each_sample_after_a_whole_word(run, folder):
+    tokenizer = CharTokenizer("\n ab").to_dict()  # a word takes four characters or so
+    write_checkpoint(folder / "out" / "ckpt.pt", 4, tokenizer=tokenizer)
+    whole = texts(run("--start=a", "--temperature=3", samples=6, tokens=400))
+    cut = texts(run("--start=a", "--temperature=3", "--max_words=5", samples=6, tokens=400))
+    for text, rest in zip(cut, whole, strict=True):
+        assert rest.startswith(text) and rest[len(text)].isspace()
+        assert len(text[1:].split()) == 5 and not text[-1].isspace()
+    short = texts(run("--start=a", "--temperature=3", "--max_words=5", samples=6, tokens=9))
+    for text, rest in zip(short, whole, strict=True):  # nor half a word where tokens run out
+        assert (
+            len(text) <= 10 and rest.startswith(text) and (text == "a" or rest[len(text)].isspace())
+        )
+
+
+def test_max_words_alone_is_not_bounded_by_the_default_of_tokens(folder, capsys):
+    tokenizer = CharTokenizer("\n ab").to_dict()
+    write_checkpoint(folder / "out" / "ckpt.pt", 4, tokenizer=tokenizer)
+    argv = ["--start=a", "--temperature=3", "--max_words=300", "--num_samples=1", "--device=cpu"]
+    sample.main(configure(sample.SampleConfig, argv))
+    (text,) = texts(capsys.readouterr().out)
+    assert len(text) > 502 and len(text[1:].split()) == 300
+
+
+def test_a_model_of_documents_begins_and_ends_them_by_itself(run, folder):
+    trained = {"tokenizer": CharTokenizer("\nab", eot=True).to_dict()}
+    write_checkpoint(folder / "out" / "ckpt.pt", 4, **trained)
+    plain = texts(run(f"--start={EOT}a", "--temperature=2", samples=6))
+    write_checkpoint(folder / "out" / "ckpt.pt", 4, **trained, config={"rows": "documents"})
+    expected = [text.removeprefix(EOT).partition(EOT)[0] for text in plain]
+    assert texts(run("--start=a", "--temperature=2", samples=6)) == expected
+    assert any(len(text) < 41 for text in expected)
+    stopped = texts(run("--start=a", "--temperature=2", "--stop=b", samples=6))
+    assert stopped == [text.partition("b")[0] for text in expected]  # the end stops it all the same
+
+
+def test_the_unknown_word_is_never_drawn(run, folder, monkeypatch):
+    """A tokenizer that names a token as standing for what it does not know."""
+    monkeypatch.setattr(CharTokenizer, "unk", CHARACTERS.index("模"), raising=False)
+    assert "模" not in run("--temperature=5", "--top_k=0", samples=20)
+    assert "模" not in run("--show_next=99")
+    monkeypatch.setattr(CharTokenizer, "unk", None)
+    assert "模" in run("--temperature=5", "--top_k=0", samples=20)
+    assert "模" in run("--show_next=99")
+
+
+def test_a_model_of_words(run, folder):
+    tokenizer = WordTokenizer("the cat sat on a mat c++ don't".split())
+    write_checkpoint(
+        folder / "out" / "ckpt.pt", tokenizer.vocab_size, tokenizer=tokenizer.to_dict()
+    )
+    found = texts(run("--start=The dog sat!", "--max_words=9", "--temperature=2", samples=8))
+    assert "does not know 1 of the words" in run.notices  # dog
+    for words in map(str.split, found):
+        assert words[0] == "the" and words[2] == "sat" and len(words) == 3 + 9
+        assert set(words[3:]) <= set(tokenizer.words)  # words only, none of them unknown
+    table = run("--start=the cat", "--show_next=99").splitlines()[:-1]
+    assert {line.split("'" if "don" not in line else '"')[1] for line in table} == {
+        f"{word} " for word in tokenizer.words
+    }
+
+
+def test_the_likeliest_next_token_is_the_one_that_greedy_takes(run):
+    lines = run("--start=ab 语", "--show_next=4").splitlines()
+    assert len(lines) == 5 and lines[-1] + "\n" == DASHES
+    drawn = texts(run("--start=ab 语", "--temperature=0", tokens=1, samples=1))[0][-1]
+    rank, token, percent = lines[0].split()
+    assert (rank, token) == ("1", repr(drawn)) and percent.endswith("%")
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines[:-1]]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) < 100
+    assert (
+        run("--start=ab 语", "--show_next=4", "--temperature=3", "--top_k=1").splitlines() == lines
+    )
+    everything = run("--start=ab 语", "--show_next=1_000_000").splitlines()[:-1]
+    assert len(everything) == len(CHARACTERS)  # not the rows that pad the vocabulary
+    assert abs(sum(float(line.split()[-1].rstrip("%")) for line in everything) - 100) < 0.3
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_bpe(), ByteTokenizer()], ids=["bpe", "byte"])
+def test_likeliest_tokens_that_are_parts_of_characters(run, folder, tokenizer):
+    write_checkpoint(folder / "out" / "ckpt.pt", 320, tokenizer=tokenizer.to_dict())
+    out = run("--start=语", "--show_next=300")
+    assert r"b'\xe8'" in out and "'a'" in out and r"'\n'" in out and repr(EOT) in out
+    assert len(out.splitlines()) == tokenizer.vocab_size + 1
