@@ -1,6 +1,6 @@
 # The size of gpt2, 124M parameters, for any other config:
 # python train.py config/train_gpt2.py config/model/gpt2.py              # from scratch
-# python train.py config/finetune_shakespeare.py config/model/gpt2.py    # OpenAI's, finetuned
+# python train.py config/finetune_shakespeare.py config/model/gpt2.py  # OpenAI's, finetuned
 # python bench.py config/model/gpt2.py
 
 n_layer = 12

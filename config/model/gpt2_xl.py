@@ -1,6 +1,6 @@
 # The size of gpt2-xl, 1,558M parameters, for any other config:
 # python train.py config/train_gpt2.py config/model/gpt2_xl.py              # from scratch
-# python train.py config/finetune_shakespeare.py config/model/gpt2_xl.py    # OpenAI's, finetuned
+# python train.py config/finetune_shakespeare.py config/model/gpt2_xl.py  # OpenAI's, finetuned
 # python bench.py config/model/gpt2_xl.py
 
 n_layer = 48
