@@ -26,7 +26,8 @@ from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, find_data_dir, hash64, to_device
 from brisk.memory import expected_memory, in_bytes, peak_memory
 from brisk.optim import learning_rate_at, load_optimizer
-from brisk.runlog import Forecast, RunLog, draw_samples, sample_prompt
+from brisk.preview import draw_samples, sample_prompt
+from brisk.runlog import Forecast, RunLog
 from brisk.starting import MODEL_SHAPE, describe_tokenizer, starting_point, take_over_settings
 from brisk.stopping import stop_requests
 from configurator import (

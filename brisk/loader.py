@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from brisk.errors import UserError
+from brisk.errors import UserError, nearest
 
 SCAN = 1 << 26  # tokens that are checked against the vocabulary when a file is opened
 
@@ -129,6 +129,7 @@ def find_data_dir(data_dir, dataset):
         known = sorted(path.parent.name for path in folder.parent.glob("*/prepare.py"))
         if not (folder / "prepare.py").exists():
             made = f"data sets that can be made here: {', '.join(known) or 'none'}"
+            made += nearest(folder.name, known)
         raise UserError(f"no {' and no '.join(missing)} in {folder}; {made}")
     return folder
 

@@ -17,13 +17,9 @@ import time
 from pathlib import Path
 from urllib.parse import urlparse
 
-import torch
 from tqdm import tqdm
 
 from brisk.curves import leave_picture
-from brisk.errors import UserError
-
-SAMPLE_TOKENS = 100  # of each text drawn at an evaluation
 
 
 class RunLog:
@@ -120,45 +116,6 @@ class RunLog:
             self.trying("wandb", lambda run: run.finish())
         if self.file:
             leave_picture(self.out_dir, self.say)
-
-
-def sample_prompt(config, tokenizer, log):
-    """Ids of the prompt for the texts drawn at evaluations, `config.eval_start`; None where none
-    are drawn. Raises `UserError` for a prompt with unknown characters."""
-    if not config.eval_samples:
-        return None
-    if tokenizer is None:
-        log.say("--eval_samples needs a tokenizer, and the data describes none: no texts are drawn")
-        return None
-    try:
-        ids = tokenizer.encode(config.eval_start, allow_eot=True).tolist()
-    except UserError as error:
-        raise UserError(f"--eval_start: {error}") from error
-    if config.rows == "documents" and tokenizer.eot is not None:  # what a document begins after
-        return [tokenizer.eot, *ids]
-    try:
-        return ids or tokenizer.encode("\n").tolist()
-    except UserError:  # it knows no newline
-        return [tokenizer.eot or 0]
-
-
-def draw_samples(model, tokenizer, prompt, config, device):
-    """`config.eval_samples` texts that go on from the ids `prompt`, begun with `config.eval_start`.
-
-    The random numbers are the samples' own, the same ones at every evaluation: training does not
-    notice, and the texts differ by what the model has learned.
-    """
-    stop_ids = [tokenizer.eot] if config.rows == "documents" and tokenizer.eot is not None else []
-    idx = torch.tensor([prompt] * config.eval_samples, device=device.device)
-    choice = {"temperature": 0.8, "top_k": 200, "vocab_size": tokenizer.vocab_size}
-    # texts grow, and blocks compiled for training would be compiled anew for their lengths
-    with device.autocast(), torch.compiler.set_stance("force_eager"):
-        ids = model.generate(idx, SAMPLE_TOKENS, seed=config.seed, stop_ids=stop_ids, **choice)
-    texts = []
-    for drawn in ids[:, len(prompt) :].tolist():
-        end = min((drawn.index(stop) for stop in stop_ids if stop in drawn), default=len(drawn))
-        texts.append(config.eval_start + tokenizer.decode(drawn[:end]))
-    return texts
 
 
 def quoted(text, mark):

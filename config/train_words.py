@@ -3,6 +3,9 @@
 # python sample.py --out_dir=out-words --start="text clustering" --max_words=5
 # python sample.py --out_dir=out-words --start="text clustering" --show_next=10
 
+# 50 kB are learned by heart: the perplexity of the training text goes below 1.6, that of the text
+# held out up to thousands. --always_save_checkpoint=False keeps the model that does best there.
+
 out_dir = "out-words"
 eval_interval = 500
 eval_iters = 20
