@@ -145,6 +145,8 @@ def join_datasets(directory, folders, source):
         raise UserError(f"the sets in {Path(folders[0]).parent} have different tokenizers")
     joined = {**metas[0], "source": source, "splits": {}}
     directory = Path(directory)
+    for leftover in directory.glob(".writing-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         with TemporaryDirectory(prefix=".writing-", dir=directory) as temporary:
             for split in metas[0]["splits"]:

@@ -5,21 +5,19 @@ a document is a string, or a `TextFile` where it may be larger than memory: so n
 more of a corpus than a thousand rows, or a million characters.
 """
 
-import csv
 import glob
 import hashlib
-import logging
 import math
+import os
 import sys
 from itertools import islice
 from pathlib import Path
 
 from brisk.errors import UserError
-from brisk.rawtext import TextFile
+from brisk.rawtext import Lines, TextFile
+from brisk.tables import TABLES, Column, CsvFile, Rows, load, load_rows, suffix_of
 from brisk.tokenizing import cores
 
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 COUNTED = 100_000  # documents up to which a split is exact; beyond, chance is exact enough
 
 
@@ -76,104 +74,6 @@ class Corpus:
             yield from part
 
 
-class Rows:
-    """The texts in one column of a `datasets` data set; rows without one are left out."""
-
-    def __init__(self, dataset, column, name):
-        self.dataset, self.column, self.name = dataset, column, name
-        columns = dataset.column_names or list(next(iter(dataset), {}))
-        if column not in columns:
-            raise UserError(f"{name} has no column {column}, it has {', '.join(columns) or 'none'}")
-
-    def __len__(self):
-        return len(self.dataset)  # a TypeError where it is read as it comes
-
-    def __iter__(self):
-        try:
-            for rows in self.dataset.iter(batch_size=1000):
-                for text in rows[self.column]:
-                    if isinstance(text, str):
-                        yield text
-                    elif text is not None:
-                        raise UserError(f"{self.name}: the column {self.column} holds no text")
-        except UserError:
-            raise
-        except Exception as error:  # datasets and its file readers raise of every kind
-            raise UserError(f"cannot read {self.name}: {error.__cause__ or error}") from error
-
-
-class CsvFile:
-    """The rows of a csv or tsv file with a header, as dicts.
-
-    Quotes, commas and line breaks inside fields are read right (RFC 4180). Rows that have another
-    number of fields than the header, or a quote that does not end, are left out, and told.
-    """
-
-    def __init__(self, path, encoding="auto"):
-        self.text, self.told = TextFile(path, encoding), False
-        self.delimiter = "\t" if suffix_of(Path(path)) == ".tsv" else ","
-        self.columns = next(self.read(), None)
-        if not self.columns:
-            raise UserError(f"{path} is empty")
-
-    def read(self):
-        """Lists of the fields of each row, the header too; None for a row that is malformed."""
-        csv.field_size_limit(2**24)  # characters; so far reaches a quote that does not end
-        reader = csv.reader(Lines(self.text, "\n"), delimiter=self.delimiter, strict=True)
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
-                row = None
-            self.line = reader.line_num
-            yield row
-
-    def __iter__(self):
-        malformed, first = 0, None
-        for fields in islice(self.read(), 1, None):
-            if fields is not None and len(fields) == len(self.columns):
-                yield dict(zip(self.columns, fields, strict=True))
-            elif fields != []:  # an empty line is no row
-                malformed, first = malformed + 1, first or self.line
-        if malformed and not self.told:
-            self.told = True
-            what = f"{malformed} malformed rows, the first at line {first}"
-            print(f"{self.text.path}: left out {what}", file=sys.stderr)
-
-    def need(self, column):
-        if column not in self.columns:
-            columns = ", ".join(self.columns)
-            raise UserError(f"{self.text.path} has no column {column}, it has {columns}")
-
-
-class Column:
-    """The texts in one column of a `CsvFile`."""
-
-    def __init__(self, table, column):
-        self.table, self.column = table, column
-        table.need(column)
-
-    def __iter__(self):
-        return (row[self.column] for row in self.table)
-
-
-class Lines:
-    """The lines of a text that are not empty; with `end`, all of them, each followed by it."""
-
-    def __init__(self, text, end=""):
-        self.text, self.end = text, end
-
-    def __iter__(self):
-        rest = ""
-        for piece in self.text:
-            *lines, rest = (rest + piece).split("\n")
-            yield from (line + self.end for line in lines if line or self.end)
-        if rest:
-            yield rest + self.end
-
-
 class Picked:
     """The documents of a corpus whose key `is_wanted`."""
 
@@ -216,7 +116,7 @@ def split_documents(corpus, share):
 
     Returns {"train": …, "val": …}. Raises `UserError` where there are no documents.
     """
-    keys = sorted(map(key_of, islice(corpus, COUNTED)))
+    keys = list(map(key_of, islice(corpus, COUNTED)))
     if not keys:
         raise UserError("there are no documents in it")
     if len(keys) == 1:
@@ -227,8 +127,9 @@ def split_documents(corpus, share):
     if len(keys) == COUNTED:
         bound = int(share * 2**64)
     else:
-        count = min(max(1, math.ceil(share * len(keys))), len(keys) - 1)
-        bound = keys[count]
+        different = sorted(set(keys))
+        count = min(max(1, math.ceil(share * len(different))), len(different) - 1)
+        bound = different[count]
     return {
         "train": Picked(corpus, lambda key: key >= bound),
         "val": Picked(corpus, lambda key: key < bound),
@@ -243,17 +144,15 @@ def key_of(document):
 
 
 def sample_evenly(documents, megabytes):
-    """Pieces of the documents' text, spread evenly over it, of at most so many million
-    characters."""
-    most = int(megabytes * 1e6)
-    total = sum(map(len, pieces(documents)))
-    share, taken, seen = min(1.0, most / max(1, total)), 0, 0
+    """Pieces of the documents' text, spread evenly over it, of about so many million bytes."""
+    size = sum(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces(documents))
+    share, taken, seen = min(1.0, megabytes * 1e6 / max(1, size)), 0, 0
     for piece in pieces(documents):
         seen += len(piece)
         wanted = int(seen * share) - taken  # what is due at this place
         if wanted > 0:
-            yield piece[: min(wanted, most - taken)]
-            taken += min(wanted, len(piece), most - taken)
+            yield piece[:wanted]
+            taken += min(wanted, len(piece))
 
 
 # ----------------------------------------------------------------------------- finding files
@@ -263,7 +162,7 @@ def find_files(sources):
     """The files that paths, folders and patterns, separated by commas, stand for, in order;
     none where `sources` looks like the name of a data set on the hub. Hidden ones are left out."""
     found = []
-    for source in [sources] if Path(sources).exists() else sources.split(","):
+    for source in [sources] if os.path.exists(sources) else sources.split(","):
         path = Path(source)
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -274,7 +173,8 @@ def find_files(sources):
             files = sorted(map(Path, glob.glob(source, recursive=True)))
             files = [file for file in files if file.is_file()]
         if not files:
-            name_of_a_set = source == sources and source.count("/") <= 1 and not path.suffix
+            is_a_file = suffix_of(path) in {*TABLES, ".txt", ".md", ".py"}
+            name_of_a_set = source == sources and source.count("/") <= 1 and not is_a_file
             if name_of_a_set and not path.exists() and not glob.has_magic(source):
                 return []
             raise UserError(f"there are no files at {source}")
@@ -284,22 +184,6 @@ def find_files(sources):
 
 def is_hidden(path):
     return any(part.startswith(".") for part in path.parts)
-
-
-def suffix_of(path):
-    """The suffix that says what is in a file, not how it is compressed: .jsonl of a.jsonl.gz"""
-    ends = [end.lower() for end in path.suffixes]
-    while len(ends) > 1 and ends[-1] in COMPRESSED:
-        ends.pop()
-    return ends[-1] if ends else ""
-
-
-# ----------------------------------------------------------------------------- through datasets
-
-
-def load_rows(kind, *files):
-    """A `datasets.IterableDataset` of the rows of .jsonl or .parquet files, read as they come."""
-    return load(kind, data_files=[str(file) for file in files], streaming=True)
 
 
 def load_documents(source):
@@ -316,54 +200,3 @@ def load_documents(source):
     kind = kinds.pop()
     options = {"sample_by": "document"} if kind == "text" else {}
     return load(kind, data_files=list(map(str, files)), **options)
-
-
-def load(name, **options):
-    """`datasets.load_dataset(name, …)` with its failures in one line."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # told below, in one line
-    where = (options.get("data_files") or [name])[0]
-    try:
-        from datasets import load_dataset
-
-        dataset = load_dataset(name, split="train", **options)
-        columns = dataset.column_names or next(iter(dataset), {})
-    except Exception as error:  # datasets and its file readers raise of every kind
-        needs = "this needs the package datasets, and the network or files of yours"
-        raise UserError(f"no {where}: {error.__cause__ or error} ({needs})") from error
-    if not columns:
-        raise UserError(f"{where} is empty")
-    return dataset
-
-
-def files_on_hub(repository, folder):
-    """The names of the files in a folder of a data set on the Hugging Face hub."""
-    return ask_hub(
-        f"no list of the files of {repository}",
-        lambda hub: [
-            name
-            for name in sorted(hub.HfApi().list_repo_files(repository, repo_type="dataset"))
-            if name.startswith(folder)
-        ],
-    )
-
-
-def download_from_hub(repository, name, folder):
-    """The path of a file of a data set on the hub, downloaded to `folder`; a download that was
-    stopped goes on."""
-    return ask_hub(
-        f"no {name} of {repository}",
-        lambda hub: Path(
-            hub.hf_hub_download(repository, name, repo_type="dataset", local_dir=folder)
-        ),
-    )
-
-
-def ask_hub(failure, question):
-    try:
-        import huggingface_hub
-
-        return question(huggingface_hub)
-    except Exception as error:  # no network, no room, no such file, no such package
-        reason = f"{type(error).__name__}: {error}"
-        mend = "run this again when there is a network, or give files of your own"
-        raise UserError(f"{failure} ({reason}); {mend}") from error

@@ -41,8 +41,8 @@ class TextFile:
             self.encoding = detect_encoding(self.path)
         else:
             try:
-                codecs.lookup(encoding)
-            except LookupError as error:
+                "".encode(encoding)  # fails for what is no encoding of text, such as hex, too
+            except (LookupError, UnicodeError) as error:
                 raise UserError(f"--encoding={encoding}: Python knows no such encoding") from error
 
     def __iter__(self):
@@ -64,6 +64,21 @@ class TextFile:
                 text, first = text.removeprefix("\ufeff"), False
             if piece := lines.decode(text, final=not raw):
                 yield piece
+
+
+class Lines:
+    """The lines of a text that are not empty; with `end`, all of them, each followed by it."""
+
+    def __init__(self, text, end=""):
+        self.text, self.end = text, end
+
+    def __iter__(self):
+        rest = ""
+        for piece in self.text:
+            *lines, rest = (rest + piece).split("\n")
+            yield from (line + self.end for line in lines if line or self.end)
+        if rest:
+            yield rest + self.end
 
 
 def read_text(path, encoding="auto"):
@@ -93,8 +108,8 @@ def detect_encoding(path):
 
     The first block with anything but ASCII decides. Raises `UserError` where it looks like no text.
     """
-    sample, start = b"", True
-    for block in blocks(path):
+    stream, start = blocks(path), True
+    for block in stream:
         if start:
             for mark, encoding in MARKS:
                 if block.startswith(mark):
@@ -103,19 +118,23 @@ def detect_encoding(path):
         if b"\0" in block:
             raise UserError(f"{path} is no text: it has bytes of zero")
         if not block.isascii():
-            sample = block
             break
     else:
         return "utf-8"
+    more = next(stream)
+    sample = block + more
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(sample)  # may end within a character
+        codecs.getincrementaldecoder("utf-8")().decode(sample, final=not more)
         return "utf-8"
     except UnicodeDecodeError:
         pass
     import charset_normalizer
 
-    whole_lines = sample[: sample.rfind(b"\n") + 1]  # no character is cut in half
-    found = charset_normalizer.from_bytes(whole_lines or sample, cp_isolation=ENCODINGS).best()
+    # Lines of ASCII say nothing. The sample may end within a character of up to four bytes.
+    telling = b"".join(line for line in sample.splitlines(True) if not line.isascii())
+    cuts = [telling[: len(telling) - cut] for cut in range(4 if more else 1)]
+    guesses = (charset_normalizer.from_bytes(cut, cp_isolation=ENCODINGS).best() for cut in cuts)
+    found = next(filter(None, guesses), None)
     if found is None:
         raise UserError(f"cannot tell the encoding of {path}; name it: --encoding=gb18030, say")
     print(f"{path} looks like {found.encoding}; if it is not: --encoding=NAME", file=sys.stderr)

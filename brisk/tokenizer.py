@@ -298,12 +298,15 @@ def learn_pairs(texts, vocab_size):
         raise UserError("training a BPE needs tokenizers: pip install tokenizers") from error
     pieces = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # A run of a million letters would take hours: learning looks at this much of it at a time.
+    short = pre_tokenizers.Split(Regex(r"[\s\S]{1,64}"), "isolated")
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pieces, as_bytes])
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pieces, short, as_bytes])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=list(byte_alphabet()), show_progress=False
     )
     learner.train_from_iterator(texts, trainer)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pieces, as_bytes])
     return learner
 
 

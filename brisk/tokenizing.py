@@ -30,7 +30,7 @@ from brisk.errors import UserError
 from brisk.tokenizer import from_dict, id_dtype
 
 BATCH = 2**20  # characters handed to a worker at a time
-LONGEST = 16 * BATCH  # a document is cut here even where no place is safe
+LONGEST = 4 * BATCH  # a document is cut here even where no place is safe
 FEW_BATCHES = 8  # up to this many, starting workers takes longer than the work
 SAVE_EVERY = 1.0  # seconds between notes of how far a file has come
 
@@ -46,6 +46,7 @@ def write_bin(path, tokenizer, documents, end_documents=False, workers=None):
     with tqdm(total=length_hint(documents, 0) or None, **options) as bar:
         batches = progress.skip(batched(documents), bar)
         if batches is None:
+            bar.reset()
             progress.forget()
             batches = batched(documents)
         with open(path, "r+b" if progress.size else "wb") as file:
@@ -73,6 +74,7 @@ class Progress:
             if path.stat().st_size >= noted["size"]:
                 self.size, self.batches = noted["size"], noted["batches"]
                 self.text, self.total = noted["text"], Counter(noted["total"])
+                self.sha256 = noted["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             self.forget()  # nothing to go on with
 
@@ -81,22 +83,23 @@ class Progress:
         self.text = ""  # checksum of the batches so far, each hashed with the one before
         self.total = Counter(tokens=0, bytes=0, characters=0, documents=0)
         self.digest = hashlib.sha256()
+        self.sha256 = self.digest.hexdigest()  # of the file so far, as noted
         self.saved = time.monotonic()
 
     def skip(self, batches, bar):
-        """What is left of `batches` after those in the file; None if they are of another text."""
+        """What is left of `batches` after those in the file; None if they are of another text,
+        or the file is damaged."""
         text = ""
         for batch in islice(batches, self.batches):
             text = following(text, batch)
             bar.update(sum(ends for _, ends in batch))
         if text != self.text:
-            bar.reset()
             return None
         with open(self.path, "ab+") as file:
             file.seek(0)
             while (left := self.size - file.tell()) > 0:
                 self.digest.update(file.read(min(BATCH, left)))
-        return batches
+        return batches if self.digest.hexdigest() == self.sha256 else None
 
     def mark(self, batches):
         """Pairs of each batch and the checksum of the text up to its end."""
@@ -116,7 +119,8 @@ class Progress:
             self.save()
 
     def save(self):
-        noted = {"size": self.size, "batches": self.batches, "text": self.text, "total": self.total}
+        noted = {"size": self.size, "batches": self.batches, "total": self.total}
+        noted |= {"text": self.text, "sha256": self.digest.hexdigest()}
         writing = self.note.with_suffix(".writing")
         writing.write_text(json.dumps(noted), encoding="utf-8")
         writing.replace(self.note)
@@ -137,7 +141,7 @@ def batched(documents):
     for document in documents:
         for text, ends in parts(document):
             batch.append((text, ends))
-            size += len(text)
+            size += len(text) + 100  # an empty one takes memory too
             if size >= BATCH:
                 yield batch
                 batch, size = [], 0

@@ -1,5 +1,6 @@
 """What the tests share: the way to the code, a small text made into a data set, tiny runs."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
 
 from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
-from brisk.corpus import write_dataset  # noqa: E402
-from brisk.tokenizer import CharTokenizer  # noqa: E402
+from brisk.corpus import load_tokenizer, read_meta, write_dataset  # noqa: E402
+from brisk.errors import one_line_errors  # noqa: E402
+from brisk.tokenizer import EOT, CharTokenizer  # noqa: E402
+from configurator import configure  # noqa: E402
 
 # Shakespeare, sonnets 18 and 116.
 TEXT = """Shall I compare thee to a summer's day?
@@ -145,7 +149,6 @@ def resumed_settings(settings):
 def main(capsys):
     """Run train.py's main in this process on a command line (a list); a `Run`."""
     import train
-    from configurator import configure
 
     def main(argv):
         config = configure(train.TrainConfig, argv)
@@ -166,6 +169,60 @@ def train_tiny(main, settings):
 def resume(main, resumed_settings):
     """Go on with a run in this process, with nothing given but `changes`."""
     return lambda out_dir, **changes: main(resumed_settings(out_dir, **changes))
+
+
+class Prepared:
+    """A prepared data set: the text of each split, and its documents where they have an end."""
+
+    def __init__(self, folder, printed):
+        self.folder, self.printed = folder, printed
+        self.meta, self.tokenizer = read_meta(folder), load_tokenizer(folder)
+        self.train, self.val = self.text("train"), self.text("val")
+
+    def ids(self, split):
+        return np.fromfile(self.folder / f"{split}.bin", dtype=self.meta["dtype"])
+
+    def text(self, split):
+        return self.tokenizer.decode(self.ids(split))
+
+    def documents(self, split):
+        ids = self.ids(split)  # (the text of a document may have a literal <|endoftext|> in it)
+        *documents, rest = np.split(ids, np.flatnonzero(ids == self.tokenizer.eot) + 1)
+        assert len(rest) == 0 and len(documents) == self.meta["splits"][split]["documents"]
+        return [self.tokenizer.decode(document[:-1]) for document in documents]
+
+    def all_documents(self):
+        return sorted(self.documents("train") + self.documents("val"))
+
+    def bins(self):
+        return [(self.folder / f"{split}.bin").read_bytes() for split in ("train", "val")]
+
+
+@pytest.fixture
+def prepare_here(tmp_path, capsys, monkeypatch):
+    """Run the main of data/<name>/prepare.py in this process, in an empty folder; a `Prepared`, or
+    with `fails=True` the one line it ends with."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *argv, fails=False, **settings):
+        path = ROOT / "data" / name / "prepare.py"
+        spec = importlib.util.spec_from_file_location(f"prepare_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        folder = Path(settings.setdefault("data_dir", tmp_path / "data"))
+        argv = [*argv, *(f"--{key}={value}" for key, value in settings.items())]
+        capsys.readouterr()
+        if not fails:
+            module.main(configure(module.PrepareConfig, argv))
+            return Prepared(folder, capsys.readouterr().out)
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            module.main(configure(module.PrepareConfig, argv))
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and len(lines) == 1
+        assert not (folder / "train.bin").exists() and not (folder / ".writing").exists()
+        return lines[0]
+
+    return run
 
 
 def run_script(script, *argv, cwd=None, env=None, launcher=(), root=ROOT):

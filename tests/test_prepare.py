@@ -273,10 +273,10 @@ def test_addition_of_longer_numbers_is_bounded_and_repeatable(prepare, tmp_path)
 @pytest.mark.parametrize(
     "name, argument, message",
     [
-        ("shakespeare_char", "--input=nowhere.txt", "cannot use nowhere.txt"),
+        ("shakespeare_char", "--input=nowhere.txt", "cannot read nowhere.txt"),
         ("shakespeare_char", "--inptu=a", "did you mean input?"),
-        ("shakespeare_char", "--input=data/shakespeare_char/prepare.py/x", "cannot use"),
-        ("shakespeare", "--input=brisk", "cannot use brisk: Is a directory"),
+        ("shakespeare_char", "--input=data/shakespeare_char/prepare.py/x", "cannot read"),
+        ("shakespeare", "--input=brisk", "cannot read brisk: Is a directory"),
         ("python_source", "--input=nowhere", "no Python files in nowhere"),
         ("addition", "--digits=0", "a whole number from 1 to 9"),
         ("addition", "--max_problems=1", "none of it falls to train"),

@@ -4,7 +4,9 @@ import base64
 import json
 import os
 import pickle
+import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,12 @@ from brisk.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    WordTokenizer,
+    find_words,
     from_dict,
     gpt2,
     learn_pairs,
+    learn_words,
     read_meta_pkl,
     train_bpe,
 )
@@ -63,6 +68,8 @@ def tokenizers():
         CharTokenizer(sorted(set(TEXT))),
         CharTokenizer(sorted(set(TEXT)), eot=True),
         ByteTokenizer(),
+        WordTokenizer(["the", "citizen"], stop_words=["we"]),
+        WordTokenizer(["The"], lower=False, eot=True),
         small_bpe(),
     ]
 
@@ -140,6 +147,28 @@ def test_a_trained_bpe_gives_the_ids_of_the_library_that_trained_it(text):
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
 
 
+def test_characters_of_all_planes_come_back(gpt2_tokenizer):
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    chosen = characters[::97] + [chr((plane << 16) + 0xFFFD) for plane in range(17)]
+    text = "".join(chosen)
+    trained = train_bpe([LESSON, text], 300)
+    for tokenizer in (CharTokenizer(sorted(set(chosen))), ByteTokenizer(), trained, gpt2_tokenizer):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert (
+            from_dict(json.loads(json.dumps(tokenizer.to_dict()))).decode(tokenizer.encode(text))
+            == text
+        )
+
+
+def test_a_run_without_a_break_is_learned_from_in_bounded_time():
+    run = "".join(random.Random(1).choices("ACGT", k=1_000_000))
+    start = time.monotonic()
+    tokenizer = train_bpe([run], 1000)
+    assert time.monotonic() - start < 20  # three seconds; minutes where it is one piece
+    assert tokenizer.decode(tokenizer.encode(run)) == run
+    assert len(tokenizer.encode(run)) < len(run) / 3
+
+
 @pytest.mark.parametrize(("vocab_size", "what"), [(256, "at least"), (5000, "at the most")])
 def test_a_vocabulary_of_the_wrong_size_is_told(vocab_size, what):
     with pytest.raises(UserError, match=what):
@@ -201,6 +230,63 @@ def test_without_the_vocabulary_gpt2_says_what_to_set(monkeypatch):
 def test_a_damaged_description_is_told(description):
     with pytest.raises(UserError):
         from_dict(description)
+
+
+# ----------------------------------------------------------------------------- words
+
+
+def words_back(text, **settings):
+    return learn_words([text], **settings).decode(learn_words([text], **settings).encode(text))
+
+
+def test_text_comes_back_as_its_words():
+    text = "Don't use AT&T's C++, C# or .NET (e.g. «Öl-Ofen 2»)!\nÉté_3 你好"
+    assert words_back(text) == "don't use at&t's c++ c# or .net e.g öl ofen 2 été_3 你好 "
+    assert words_back("The The the", lower=False) == "The The the "
+
+
+@given(st.text() | st.text(st.sampled_from("aB9_ .'’&+#\n\u0130é")))
+def test_words_of_any_text_are_words_again(text):
+    tokenizer = learn_words([text], eot=True)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16 and tokenizer.unk not in ids
+    words = find_words(text)
+    assert tokenizer.decode(ids) == "".join(word + " " for word in words)
+    assert find_words(" ".join(words)) == words
+    assert [tokenizer.words[i] for i in ids] == words
+    other = WordTokenizer(["a"])
+    assert set(other.encode(text).tolist()) <= {0, other.unk}
+
+
+def test_words_are_numbered_from_the_most_frequent_and_the_rest_is_unknown():
+    texts = ["b a c", "c b c", "The d"]
+    assert learn_words(texts).words == ["c", "b", "a", "the", "d"]  # of equals the first
+    tokenizer = learn_words(texts, min_count=2, eot=True)
+    assert tokenizer.words == ["c", "b"] and learn_words(texts, max_words=1).words == ["c"]
+    assert (tokenizer.unk, tokenizer.eot, tokenizer.vocab_size) == (2, 3, 4)
+    assert tokenizer.encode(f"a b{EOT}c").tolist()[:2] == [2, 1]
+    assert tokenizer.encode(f"b{EOT}x c", allow_eot=True).tolist() == [1, 3, 2, 0]
+    assert tokenizer.decode([1, 2, 3]) == f"b <|unknown|> {EOT}"
+    assert [tokenizer.token_bytes(i) for i in range(4)] == [
+        *(b"c ", b"b ", b"<|unknown|> "),
+        EOT.encode(),
+    ]
+
+
+def test_stop_words_are_left_out():
+    tokenizer = learn_words(["The cat and the hat"], stop_words=["the", "and"])
+    assert tokenizer.words == ["cat", "hat"]
+    again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    for each in (tokenizer, again):
+        assert each.encode("AND the hat, the dog").tolist() == [1, each.unk]
+
+
+@given(st.lists(st.text(min_size=1, max_size=4), unique=True), st.booleans(), st.booleans())
+def test_words_through_json(words, lower, eot):
+    tokenizer = WordTokenizer(words, ["a", "b"], lower, eot)
+    again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.to_dict() == tokenizer.to_dict()
+    assert (again.words, again.unk, again.eot) == (words, tokenizer.unk, tokenizer.eot)
 
 
 # ----------------------------------------------------------------------------- meta.pkl

@@ -1,11 +1,25 @@
 """Tokenizing on many cores, in parts, and after a kill gives what one process gives at one go."""
 
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_corpus import DOCUMENTS, small_bpe, write
 
 from brisk import tokenizing
+from brisk.errors import UserError
+from brisk.tokenizer import ByteTokenizer, CharTokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_workers_write_the_same_files_as_one_process(tmp_path, monkeypatch):
@@ -52,3 +66,256 @@ def test_a_long_document_has_the_same_ids_in_parts(text):
     assert "".join(parts) == text and ends == (False,) * (len(parts) - 1) + (True,)
     ids = [i for part in parts for i in tokenizer.encode(part).tolist()]
     assert ids == tokenizer.encode(text).tolist()
+
+
+def test_a_document_without_a_safe_place_is_cut_nevertheless(monkeypatch):
+    monkeypatch.setattr(tokenizing, "BATCH", 3)
+    monkeypatch.setattr(tokenizing, "LONGEST", 12)
+    text = "的，" * 100
+    cut = [part for part, _ in tokenizing.parts(iter(text))]
+    assert "".join(cut) == text and max(map(len, cut)) <= 15
+
+
+def test_documents_without_text_wait_in_bounded_batches():
+    batch = next(tokenizing.batched("" for _ in range(10**6)))
+    assert len(batch) < 20_000
+
+
+# ----------------------------------------------------------------------------- after a kill
+
+TEXTS = [f"Document {i}.\nIt is about {i * i}, {'and so on ' * (i % 7)}你好.\n" for i in range(300)]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """`killed(after)`: a run that dies after so many batches, and has noted each of them;
+    `killed.encoded` is the list of batches encoded since."""
+    monkeypatch.setattr(tokenizing, "BATCH", 1000)
+    monkeypatch.setattr(tokenizing, "SAVE_EVERY", -1)
+    encode_batch = tokenizing.encode_batch
+
+    def run(after, texts=TEXTS, tokenizer=None):
+        def dying(tokenizer, batch, end_documents):
+            if len(run.encoded) == after:
+                raise Killed
+            run.encoded.append(batch)
+            return encode_batch(tokenizer, batch, end_documents)
+
+        run.encoded = []
+        monkeypatch.setattr(tokenizing, "encode_batch", dying)
+        with pytest.raises(Killed):
+            write(tmp_path / "data", tokenizer or ByteTokenizer(), texts, workers=1)
+        run.encoded, after = [], None
+
+    return run
+
+
+def finish(tmp_path, killed, texts=TEXTS, tokenizer=None):
+    """The run again, undisturbed: what it wrote is what a run in a fresh folder writes. Returns
+    how many batches it tokenized."""
+    tokenizer = tokenizer or ByteTokenizer()
+    written = write(tmp_path / "data", tokenizer, texts, workers=1)
+    encoded = len(killed.encoded)
+    assert written == write(tmp_path / "fresh", tokenizer, texts, workers=1)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "data" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    assert not (tmp_path / "data" / ".writing").exists()
+    return encoded
+
+
+def in_all(texts=TEXTS):
+    """Batches of the training text, and one for validation."""
+    return len(list(tokenizing.batched(texts))) + 1
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 14])
+def test_a_killed_run_is_gone_on_with_where_it_was(tmp_path, killed, after):
+    killed(after)
+    assert finish(tmp_path, killed) == in_all() - after
+
+
+def test_it_goes_on_a_second_and_a_third_time(tmp_path, killed):
+    killed(4)
+    killed(4)
+    killed(4)
+    assert finish(tmp_path, killed) == in_all() - 12
+
+
+def test_a_finished_split_is_not_tokenized_again(tmp_path, killed):
+    killed(in_all() - 1)  # in the validation part
+    assert finish(tmp_path, killed) == 1
+
+
+@pytest.mark.parametrize("place", [0, 60, 299])
+def test_a_text_that_changed_in_between_is_tokenized_anew(tmp_path, killed, place):
+    killed(14)
+    changed = [*TEXTS]
+    changed[place] = changed[place].replace("It", "it")
+    encoded = finish(tmp_path, killed, changed)
+    assert encoded == in_all() - (14 if place == 299 else 0)  # the last one is in no batch so far
+
+
+def test_another_border_between_documents_is_another_text(tmp_path, killed):
+    killed(5)
+    joined = [TEXTS[0] + TEXTS[1], *TEXTS[2:]]
+    assert finish(tmp_path, killed, joined) == in_all(joined)
+
+
+def test_a_text_that_grew_or_shrank_at_its_end_is_right_too(tmp_path, killed):
+    killed(10)
+    assert finish(tmp_path, killed, [*TEXTS, "more of it"]) <= in_all() - 9
+    killed(2, [*TEXTS, "other"])
+    finish(tmp_path, killed, TEXTS[:5])
+
+
+def test_another_tokenizer_starts_anew(tmp_path, killed):
+    killed(10)
+    characters = CharTokenizer(sorted(set("".join(TEXTS) + "a")))
+    assert finish(tmp_path, killed, tokenizer=characters) == in_all()
+    killed(10, tokenizer=characters)
+    assert finish(tmp_path, killed) == in_all()
+
+
+def test_other_ends_of_documents_start_anew(tmp_path, killed):
+    killed(10)
+    meta = write(tmp_path / "data", ByteTokenizer(), TEXTS, end_documents=True, workers=1)
+    assert meta["splits"]["train"]["tokens"] == len("".join(TEXTS).encode()) + len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "anew"),
+    [
+        ("train.bin", lambda raw: raw[:-1], True),
+        ("train.bin", lambda raw: b"", True),
+        ("train.bin", lambda raw: raw[:50] + b"\0\0" + raw[52:], True),
+        ("train.bin", lambda raw: raw + b"half a batch", False),
+        ("train.bin", lambda raw: raw + b"more than there will be " * 5000, False),
+        ("train.progress", lambda raw: b"", True),
+        ("train.progress", lambda raw: raw[:-3], True),
+        ("train.progress", lambda raw: b"{}", True),
+        ("train.progress", lambda raw: b"[1]", True),
+        ("train.progress", lambda raw: b"\xff\xfe", True),
+        ("made-with", lambda raw: raw[:-1], True),
+    ],
+)
+def test_a_damaged_half_is_noticed(tmp_path, killed, name, damage, anew):
+    killed(10)
+    file = tmp_path / "data" / ".writing" / name
+    file.write_bytes(damage(file.read_bytes()))
+    assert finish(tmp_path, killed) == in_all() - 10 * (not anew)
+
+
+def test_a_missing_bin_is_noticed(tmp_path, killed):
+    killed(10)
+    (tmp_path / "data" / ".writing" / "train.bin").unlink()
+    assert finish(tmp_path, killed) == in_all()
+
+
+def test_workers_that_die_are_told_and_gone_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "BATCH", 1000)
+    monkeypatch.setattr(tokenizing, "SAVE_EVERY", -1)
+
+    def texts():
+        for number, text in enumerate(TEXTS):
+            if number == 250:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+            yield text
+
+    class Deadly:
+        def __iter__(self):
+            return texts()
+
+    with pytest.raises(UserError, match="it goes on from here"):
+        write(tmp_path / "data", small_bpe(), Deadly(), workers=2)
+    noted = json.loads((tmp_path / "data" / ".writing" / "train.progress").read_text())
+    assert noted["batches"] > 0
+    written = write(tmp_path / "data", small_bpe(), TEXTS, workers=2)
+    assert written == write(tmp_path / "fresh", small_bpe(), TEXTS, workers=1)
+
+
+def test_a_second_process_is_refused(tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / ".writing").mkdir()
+    (tmp_path / ".writing" / "train.progress").write_text("of the first")
+    with FileLock(tmp_path / ".writing" / "lock"):
+        with pytest.raises(UserError, match="another process is preparing"):
+            write(tmp_path, ByteTokenizer())
+        assert (tmp_path / ".writing" / "train.progress").read_text() == "of the first"
+
+
+# ----------------------------------------------------------------------------- real processes
+
+
+@pytest.fixture(scope="module")
+def big_text(tmp_path_factory):
+    """A text that takes some seconds to tokenize, and what an undisturbed run makes of it."""
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("big")
+    rng = random.Random(1)
+    words = ["".join(rng.choices("etaoinshrdlu的了", k=rng.randint(1, 9))) for _ in range(5000)]
+    lines = (" ".join(rng.choices(words, k=12)) + "\n" for _ in range(400_000))
+    (folder / "big.txt").write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, ROOT / "data" / "custom" / "prepare.py"]
+    command += [f"--input={folder / 'big.txt'}", "--bpe_sample=1", "--vocab_size=400"]
+    command += ["--num_proc=2"]
+
+    def start(data_dir, **options):
+        return subprocess.Popen(
+            [*command, f"--data_dir={data_dir}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    undisturbed = start(folder / "undisturbed")
+    assert undisturbed.wait(timeout=200) == 0, undisturbed.stderr.read()
+    return start, folder / "undisturbed"
+
+
+def wait_for_progress(process, data_dir, batches=0):
+    """Until the note of how far it has come says more than so many batches; what it says."""
+    note = data_dir / ".writing" / "train.progress"
+    while process.poll() is None:
+        if note.exists() and (noted := json.loads(note.read_text())["batches"]) > batches:
+            return noted
+        time.sleep(0.02)
+    return None
+
+
+def same(one, other):
+    names = ("train.bin", "val.bin", "meta.json")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_a_process_killed_again_and_again_gets_there(tmp_path, big_text):
+    start, undisturbed = big_text
+    batches = 0
+    for number, sent in enumerate([signal.SIGKILL, signal.SIGINT, signal.SIGKILL]):
+        process = start(tmp_path)
+        noted = wait_for_progress(process, tmp_path, batches)
+        assert noted, process.stderr.read()
+        if number == 0:
+            second = start(tmp_path)  # at the same time
+            assert second.wait(timeout=60) == 2
+            refusal = second.stderr.read().splitlines()
+            assert len(refusal) == 1 and "another process is preparing" in refusal[0]
+        time.sleep(random.random() / 2)
+        group = os.getpgid(process.pid)  # Ctrl-C reaches all processes of the terminal
+        os.killpg(group, sent)
+        assert process.wait(timeout=60) != 0
+        if sent == signal.SIGINT:
+            last = process.stderr.read().splitlines()[-1]
+            assert process.returncode == 130 and last == "interrupted"
+        batches = max(batches, noted)
+        assert not (tmp_path / "train.bin").exists()
+    process = start(tmp_path)
+    assert process.wait(timeout=200) == 0, process.stderr.read()
+    assert same(tmp_path, undisturbed)
+    assert not (tmp_path / ".writing").exists()

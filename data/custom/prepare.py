@@ -10,6 +10,7 @@ document alone is split in itself, its end for validation; many are split by a h
 and each ends with an end-of-text token.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,7 @@ from brisk.corpus import write_dataset
 from brisk.documents import Corpus, pieces, sample_evenly, split_documents
 from brisk.errors import one_line_errors
 from brisk.tokenizer import ByteTokenizer, CharTokenizer, gpt2, learn_words, train_bpe
+from brisk.tokenizing import parts
 from configurator import NonNegativeInt, PositiveInt, configure
 
 
@@ -30,7 +32,7 @@ class PrepareConfig:
     input: str = ""  # files, folders, patterns, separated by commas, or a data set on the hub
     tokenizer: Literal["char", "byte", "word", "bpe", "gpt2"] = "bpe"  # what a token is
     vocab_size: PositiveInt = 8192  # of a bpe, or the most words
-    bpe_sample: PositiveInt = 50  # MB of the training text that a bpe is learned from
+    bpe_sample: PositiveInt = 8  # MB of training text a bpe is learned from; memory grows with it
     min_count: PositiveInt = 2  # words that are rarer are unknown
     column: str = "text"  # where a csv, jsonl or parquet file has its text
     documents: Literal["files", "lines"] = "files"  # what a document is in a text file
@@ -43,10 +45,13 @@ class PrepareConfig:
 def make_tokenizer(config, corpus, train, is_one):
     """The tokenizer asked for, learned from the training text (characters: from all of it)."""
     if config.tokenizer == "char":
-        characters = set().union(*pieces(corpus))
+        characters = set()
+        for piece in pieces(corpus):
+            characters.update(piece)
         return CharTokenizer(sorted(characters), eot=not is_one)
     if config.tokenizer == "word":
-        return learn_words(pieces(train), config.min_count, config.vocab_size, eot=not is_one)
+        whole_words = (text for document in train for text, _ in parts(document))
+        return learn_words(whole_words, config.min_count, config.vocab_size, eot=not is_one)
     if config.tokenizer == "bpe":
         return train_bpe(sample_evenly(train, config.bpe_sample), config.vocab_size)
     return ByteTokenizer() if config.tokenizer == "byte" else gpt2()
@@ -60,7 +65,7 @@ def main(config):
     tokenizer = make_tokenizer(config, corpus, splits["train"], is_one)
     print(f"{config.tokenizer} tokens, {tokenizer.vocab_size:,} of them")
     directory = config.data_dir or Path(__file__).parent
-    source = Path(config.input).name if Path(config.input).exists() else config.input
+    source = Path(config.input).name if os.path.exists(config.input) else config.input
     write_dataset(directory, tokenizer, splits, source, not is_one, config.num_proc)
 
 

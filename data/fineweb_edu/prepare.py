@@ -16,9 +16,10 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from brisk.corpus import join_datasets, read_meta, write_dataset
-from brisk.documents import Picked, Rows, download_from_hub, files_on_hub, find_files, load_rows
-from brisk.errors import one_line_errors
+from brisk.corpus import join_datasets, write_dataset
+from brisk.documents import Picked, find_files
+from brisk.errors import UserError, one_line_errors
+from brisk.tables import Rows, download_from_hub, files_on_hub, load_rows
 from brisk.tokenizer import gpt2
 from configurator import NonNegativeInt, configure
 
@@ -49,8 +50,10 @@ def main(config):
     files = find_files(config.source) if config.source else files_on_hub(REPOSITORY, FOLDER)
     files = files[: config.shards or None]
     folders = [directory / "shards" / Path(file).stem for file in files]
+    if not files or len(set(folders)) != len(files):
+        raise UserError("there should be one file or more, each with a name of its own")
     for number, (file, folder) in enumerate(zip(files, folders, strict=True), start=1):
-        if read_meta(folder):
+        if (folder / "val.bin").exists():  # it is the last to be put there
             print(f"{folder} is there already")
             continue
         print(f"file {number} of {len(files)}: {file}")

@@ -26,7 +26,8 @@ HERE = Path(__file__).parent
 # Lines that are headings: 第一章 …, 第12回 …, 一　…, 楔子, Chapter 4, CHAPTER IV. …
 NUMERAL = "零〇一二三四五六七八九十百千"
 HEADING = (
-    rf"^\s*(第\s*[\d{NUMERAL}]+\s*[章回節节卷]|[{NUMERAL}]+[\s、]|楔子|(?i:chapter)\s\w+).{{0,40}}$"
+    rf"^\s*(第\s*[\d{NUMERAL}]+\s*[章回節节卷]|[{NUMERAL}]+(?![^\s、])"
+    r"|楔子|(?i:chapter)\s\w+).{0,40}$"
 )
 
 
@@ -43,7 +44,7 @@ def cut_at(pattern, text):
     """The chapters of `text`; what stands before the first of them is one too."""
     try:
         starts = [match.start() for match in re.finditer(pattern, text, re.MULTILINE)]
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise UserError(f"--chapters={pattern} is no pattern: {error}") from error
     bounds = sorted({0, *starts, len(text)})
     chapters = [text[a:b].strip() for a, b in pairwise(bounds)]

@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from brisk.corpus import split_text, write_dataset
-from brisk.documents import Rows, load_documents
+from brisk.documents import load_documents
 from brisk.errors import one_line_errors
+from brisk.tables import Rows
 from brisk.tokenizer import gpt2
 from configurator import NonNegativeInt, UnitFloat, configure
 

@@ -10,16 +10,18 @@ tenth of the reviews of each label is held out before anything else happens to t
 
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from brisk.corpus import write_dataset
-from brisk.documents import CsvFile
 from brisk.errors import one_line_errors
 from brisk.rawtext import find_file
+from brisk.tables import CsvFile
 from brisk.tokenizer import CharTokenizer
 from configurator import Seed, configure
 
@@ -44,46 +46,40 @@ class PrepareConfig:
 
 
 def read_reviews(path, config):
-    """Label → its reviews, each text once."""
-    table = CsvFile(path, config.encoding)
+    """Review → its label; equal ones are left out thereby."""
+    table, labels, count = CsvFile(path, config.encoding), {}, 0
     for column in (config.column, config.label):
         table.need(column)
-    by_label, seen, duplicates = {}, set(), 0
     for row in table:
-        text, label = row[config.column].strip(), row[config.label].strip()
-        if text and text not in seen:
-            by_label.setdefault(label, []).append(text)
-        duplicates += text in seen
-        seen.add(text)
-    counts = ", ".join(f"{len(by_label[label]):,} labelled {label}" for label in sorted(by_label))
-    print(f"reviews: {counts or 0}; {duplicates} duplicates left out")
-    return by_label
+        if text := row[config.column].strip():
+            labels.setdefault(text, row[config.label].strip())
+            count += 1
+    counts = [f"{n:,} labelled {label}" for label, n in sorted(Counter(labels.values()).items())]
+    print(f"reviews: {', '.join(counts) or 0}; {count - len(labels)} duplicates left out")
+    return labels
 
 
 def main(config):
     path = find_file(config.input, HERE, "reviews.csv", URL, SHA256, "reviews.csv")
-    by_label = read_reviews(path, config)
-    rng = random.Random(config.seed)
+    labels, train, val, rng = read_reviews(path, config), {}, {}, random.Random(config.seed)
+    for label in sorted(set(labels.values())):
+        texts = [text for text in labels if labels[text] == label]
+        rng.shuffle(texts)
+        held_out = round(len(texts) * config.val_share)
+        val[label], train[label] = texts[:held_out], texts[held_out:]
+    if config.balance:
+        most = max(map(len, train.values()), default=0)
+        train = {label: list(islice(cycle(texts), most)) for label, texts in train.items()}
     words = dict(pair.split("=", 1) for pair in config.prompts.split(",") if "=" in pair)
-    most = max((len(reviews) for reviews in by_label.values()), default=0)
     splits = {"train": [], "val": []}
-    for label, reviews in sorted(by_label.items()):
-        if config.label_prompt:
-            reviews = [words.get(label, f"{label}: ") + review for review in reviews]
-        rng.shuffle(reviews)
-        held_out = round(len(reviews) * config.val_share)
-        splits["val"] += reviews[:held_out]
-        train = reviews[held_out:]
-        if config.balance and train:
-            most_train = most - round(most * config.val_share)
-            repeats, rest = divmod(most_train, len(train))
-            train = train * repeats + rng.sample(train, rest)
-        splits["train"] += train
-    for reviews in splits.values():
-        rng.shuffle(reviews)
+    for split, by_label in (("val", val), ("train", train)):  # val is the same, balance or not
+        for label, texts in by_label.items():
+            prompt = words.get(label, f"{label}: ") if config.label_prompt else ""
+            splits[split] += [prompt + text for text in texts]
+        rng.shuffle(splits[split])
     is_stream = config.rows == "windows"
     if is_stream:
-        lines = {split: [" ".join(r.splitlines()) for r in splits[split]] for split in splits}
+        lines = {split: [" ".join(text.splitlines()) for text in splits[split]] for split in splits}
         splits = {split: ["".join(line + "\n" for line in lines[split])] for split in splits}
     characters = sorted(set().union(*splits["train"], *splits["val"]))
     tokenizer = CharTokenizer(characters, eot=not is_stream)

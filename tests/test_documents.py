@@ -1,0 +1,249 @@
+"""Documents are found in files of any kind, tables are read right, and a split mixes nothing."""
+
+import csv
+import io
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brisk import rawtext
+from brisk.documents import (
+    Corpus,
+    Span,
+    find_files,
+    key_of,
+    pieces,
+    sample_evenly,
+    split_documents,
+)
+from brisk.errors import UserError
+from brisk.tables import CsvFile
+
+
+def table(folder, content, name="a.csv", encoding="utf-8"):
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return CsvFile(folder / name)
+
+
+def rows(folder, content, **options):
+    return [tuple(row.values()) for row in table(folder, content, **options)]
+
+
+# ----------------------------------------------------------------------------- csv
+
+FIELDS = st.text(st.sampled_from('a,"\n 的é;\t'), max_size=8)
+
+
+@given(st.lists(st.tuples(FIELDS, FIELDS), max_size=8))
+def test_what_a_csv_writer_wrote_is_read(tmp_path_factory, written):
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\r\n").writerows([("text", "label"), *written])
+    for encoding in ("utf-8", "utf-8-sig", "gb18030", "utf-16"):
+        path = tmp_path_factory.mktemp("csv") / "a.csv"
+        path.write_bytes(file.getvalue().encode(encoding))
+        read = CsvFile(path, "auto" if encoding != "gb18030" else encoding)
+        assert [(row["text"], row["label"]) for row in read] == written
+
+
+def test_quotes_and_line_breaks_in_fields(tmp_path, monkeypatch):
+    content = 'text,label\r\n"one ""two"", three\r\nfour",1\r\n\r\nfive,""\r\n"",0'
+    expected = [('one "two", three\nfour', "1"), ("five", ""), ("", "0")]
+    assert rows(tmp_path, content) == expected
+    monkeypatch.setattr(rawtext, "PIECE", 3)
+    assert rows(tmp_path, content) == expected
+
+
+def test_tabs_separate_the_fields_of_a_tsv(tmp_path):
+    assert rows(tmp_path, "a\tb\n1, 2\t3\n", name="a.tsv") == [("1, 2", "3")]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["few", "so,many,of them", '"stray" text,1', '"stray\nin the second line" text,1'],
+)
+def test_a_malformed_row_is_left_out_and_told_once(tmp_path, capsys, wrong):
+    content = f"text,label\na,1\n{wrong}\nb,2\n{wrong}\nc,3\n"
+    read = table(tmp_path, content)
+    for _ in range(2):
+        assert [row["text"] for row in read] == ["a", "b", "c"]
+    told = capsys.readouterr().err
+    assert told == f"{tmp_path / 'a.csv'}: left out 2 malformed rows, the first at line 3\n"
+
+
+def test_a_quote_without_an_end_costs_its_own_line_only(tmp_path, capsys):
+    lines = [f"row {i},{i}" for i in range(2000)]
+    lines[500] = '"row 500,500'
+    read = rows(tmp_path, "\n".join(["text,label", *lines]))
+    assert read == [(f"row {i}", str(i)) for i in range(2000) if i != 500]
+    assert "left out 1 malformed rows, the first at line 502" in capsys.readouterr().err
+
+
+def test_a_table_without_rows_or_columns(tmp_path):
+    assert rows(tmp_path, "text,label\n") == []
+    with pytest.raises(UserError, match="is empty"):
+        table(tmp_path, "")
+    with pytest.raises(UserError, match=r"a\.csv has no column text, it has body, label"):
+        list(Corpus(str(table(tmp_path, "body,label\na,1\n").text.path)))
+
+
+# ----------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Files of many kinds; the folder is the current one."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "in/b.txt": "text b",
+        "in/a.md": "text a",
+        "in/deep/c.py": "text c",
+        "in/deep/settings.json": '{"a": 1}',
+        "in/table.csv": "id,text\n1,row one\n2,row two\n",
+        "in/.hidden": "unwanted",
+        "in/.git/config": "unwanted",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (tmp_path / "in" / "data.bin").write_bytes(bytes(range(256)))
+    return tmp_path
+
+
+def texts(corpus):
+    return ["".join(pieces([document])) for document in corpus]
+
+
+def test_a_folder_is_gone_through_in_order_without_what_is_hidden_or_no_text(tree, capsys):
+    corpus = Corpus("in")
+    expected = ["text a", "text b", "text c", '{"a": 1}', "row one", "row two"]
+    assert texts(corpus) == texts(corpus) == expected
+    assert capsys.readouterr().err == "left out 2 files that are no text: data.bin, picture.png\n"
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ("in/a.md", ["a.md"]),
+        ("in/*.txt,in/a.md", ["b.txt", "a.md"]),
+        ("in/a.md,in/*.md", ["a.md"]),  # once
+        ("in/**/*.py", ["c.py"]),
+        ("in/deep,in/b.txt", ["c.py", "settings.json", "b.txt"]),
+        ("no_such_name", []),  # a name on the hub, perhaps
+        ("someone/name", []),
+    ],
+)
+def test_what_paths_folders_and_patterns_stand_for(tree, sources, expected):
+    assert [file.name for file in find_files(sources)] == expected
+
+
+@pytest.mark.parametrize("sources", ["missing.txt", "in/*.rst", "in/a.md,nothing", "in/deep/x/y"])
+def test_a_source_without_files_is_told(tree, sources):
+    with pytest.raises(UserError, match="there are no files at"):
+        find_files(sources)
+
+
+def test_a_long_list_of_files_is_no_name_of_a_file(tree):
+    assert len(find_files(",".join(["in/a.md", "in/b.txt"] * 1000))) == 2
+
+
+def test_a_file_alone_that_is_no_text_is_told(tree):
+    with pytest.raises(UserError, match=r"picture\.png is no text"):
+        Corpus("in/picture.png")
+
+
+def test_lines_as_documents(tree, monkeypatch):
+    (tree / "lines.txt").write_text("one\n\ntwo\r\n three\nfour")
+    for piece in (2, 2**20):
+        monkeypatch.setattr(rawtext, "PIECE", piece)
+        assert list(Corpus("lines.txt", lines=True)) == ["one", "two", " three", "four"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_tables_of_the_datasets_library(tree, kind):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"body": ["one\n", None, "", "two 的"], "n": [1, 2, 3, 4]})
+    if kind == "parquet":
+        dataset.to_parquet(f"a.{kind}")
+    else:
+        dataset.to_json(f"a.{kind}", compression="gzip" if kind.endswith("gz") else None)
+    corpus = Corpus(f"a.{kind}", column="body")
+    assert list(corpus) == list(corpus) == ["one\n", "", "two 的"]
+    with pytest.raises(UserError, match=r"has no column text, it has body, n"):
+        Corpus(f"a.{kind}")
+    with pytest.raises(UserError, match="the column n holds no text"):
+        list(Corpus(f"a.{kind}", column="n"))
+
+
+# ----------------------------------------------------------------------------- splitting
+
+
+def split(documents, share):
+    splits = split_documents(documents, share)
+    return [texts(splits[name]) for name in ("train", "val")]
+
+
+@given(st.lists(st.text(max_size=3), min_size=2), st.floats(0.0001, 0.5))
+def test_a_split_keeps_all_and_mixes_nothing(documents, share):
+    train, val = split(documents, share)
+    assert sorted(train + val) == sorted(documents)
+    assert not set(train) & set(val)
+    if len(set(documents)) > 1:
+        assert train and val
+    assert train == [text for text in documents if text in train]  # in order
+
+
+def test_a_split_depends_on_the_texts_alone_not_on_their_order():
+    documents = [f"document {i}" for i in range(500)]
+    train, val = split(documents, 0.1)
+    assert len(val) == 50
+    assert [sorted(part) for part in split(documents[::-1], 0.1)] == [sorted(train), sorted(val)]
+
+
+@given(st.text(min_size=0, max_size=40), st.floats(0.0001, 0.5))
+def test_a_document_alone_is_split_in_itself(text, share):
+    train, val = split([text], share)
+    assert "".join(train + val) == text
+    assert len("".join(train)) == int(len(text) * (1 - share))
+
+
+def test_no_documents_are_told():
+    with pytest.raises(UserError, match="no documents"):
+        split_documents([], 0.1)
+
+
+@given(st.lists(st.text(max_size=5)), st.integers(0, 30), st.integers(0, 30))
+def test_a_span_is_a_slice(parts, first, last):
+    class Document:
+        def __iter__(self):
+            return iter(parts)
+
+    assert "".join(Span(Document(), first, last)) == "".join(parts)[first:last]
+
+
+def test_equal_texts_have_equal_keys(tmp_path):
+    (tmp_path / "a.txt").write_text("the same")
+    assert key_of("the same") == key_of(rawtext.TextFile(tmp_path / "a.txt")) != key_of("another")
+
+
+def test_a_sample_is_as_large_as_asked_for_and_from_everywhere():
+    documents = [f"{i:04}的" * 10 for i in range(10_000)]  # 700,000 bytes
+    whole = "".join(sample_evenly(documents, 1))
+    assert whole == "".join(documents)
+    sample = list(sample_evenly(documents, 0.07))
+    assert 60_000 < len("".join(sample).encode()) < 80_000
+    numbers = [int(piece[:4]) for piece in sample if len(piece) >= 4]
+    assert (
+        numbers[0] < 20 and numbers[-1] > 9980 and max(map(int.__sub__, numbers[1:], numbers)) < 30
+    )
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("the root user may read everything")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.txt").chmod(0)
+    with pytest.raises(UserError, match="Permission denied"):
+        Corpus(str(tmp_path / "a.txt"))
