@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
 from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
 from brisk.corpus import load_tokenizer, read_meta, write_dataset  # noqa: E402
 from brisk.errors import one_line_errors  # noqa: E402
-from brisk.tokenizer import EOT, CharTokenizer  # noqa: E402
+from brisk.tokenizer import CharTokenizer  # noqa: E402
 from configurator import configure  # noqa: E402
 
 # Shakespeare, sonnets 18 and 116.
