@@ -9,7 +9,8 @@
 
 `train.py` estimates the loss from some windows; this reads every token once. What a model reads
 is the split in windows of block_size, end-of-text tokens and all, or, where it was trained with
-rows=documents, one document after another, each from its start. Standard output is the result
+rows=documents or on characters or words with an end-of-text, one document after another, each
+from its start. Standard output is the result
 alone; `loss` and the tasks in brisk/tasks.py say what its figures are.
 """
 
@@ -30,6 +31,7 @@ from brisk.errors import UserError, one_line_errors
 from brisk.loader import SCAN, TokenFile, find_data_dir
 from brisk.scoring import batches, padded, token_nats, windows
 from brisk.tasks import addition, hellaswag, lambada
+from brisk.tokenizer import knows_documents
 from configurator import NonNegativeInt, PositiveInt, configure
 from sample import load
 
@@ -45,7 +47,7 @@ class EvaluateConfig:
     dataset: str = ""  # evaluate on data/<dataset>; what the checkpoint was trained on if empty
     data_dir: str = ""  # folder of the token files, instead of data/<dataset>
     split: Literal["val", "train"] = "val"  # which of its two files
-    rows: Literal["auto", "windows", "documents"] = "auto"  # auto: as it was trained
+    rows: Literal["auto", "windows", "documents"] = "auto"  # auto: what it knows
     stride: NonNegativeInt = 0  # windows start every so many tokens; 0 is block_size: no overlap
     all_positions: bool = False  # score overlaps in each window, as training does, not just once
     batch_size: PositiveInt = 16  # windows at a time, or as many shorter rows as take their room
@@ -64,7 +66,10 @@ def main(config):
         device = open_device(config.device, config.dtype)
         model, tokenizer, trained_with = load(config)
         model.to(device.device).eval()
-        rows = trained_with.get("rows", "windows") if config.rows == "auto" else config.rows
+        rows = config.rows
+        if rows == "auto":
+            documents = knows_documents(trained_with.get("rows"), tokenizer)
+            rows = "documents" if documents else "windows"
         if not task:
             file, counts = open_split(config, trained_with, model, tokenizer, rows)
 

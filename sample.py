@@ -31,7 +31,7 @@ from brisk.generation import TextStream
 from brisk.huggingface import GPT2_NAMES
 from brisk.likeliest import as_table, likeliest_next
 from brisk.prompts import open_new, read_prompt, read_prompts, write_samples
-from brisk.tokenizer import EOT, from_dict, gpt2
+from brisk.tokenizer import EOT, from_dict, gpt2, knows_documents
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -67,6 +67,7 @@ class SampleConfig:
     temperature: NonNegativeFloat = 0.8  # below 1 less random, above 1 more, 0 the likeliest token
     top_k: NonNegativeInt = 200  # draw among the k likeliest tokens; 0 means all
     top_p: UnitFloat = 1.0  # draw among the fewest tokens that reach this probability; 1 means all
+    rows: Literal["auto", "windows", "documents"] = "auto"  # text goes on, or ends as documents do
     stop: str = ""  # a sample ends before this text, which is not shown; <|endoftext|> too
     seed: Seed = 1337  # the same seed gives the same text
     show_next: NonNegativeInt = 0  # instead of samples, the n likeliest next tokens
@@ -87,7 +88,10 @@ def main(config):
             for block in model.transformer.h:
                 block.compile()
         print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}")
-    documents = trained_with.get("rows") == "documents"  # it knows how they begin and end
+    rows = trained_with.get("rows") if config.rows == "auto" else config.rows
+    documents = knows_documents(rows, tokenizer) and config.rows != "windows"
+    if config.rows == "documents" and not documents:
+        raise UserError("rows=documents: this tokenizer has no end of text")
     unk = getattr(tokenizer, "unk", None)
     drawable = {"vocab_size": tokenizer.vocab_size, "suppress": () if unk is None else (unk,)}
     check_stop(config.stop, tokenizer)

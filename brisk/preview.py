@@ -3,6 +3,7 @@
 import torch
 
 from brisk.errors import UserError
+from brisk.tokenizer import knows_documents
 
 SAMPLE_TOKENS = 100  # of each text
 
@@ -19,7 +20,7 @@ def sample_prompt(config, tokenizer, log):
         ids = tokenizer.encode(config.eval_start, allow_eot=True).tolist()
     except UserError as error:
         raise UserError(f"--eval_start: {error}") from error
-    if config.rows == "documents" and tokenizer.eot is not None:  # what a document begins after
+    if knows_documents(config.rows, tokenizer):  # what a document begins after
         return [tokenizer.eot, *ids]
     try:
         return ids or tokenizer.encode("\n").tolist()
@@ -33,7 +34,7 @@ def draw_samples(model, tokenizer, prompt, config, device):
     The random numbers are the samples' own, the same ones at every evaluation: training does not
     notice, and the texts differ by what the model has learned.
     """
-    stop_ids = [tokenizer.eot] if config.rows == "documents" and tokenizer.eot is not None else []
+    stop_ids = [tokenizer.eot] if knows_documents(config.rows, tokenizer) else []
     idx = torch.tensor([prompt] * config.eval_samples, device=device.device)
     choice = {"temperature": 0.8, "top_k": 200, "vocab_size": tokenizer.vocab_size}
     # texts grow, and blocks compiled for training would be compiled anew for their lengths

@@ -228,6 +228,12 @@ def decode_tokens(tokenizer, ids):
     return b"".join(tokens).decode("utf-8", errors="replace")
 
 
+def knows_documents(rows, tokenizer):
+    """Whether a model trained on such `rows` knows where documents begin and end: it read them one
+    by one, or its characters or words have an end-of-text, which they have for documents only."""
+    return tokenizer.eot is not None and (rows == "documents" or tokenizer.kind in ("char", "word"))
+
+
 def from_dict(description):
     """The tokenizer that `to_dict` described; needs no files and no network.
 

@@ -173,11 +173,11 @@ def test_stop_text_cuts_each_sample(run):
 def test_end_of_text_cuts_each_sample_and_is_not_shown(run, folder):
     tokenizer = CharTokenizer("\nab", eot=True).to_dict()
     write_checkpoint(folder / "out" / "ckpt.pt", 4, tokenizer=tokenizer)
-    whole = texts(run("--temperature=2", samples=6))
+    whole = texts(run("--temperature=2", "--rows=windows", samples=6))
     assert any(EOT in text for text in whole)
-    cut = texts(run("--temperature=2", f"--stop={EOT}", samples=6))
+    cut = texts(run("--temperature=2", "--rows=windows", f"--stop={EOT}", samples=6))
     assert cut == [text.partition(EOT)[0] for text in whole]
-    assert texts(run(f"--start={EOT}ab", tokens=0))[0] == EOT + "ab"
+    assert texts(run(f"--start={EOT}ab", "--rows=windows", tokens=0))[0] == EOT + "ab"
 
 
 def test_generation_ends_once_all_samples_are_cut(run, monkeypatch):
@@ -397,9 +397,10 @@ def test_max_words_alone_is_not_bounded_by_the_default_of_tokens(folder, capsys)
 def test_a_model_of_documents_begins_and_ends_them_by_itself(run, folder):
     trained = {"tokenizer": CharTokenizer("\nab", eot=True).to_dict()}
     write_checkpoint(folder / "out" / "ckpt.pt", 4, **trained)
-    plain = texts(run(f"--start={EOT}a", "--temperature=2", samples=6))
-    write_checkpoint(folder / "out" / "ckpt.pt", 4, **trained, config={"rows": "documents"})
+    plain = texts(run(f"--start={EOT}a", "--temperature=2", "--rows=windows", samples=6))
     expected = [text.removeprefix(EOT).partition(EOT)[0] for text in plain]
+    assert texts(run("--start=a", "--temperature=2", samples=6)) == expected
+    write_checkpoint(folder / "out" / "ckpt.pt", 4, **trained, config={"rows": "documents"})
     assert texts(run("--start=a", "--temperature=2", samples=6)) == expected
     assert any(len(text) < 41 for text in expected)
     stopped = texts(run("--start=a", "--temperature=2", "--stop=b", samples=6))
