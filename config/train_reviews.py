@@ -13,7 +13,7 @@ dataset = "reviews"
 gradient_accumulation_steps = 1
 batch_size = 128
 block_size = 64
-rows = "documents"
+rows = "windows"  # over reviews and their ends
 
 n_layer = 12
 n_head = 12
@@ -21,6 +21,7 @@ n_embd = 252
 dropout = 0.3
 
 learning_rate = 6e-4
+weight_decay = 1.0  # much, as for any text this short
 max_iters = 1500
 lr_decay_iters = 1500
 min_lr = 6e-5
