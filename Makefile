@@ -11,7 +11,7 @@ demo: .venv/installed
 	.venv/bin/python train.py config/train_python_source.py --out_dir=$(OUT)
 	.venv/bin/python sample.py --out_dir=$(OUT) --start="    def " \
 		--num_samples=3 --max_new_tokens=200 --temperature=0.6
-	@echo "checkpoint: $(OUT)/ckpt.pt   metrics: $(OUT)/metrics.jsonl"
+	@echo "checkpoint: $(OUT)/ckpt.pt   loss curve: $(OUT)/loss.png   metrics: $(OUT)/metrics.jsonl"
 	@echo "your turn:  .venv/bin/python sample.py --out_dir=$(OUT) --start='class '"
 
 test: .venv/tested

@@ -1,0 +1,29 @@
+# Chinese film reviews of the kind that is asked for, with a small model, on a CPU in minutes:
+# python data/reviews/prepare.py --label_prompt --balance --data_dir=data/asked
+# python train.py config/train_reviews_asked_cpu.py
+# python sample.py --out_dir=out-asked --start=差评：
+
+out_dir = "out-asked"
+eval_interval = 250
+eval_iters = 8
+log_interval = 50
+
+dataset = "asked"
+gradient_accumulation_steps = 1
+batch_size = 48
+block_size = 64
+rows = "documents"  # so that what is asked for is always in sight
+
+n_layer = 3
+n_head = 6
+n_embd = 192
+dropout = 0.1
+
+learning_rate = 2e-3
+weight_decay = 0.1
+max_iters = 1500
+lr_decay_iters = 1500
+min_lr = 2e-4
+beta2 = 0.99
+
+warmup_iters = 100
