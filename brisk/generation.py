@@ -206,8 +206,9 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
         return logits.argmax(dim=-1)
     nucleus = top_p is not None and top_p < 1
     top, ids = logits.float(), None
-    if top_k or nucleus:
-        top, ids = top.topk(min(top_k or top.size(-1), top.size(-1)))  # likeliest first
+    kept = min(top_k or top.size(-1), top.size(-1))
+    if nucleus or kept < top.size(-1):
+        top, ids = top.topk(kept)  # likeliest first
     probs = torch.softmax(top / temperature, dim=-1)
     if nucleus:
         before = probs.cumsum(dim=-1) - probs
