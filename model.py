@@ -65,10 +65,12 @@ class CausalSelfAttention(nn.Module):
             k.transpose(1, 2),
             v.transpose(1, 2),
         )  # (B, n_head, T, head_dim)
+        causal = True
         if cache is not None:
             k, v = cache.extend(k, v)
+            if T == 1:
+                causal = False  # one query sees every key
         dropout = self.dropout if self.training else 0.0
-        causal = k.size(2) == T  # else one query, which sees every key
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
