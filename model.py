@@ -43,7 +43,11 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what came before it."""
+    """Multi-head attention in which a token sees itself and what came before it.
+
+    With a `cache`, what came before includes the positions read in earlier calls: its
+    `extend(k, v)` adds these keys and values, (B, n_head, T, head_dim) each, and returns all.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -53,7 +57,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(dim=2)
         q, k, v = (
@@ -61,8 +65,13 @@ class CausalSelfAttention(nn.Module):
             k.transpose(1, 2),
             v.transpose(1, 2),
         )  # (B, n_head, T, head_dim)
+        causal = True
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            if T == 1:
+                causal = False  # one query sees every key
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -91,8 +100,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -126,13 +135,14 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, idx, targets=None, return_logits=True):
+    def forward(self, idx, targets=None, return_logits=True, cache=None):
         """Logits, and the loss where there are targets.
 
         Args:
             idx: token ids (B, T), T at most `block_size`.
             targets: the token after each one (B, T); positions with -1 are ignored.
             return_logits: training says False, which leaves the loss free to be computed in parts.
+            cache: one for each block, with the positions before `idx`; see `hidden`.
 
         Returns:
             (logits, loss): with targets, logits (B, T, vocab_size) (or None) and the mean
@@ -142,7 +152,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: T exceeds `block_size`.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
@@ -151,17 +161,22 @@ class GPT(nn.Module):
         )
         return (logits if return_logits else None), loss
 
-    def hidden(self, idx):
-        """The normalised output of the last block (B, T, n_embd) for token ids (B, T)."""
-        T = idx.size(1)
-        if T > self.config.block_size:
+    def hidden(self, idx, cache=None):
+        """The normalised output of the last block (B, T, n_embd) for token ids (B, T).
+
+        `cache` has an entry for each block that holds the keys and values of the `length`
+        positions before `idx`, and takes in those of `idx` (`brisk.generation.KVCache`).
+        """
+        start = cache[0].length if cache else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
             raise ValueError(
-                f"a sequence of {T} tokens exceeds block_size={self.config.block_size}"
+                f"a sequence of {end} tokens exceeds block_size={self.config.block_size}"
             )
-        positions = torch.arange(T, device=idx.device)
+        positions = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        for block in self.transformer.h:
-            x = block(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache else None)
         return self.transformer.ln_f(x)
 
     @torch.no_grad()

@@ -46,6 +46,7 @@ from configurator import (
 from model import GPT
 
 TOKENS_AT_ONCE = 32768  # in the windows of a batch: bounds its memory, to 32 times 1024 tokens
+CACHE_BYTES = 4 * 2**30  # of keys and values of a batch, in float32
 TOKENS_A_WORD = 32  # at the most, and rarely: the budget of a sample that max_words ends
 MOST_TOKENS = 10**7  # of one sample
 DASHES = "---------------"
@@ -67,6 +68,7 @@ class SampleConfig:
     temperature: NonNegativeFloat = 0.8  # below 1 less random, above 1 more, 0 the likeliest token
     top_k: NonNegativeInt = 200  # draw among the k likeliest tokens; 0 means all
     top_p: UnitFloat = 1.0  # draw among the fewest tokens that reach this probability; 1 means all
+    exact_window: bool = False  # past block_size see all of it, not half and more; much slower
     rows: Literal["auto", "windows", "documents"] = "auto"  # text goes on, or ends as documents do
     stop: str = ""  # a sample ends before this text, which is not shown; <|endoftext|> too
     seed: Seed = 1337  # the same seed gives the same text
@@ -115,7 +117,8 @@ def main(config):
         ends_by_id = documents or config.stop == EOT
         stops = "" if config.stop == EOT else config.stop, [tokenizer.eot] if ends_by_id else []
         window = min(prompt.size(1) + token_budget(config), model.config.block_size)
-        batch_size = max(1, TOKENS_AT_ONCE // window)
+        cached = 8 * model.config.n_layer * model.config.n_embd  # bytes: a key and a value a layer
+        batch_size = max(1, min(TOKENS_AT_ONCE, CACHE_BYTES // cached) // window)
         end = first + config.num_samples
         for begin in range(first, end, batch_size):
             count = min(batch_size, end - begin)
@@ -246,6 +249,7 @@ def print_samples(model, prompt, shown, first, streams, drawable, config):
             seed=config.seed,
             first_sample=first,
             on_token=on_token,
+            exact_window=config.exact_window,
             **drawable,
         )
     except KeyboardInterrupt:

@@ -13,7 +13,8 @@ def likeliest_next(model, idx, n, *, vocab_size=None, suppress=()):
 
     Returns their ids (n,) and probabilities (n,), likeliest first. The probabilities are the
     model's own, those of temperature 1, over all tokens that `generate` may draw with the same
-    `vocab_size` and `suppress`. The model should be in eval mode.
+    `vocab_size` and `suppress`, after the newest `block_size` tokens. The model should be in eval
+    mode.
     """
     never = never_drawn(suppress, vocab_size, idx.device)
     logits = without(next_token_logits(model, idx)[:, :vocab_size], never)[0].float()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from brisk.generation import TextStream, draw, generate
+from brisk.generation import TextStream, draw, generate, new_cache, next_token_logits
 from brisk.likeliest import as_table, likeliest_next
 from brisk.tokenizer import ByteTokenizer, CharTokenizer
 from model import GPT, GPTConfig
@@ -33,7 +33,7 @@ class FixedLogits(nn.Module):
         self.config = GPTConfig(block_size=4, vocab_size=len(logits))
         self.logits = torch.tensor(logits)
 
-    def forward(self, idx):
+    def forward(self, idx, cache=None):
         return self.logits.expand(idx.size(0), 1, -1), None
 
 
@@ -41,17 +41,98 @@ def prompt(B=1):
     return torch.tensor([[3, 1, 4, 1, 5]]).repeat(B, 1)
 
 
-def test_greedy_is_the_argmax_at_every_step_past_the_block_size(model):
-    expected = prompt()
+def greedy(model, idx, n, window):
+    """The likeliest tokens without a cache, from the newest `window(T)` of T tokens each time."""
     model.eval()
-    for _ in range(30):
-        logits, _ = model(expected[:, -16:])
-        expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert generate(model, prompt(), 30, temperature=0).equal(expected)
-    assert generate(model, prompt(), 30, top_k=1).equal(expected)
-    assert generate(model, prompt(), 30, top_p=1e-6).equal(expected)
-    assert generate(model, prompt(), 30, temperature=1e-45).equal(expected)
-    assert model.generate(prompt(), 30, temperature=0.0).equal(expected)
+    for _ in range(n):
+        with torch.no_grad():
+            logits, _ = model(idx[:, -window(idx.size(1)) :])
+        idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return idx
+
+
+def exact(T):
+    return min(T, 16)
+
+
+def halved(T):
+    """9 to 16 of the newest tokens: past 16, eight are dropped with each seventeenth."""
+    return T if T <= 16 else 9 + (T - 17) % 8
+
+
+@pytest.mark.parametrize("window", [exact, halved])
+def test_greedy_is_the_argmax_at_every_step_past_the_block_size(model, window):
+    expected = greedy(model, prompt(), 60, window)
+    flag = {"exact_window": window is exact}
+    assert generate(model, prompt(), 60, temperature=0, **flag).equal(expected)
+    assert generate(model, prompt(), 60, top_k=1, **flag).equal(expected)
+    assert generate(model, prompt(), 60, top_p=1e-6, **flag).equal(expected)
+    assert generate(model, prompt(), 60, temperature=1e-45, **flag).equal(expected)
+    assert model.generate(prompt(), 60, temperature=0.0, **flag).equal(expected)
+    for T in (1, 15, 16, 17, 18, 24, 25, 40):  # prompts of all these lengths go on the same way
+        assert generate(model, expected[:, :T], 20, 0, **flag).equal(
+            greedy(model, expected[:, :T], 20, window)
+        )
+
+
+@pytest.mark.parametrize("first", [1, 7, 16])
+def test_the_cache_does_not_change_the_logits_at_any_position(model, first):
+    model.eval()
+    ids = torch.randint(40, (3, 16))
+    with torch.no_grad():
+        cache = new_cache(model, 16)
+        logits, _ = model(ids[:, :first], targets=ids[:, :first], cache=cache)
+        memory = [layer.keys.data_ptr() for layer in cache]
+        found = [logits, *(model(ids[:, i : i + 1], cache=cache)[0] for i in range(first, 16))]
+        assert torch.allclose(torch.cat(found, dim=1), model.predict(ids), atol=1e-4)
+        assert [layer.keys.data_ptr() for layer in cache] == memory  # taken once
+        with pytest.raises(ValueError, match="block_size"):
+            model(ids[:, :1], cache=cache)
+
+
+def test_a_cache_takes_several_positions_only_when_it_is_empty(model):
+    cache = new_cache(model, 16)
+    model(prompt(), cache=cache)
+    with pytest.raises(ValueError, match="one at a time"):
+        model(prompt(), cache=cache)
+
+
+@given(st.integers(1, 9), st.integers(1, 40))
+def test_each_token_is_read_once_until_the_window_is_full_and_half_again_then(block_size, T):
+    """On a model that says how much it has read, and sees, instead of logits."""
+    read = []
+
+    class Reader(nn.Module):
+        config = GPTConfig(block_size=block_size, vocab_size=2, n_layer=1)
+
+        def forward(self, idx, cache):
+            tokens = idx[:, None, :, None]
+            seen, _ = cache[0].extend(tokens, tokens)
+            read.append((idx.size(1), seen.flatten().tolist()))
+            return torch.zeros(1, 1, 2), None
+
+    model, ids, first = Reader(), torch.arange(100)[None], T
+    cache = new_cache(model, 100)
+    for T in range(first, 100):
+        next_token_logits(model, ids[:, :T], cache)
+        seen = read[-1][1]
+        assert seen == list(range(T - len(seen), T)) and len(seen) <= block_size
+        assert len(seen) == T if T <= block_size else len(seen) > block_size // 2
+    later = [n for n, _ in read[1:]]
+    assert set(later) <= {1, block_size // 2 + 1}
+    assert sum(later) <= 2 * len(later) + block_size  # one position more a token, at the most
+
+
+def test_a_text_continued_in_two_calls_is_that_of_one(model):
+    whole = generate(model, prompt(2), 40, temperature=0)
+    for n in (5, 11, 12, 13, 25):
+        assert generate(model, whole[:, : 5 + n], 40 - n, temperature=0).equal(whole)
+
+
+def test_ids_can_be_trained_on(model):
+    ids = generate(model, prompt(2), 8)
+    model(ids[:, :-1], ids[:, 1:])[1].backward()  # an embedding keeps its ids for this
+    model.zero_grad()
 
 
 def test_dropout_is_off_and_the_mode_restored(model):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,24 @@ def test_temperature_top_k_and_top_p_reach_the_generation(run):
     for option in ("--top_k=1", "--top_p=0"):
         assert texts(run(option)) == greedy
     assert len(set(texts(run("--top_k=0", "--temperature=2")))) == 3
+
+
+def test_past_the_window_exact_window_sees_all_of_it(run):
+    found, exact = (texts(run(f"--exact_window={flag}", tokens=60)) for flag in (False, True))
+    within = len("\n") + 32  # the token after a full window is the first to see less
+    assert [text[:within] for text in found] == [text[:within] for text in exact]
+    assert found != exact
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_compiled_blocks_write_the_same_text(run, folder):
+    options = ["--temperature=0", "--num_samples=2", "--max_new_tokens=70"]
+    for window in ("--exact_window=False", "--exact_window=True"):
+        plain = in_a_process(folder, *options, window)
+        compiled = in_a_process(folder, *options, window, "--compile=True")
+        assert compiled.returncode == 0, compiled.stderr
+        assert compiled.stdout == plain.stdout and len(plain.stdout) > 2 * 70
 
 
 def test_a_prompt_from_a_file_longer_than_the_window(run, folder):
