@@ -72,6 +72,7 @@ def main(config):
             rows = "documents" if documents else "windows"
         if not task:
             file, counts = open_split(config, trained_with, model, tokenizer, rows)
+            is_whole = tokenizer.unk is None  # words leave out much of a text, and know not all
 
     with torch.no_grad(), device.autocast():
         if task:
@@ -82,6 +83,7 @@ def main(config):
         else:
             if rows == "documents" and not counts:
                 counts = count_text(file, tokenizer)
+            counts = counts if is_whole else {}
             options = (config.batch_size, config.stride, config.all_positions)
             result = loss(model, file, counts, device, *options)
     result = {"data": config.file if task else str(file.path), **result}

@@ -98,6 +98,8 @@ RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "
 
 def main(config, stop=None):
     # --- who and where we are
+    if not config.out_dir:
+        raise UserError("--out_dir= is empty; name a folder for the run")
     ranks = Ranks.from_environment()
     device = open_device(config.device, config.dtype, None if ranks.is_alone else ranks.local_rank)
     ranks.join(config.backend, device)

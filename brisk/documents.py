@@ -39,7 +39,7 @@ class Corpus:
 
     def __init__(self, sources, column="text", encoding="auto", lines=False):
         self.parts, no_text = [], []
-        if not sources:
+        if not sources.strip(", "):
             raise UserError("name a file, a folder or a data set on the hub: --input=PATH")
         files = find_files(sources)
         if not files:
@@ -162,7 +162,8 @@ def find_files(sources):
     """The files that paths, folders and patterns, separated by commas, stand for, in order;
     none where `sources` looks like the name of a data set on the hub. Hidden ones are left out."""
     found = []
-    for source in [sources] if os.path.exists(sources) else sources.split(","):
+    listed = [part.strip() for part in sources.split(",") if part.strip()]
+    for source in [sources] if os.path.exists(sources) else listed:
         path = Path(source)
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())

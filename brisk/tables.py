@@ -138,6 +138,8 @@ def load(name, **options):
         dataset = load_dataset(name, split="train", **options)
         columns = dataset.column_names or next(iter(dataset), {})
     except Exception as error:  # datasets and its file readers raise of every kind
+        if "data_files" in options:
+            raise UserError(f"cannot read {where}: {error.__cause__ or error}") from error
         needs = "this needs the package datasets, and the network or files of yours"
         raise UserError(f"no {where}: {error.__cause__ or error} ({needs})") from error
     if not columns:

@@ -285,7 +285,9 @@ def train_bpe(texts, vocab_size):
     ids = learn_pairs(texts, vocab_size - 1).get_vocab()
     if len(ids) < vocab_size - 1:
         most = len(ids) + 1
-        raise UserError(f"vocab_size={vocab_size}: this text has pairs for {most} at the most")
+        raise UserError(
+            f"vocab_size={vocab_size}: this text has pairs for {most} at the most, take fewer"
+        )
     alphabet = byte_alphabet()
     ranks = {bytes(alphabet[letter] for letter in token): ids[token] for token in ids}
     special = {EOT: vocab_size - 1}

@@ -15,12 +15,13 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from operator import length_hint
 
 import numpy as np
@@ -42,13 +43,17 @@ def write_bin(path, tokenizer, documents, end_documents=False, workers=None):
     is gone through once, or twice where a half-written file turns out to be of another text.
     """
     progress = Progress(path)
-    options = {"desc": f"tokenizing {path.stem}", "unit": " documents", "delay": 1}
-    with tqdm(total=length_hint(documents, 0) or None, **options) as bar:
+    count = length_hint(documents, 0)
+    unit = "documents" if count != 1 else "characters"
+    options = {"desc": f"tokenizing {path.stem}", "unit": f" {unit}", "unit_scale": count == 1}
+    with tqdm(total=count if count > 1 else None, delay=1, **options) as bar:
         batches = progress.skip(batched(documents), bar)
         if batches is None:
             bar.reset()
             progress.forget()
             batches = batched(documents)
+        elif progress.size:
+            tqdm.write(f"going on with {path.stem} after {progress.total['tokens']:,} tokens")
         with open(path, "r+b" if progress.size else "wb") as file:
             file.truncate(progress.size)
             file.seek(progress.size)
@@ -58,7 +63,7 @@ def write_bin(path, tokenizer, documents, end_documents=False, workers=None):
                 file.flush()
                 progress.add(ids, counts, mark)
                 bar.set_postfix_str(f"{progress.total['tokens']:,} tokens", refresh=False)
-                bar.update(counts["documents"])
+                bar.update(counts[unit])
     progress.save()
     return {**progress.total, "sha256": progress.digest.hexdigest()}
 
@@ -92,7 +97,8 @@ class Progress:
         text = ""
         for batch in islice(batches, self.batches):
             text = following(text, batch)
-            bar.update(sum(ends for _, ends in batch))
+            done = [ends if bar.unit == " documents" else len(part) for part, ends in batch]
+            bar.update(sum(done))
         if text != self.text:
             return None
         with open(self.path, "ab+") as file:
@@ -230,7 +236,14 @@ def start_worker(description, end_documents):
     """In a new process: build the tokenizer once. Ctrl-C is the first process's to answer."""
     global worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     worker = (from_dict(description), end_documents)
+
+
+def leave_with_parent():
+    """End this process when the first one was killed: it would wait for work forever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def work(batch):

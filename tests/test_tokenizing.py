@@ -259,7 +259,7 @@ def big_text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("big")
     rng = random.Random(1)
     words = ["".join(rng.choices("etaoinshrdlu的了", k=rng.randint(1, 9))) for _ in range(5000)]
-    lines = (" ".join(rng.choices(words, k=12)) + "\n" for _ in range(400_000))
+    lines = (" ".join(rng.choices(words, k=12)) + "\n" for _ in range(600_000))
     (folder / "big.txt").write_text("".join(lines), encoding="utf-8")
     command = [sys.executable, ROOT / "data" / "custom" / "prepare.py"]
     command += [f"--input={folder / 'big.txt'}", "--bpe_sample=1", "--vocab_size=400"]
@@ -300,6 +300,8 @@ def test_a_process_killed_again_and_again_gets_there(tmp_path, big_text):
     for number, sent in enumerate([signal.SIGKILL, signal.SIGINT, signal.SIGKILL]):
         process = start(tmp_path)
         noted = wait_for_progress(process, tmp_path, batches)
+        if number > 0 and process.returncode == 0:
+            break  # a fast machine: it was done before it could be stopped once more
         assert noted, process.stderr.read()
         if number == 0:
             second = start(tmp_path)  # at the same time

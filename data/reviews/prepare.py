@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from brisk.corpus import write_dataset
-from brisk.errors import one_line_errors
+from brisk.errors import UserError, one_line_errors
 from brisk.rawtext import find_file
 from brisk.tables import CsvFile
 from brisk.tokenizer import CharTokenizer
@@ -70,7 +70,10 @@ def main(config):
     if config.balance:
         most = max(map(len, train.values()), default=0)
         train = {label: list(islice(cycle(texts), most)) for label, texts in train.items()}
-    words = dict(pair.split("=", 1) for pair in config.prompts.split(",") if "=" in pair)
+    pairs = [pair.split("=", 1) for pair in config.prompts.split(",") if pair]
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError(f"--prompts={config.prompts}: it takes label=words,label=words")
+    words = dict(pairs)
     splits = {"train": [], "val": []}
     for split, by_label in (("val", val), ("train", train)):  # val is the same, balance or not
         for label, texts in by_label.items():
