@@ -81,9 +81,10 @@ def main(config):
         elif config.task == "addition":
             result = addition(model, tokenizer, file.tokens, config.batch_size, device)
         else:
-            if rows == "documents" and not counts:
+            if not is_whole:
+                counts = {}
+            elif rows == "documents" and not counts:
                 counts = count_text(file, tokenizer)
-            counts = counts if is_whole else {}
             options = (config.batch_size, config.stride, config.all_positions)
             result = loss(model, file, counts, device, *options)
     result = {"data": config.file if task else str(file.path), **result}

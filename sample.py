@@ -94,7 +94,7 @@ def main(config):
     documents = knows_documents(rows, tokenizer) and config.rows != "windows"
     if config.rows == "documents" and not documents:
         raise UserError("rows=documents: this tokenizer has no end of text")
-    unk = getattr(tokenizer, "unk", None)
+    unk = tokenizer.unk
     drawable = {"vocab_size": tokenizer.vocab_size, "suppress": () if unk is None else (unk,)}
     check_stop(config.stop, tokenizer)
     for number, text in enumerate(prompts, 1):  # all of them before the first is answered

@@ -1,15 +1,10 @@
 """Which fonts have the characters of a text: pictures in Chinese show characters, not boxes."""
 
 # Fonts for what DejaVu Sans lacks, tried in this order before any other.
-CJK_FONTS = (
-    """
-Noto Sans CJK SC, Noto Sans SC, Source Han Sans SC, Source Han Sans CN, WenQuanYi Micro Hei,
-WenQuanYi Zen Hei, Microsoft YaHei, SimHei, PingFang SC, Hiragino Sans GB, Noto Sans CJK JP,
-Hiragino Sans, Yu Gothic, Arial Unicode MS
-""".replace("\n", " ")
-    .strip()
-    .split(", ")
-)
+CJK_FONTS = ["Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN"]
+CJK_FONTS += ["WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei"]
+CJK_FONTS += ["PingFang SC", "Hiragino Sans GB", "Noto Sans CJK JP", "Hiragino Sans"]
+CJK_FONTS += ["Yu Gothic", "Arial Unicode MS"]
 
 
 def fonts_for(text):
