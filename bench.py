@@ -23,7 +23,15 @@ from brisk.device import cpu_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, to_device
 from brisk.memory import in_bytes, peak_memory
-from configurator import PositiveInt, Seed, UnitFloat, configure
+from brisk.starting import MODEL_SHAPE
+from configurator import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    configure,
+)
 from model import GPT, GPTConfig
 
 
@@ -37,6 +45,16 @@ class BenchConfig:
     vocab_size: PositiveInt = 50304  # rows of the vocabulary
     dropout: UnitFloat = 0.0  # of attention and residuals
     bias: bool = False  # biases in linear layers and layer norms
+    n_kv_head: NonNegativeInt = 0  # key/value heads, each for some query heads; 0: n_head
+    position: Literal["learned", "rotary"] = "learned"  # embeddings of positions, or rotations
+    rope_theta: NonNegativeFloat = 10000.0  # base of the rotary angles
+    norm: Literal["layer", "rms"] = "layer"  # layer norm, or RMS norm
+    qk_norm: bool = False  # norms of queries and keys
+    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"  # activation between the linear layers
+    mlp_width: NonNegativeInt = 0  # channels there; 0: 4 n_embd, for swiglu about 8/3 n_embd
+    tied: bool = True  # the head is the token embedding
+    zero_init: bool = False  # output projections, and a head of its own, start at zero
+    logit_cap: NonNegativeFloat = 0.0  # soft cap on the size of logits; 0 for none
     real_data: bool = True  # batches of data/<dataset> where it is prepared, else random ids
     dataset: str = "openwebtext"  # which
     steps: PositiveInt | Literal["auto"] = "auto"  # timed steps: 20, on a CPU 3
@@ -53,7 +71,7 @@ def main(config):
     batch_size = (1 if on_cpu else 12) if config.batch_size == "auto" else config.batch_size
     steps = (3 if on_cpu else 20) if config.steps == "auto" else config.steps
     torch.manual_seed(config.seed)
-    keys = ("block_size", "n_layer", "n_head", "n_embd", "vocab_size", "dropout", "bias")
+    keys = (*MODEL_SHAPE, "vocab_size", "dropout")
     try:
         model = GPT(GPTConfig(**{key: getattr(config, key) for key in keys}))
     except ValueError as error:

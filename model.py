@@ -1,5 +1,8 @@
 """The whole network: GPT-2 as nanoGPT writes it, weight names included.
 
+What came after GPT-2 is there by further fields of `GPTConfig`, each with its source; their
+defaults leave GPT-2. The fields of config/model/modern.py together make the network of Qwen3.
+
 Readable alone: nothing here knows of files, ranks, precision or text. What a trained model needs
 from outside (pretrained weights, a checkpoint, an optimizer, a way to generate) is asked of the
 `brisk` package when it is called for; the network itself can be copied out and used without.
@@ -7,7 +10,8 @@ from outside (pretrained weights, a checkpoint, an optimizer, a way to generate)
 Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2), and
 https://github.com/openai/gpt-2/blob/master/src/model.py
 
-Shapes: B sequences of T tokens, n_embd channels, n_head heads of head_dim = n_embd // n_head.
+Shapes: B sequences of T tokens, n_embd channels, n_head heads of head_dim = n_embd // n_head,
+and as many heads of keys and values (n_kv_head) unless the config says fewer.
 """
 
 import math
@@ -20,7 +24,10 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """Sizes of the network. The first seven fields are nanoGPT's."""
+    """What the network is. The first seven fields are nanoGPT's; by default it is GPT-2.
+
+    Raises ValueError for values that do not go together.
+    """
 
     block_size: int = 1024  # context length in tokens
     vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64, which is faster
@@ -30,10 +37,52 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # biases in the linear layers and layer norms, as GPT-2 has them
     gelu: str = "none"  # approximation of GELU: "none" is erf as in nanoGPT, "tanh" as in GPT-2
+    # what came after GPT-2
+    n_kv_head: int = 0  # key/value heads, each for n_head / n_kv_head queries (GQA); 0: n_head
+    position: str = "learned"  # embeddings that are added, or "rotary"
+    rope_theta: float = 10000.0  # of "rotary": the slowest pair turns once in about 2π theta tokens
+    norm: str = "layer"  # or "rms"
+    qk_norm: bool = False  # an RMS norm over head_dim of queries and of keys
+    mlp: str = "gelu"  # or "relu2", or "swiglu"
+    mlp_width: int = 0  # hidden channels of the MLP; 0: see `hidden_width`
+    tied: bool = True  # the head is the token embedding
+    zero_init: bool = False  # what adds to the residual stream, and an untied head, start at zero
+    logit_cap: float = 0.0  # logits stay within ±logit_cap; 0: as they are
 
     def __post_init__(self):
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if self.n_head % self.kv_heads != 0:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.position == "rotary" and self.head_dim % 2 != 0:
+            odd = f"n_embd / n_head = {self.head_dim} is odd"
+            raise ValueError(f"position=rotary turns channels of a head in pairs, and {odd}")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} is not positive")
+        kinds = dict(
+            position=("learned", "rotary"), norm=("layer", "rms"), mlp=("gelu", "relu2", "swiglu")
+        )
+        for key, known in kinds.items():
+            if (value := getattr(self, key)) not in known:
+                raise ValueError(f"{key}={value} is none of {', '.join(known)}")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def hidden_width(self):
+        """Hidden channels of the MLP: `mlp_width`, else 4 n_embd. SwiGLU has a third matrix, so
+        8/3 n_embd makes it as large (Shazeer 2020, section 2), rounded up to a multiple of 64,
+        which is faster, or of 8 where n_embd is below 256 and 64 would be much."""
+        if self.mlp_width or self.mlp != "swiglu":
+            return self.mlp_width or 4 * self.n_embd
+        multiple = 64 if self.n_embd >= 256 else 8
+        return -(-8 * self.n_embd // (3 * multiple)) * multiple
 
     def to_args(self):
         """The fields as a dict: nanoGPT's seven always, a further one where it is not default."""
@@ -42,52 +91,111 @@ class GPTConfig:
         return {k: v for k, v in asdict(self).items() if k in kept or v != defaults[k]}
 
 
+def make_norm(config):
+    """Layer norm, or RMS norm, which leaves the mean and the bias out (Zhang & Sennrich 2019)."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=1e-6)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rotary_angles(positions, head_dim, theta):
+    """Cosines and sines (T, 1, head_dim / 2) of the angles by which `rotated` turns each pair of
+    channels at `positions` (T,). In float32: bfloat16 cannot tell position 1000 from 1001."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions[:, None, None] * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotated(x, angles):
+    """Heads x (B, T, heads, head_dim), channel i turned together with i + head_dim / 2, so that a
+    query times a key depends on how far apart they are (Su et al. 2021, section 3.2; in pairs
+    as in GPT-NeoX and Llama)."""
+    cos, sin = angles
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what came before it.
 
     With a `cache`, what came before includes the positions read in earlier calls: its
-    `extend(k, v)` adds these keys and values, (B, n_head, T, head_dim) each, and returns all.
+    `extend(k, v)` adds these keys and values, (B, n_kv_head, T, head_dim) each, and returns all.
+    With `angles` (see `rotary_angles`) queries and keys are turned by their positions.
+
+    Fewer heads of keys and values than of queries: Ainslie et al. 2023 (GQA). Norms of queries
+    and keys: Henry et al. 2020, here over each head before the rotation, as in Qwen3.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
+        self.heads = (config.n_head, config.kv_heads, config.kv_heads)  # of queries, keys, values
+        self.head_dim = config.head_dim
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, angles=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(dim=2)
+        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
+        if self.qk_norm:  # in the precision of the weights: autocast leaves norms as they come
+            q = self.q_norm(q.type_as(self.q_norm.weight))
+            k = self.k_norm(k.type_as(self.k_norm.weight))
+        if angles is not None:
+            q, k = rotated(q, angles), rotated(k, angles)
         q, k, v = (
-            q.transpose(1, 2),
-            k.transpose(1, 2),
+            q.type_as(v).transpose(1, 2),
+            k.type_as(v).transpose(1, 2),
             v.transpose(1, 2),
-        )  # (B, n_head, T, head_dim)
+        )  # (B, n_head or n_kv_head, T, head_dim)
         causal = True
         if cache is not None:
             k, v = cache.extend(k, v)
             if T == 1:
                 causal = False  # one query sees every key
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        shared = q.size(1) > k.size(1)  # the kernel lets several queries read one key
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=shared
+        )
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU between them, four times as wide inside."""
+    """Two linear layers with GELU between them, four times as wide inside; or with the square of
+    ReLU (So et al. 2021, Primer)."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.squared_relu = config.mlp == "relu2"
+        self.c_fc = nn.Linear(config.n_embd, config.hidden_width, bias=config.bias)
         self.gelu = nn.GELU(approximate=config.gelu)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        x = self.c_fc(x)
+        x = F.relu(x).square() if self.squared_relu else self.gelu(x)
+        return self.dropout(self.c_proj(x))
+
+
+class SwiGLU(nn.Module):
+    """An MLP whose hidden channels are opened and shut by as many gates (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_gate = nn.Linear(config.n_embd, config.hidden_width, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.hidden_width, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden_width, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -95,41 +203,54 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, angles=None):
+        x = x + self.attn(self.ln_1(x), cache, angles)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, `n_layer` blocks, and a head tied to the embeddings."""
+    """Token and position embeddings, `n_layer` blocks, and a head tied to the embeddings.
+
+    With position="rotary" there are no position embeddings; with tied=False the head has weights
+    of its own.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        embeddings = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        if config.position == "learned":
+            embeddings["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
+                **embeddings,
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                ln_f=make_norm(config),
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied: Press & Wolf 2017
+        if config.tied:
+            self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
         self.init_weights()
 
     def init_weights(self):
-        """Normal with deviation 0.02, less for what adds to the residual stream (GPT-2, 2.3)."""
+        """Normal with deviation 0.02, less for what adds to the residual stream (GPT-2, 2.3).
+
+        With `zero_init` that is zero, so that each block begins as the identity (Zhang et al.
+        2019, Fixup), and so is an untied head: all tokens begin as likely (Yang et al. 2022, D.2).
+        """
         for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                residual = name.endswith("c_proj.weight")
+            residual = name.endswith("c_proj.weight")
+            if self.config.zero_init and (residual or name == "lm_head.weight"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() >= 2:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
                 nn.init.normal_(parameter, mean=0.0, std=std)
             elif name.endswith("bias"):
@@ -154,8 +275,8 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, cache)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+            return self.to_logits(x[:, -1:]), None
+        logits = self.to_logits(x)
         loss = F.cross_entropy(
             logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1
         )
@@ -174,17 +295,28 @@ class GPT(nn.Module):
                 f"a sequence of {end} tokens exceeds block_size={self.config.block_size}"
             )
         positions = torch.arange(start, end, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        x, angles = self.transformer.wte(idx), None
+        if self.config.position == "learned":
+            x = x + self.transformer.wpe(positions)
+        else:  # once for all blocks, from the positions alone: nothing to store, move or cast
+            angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None)
+            x = block(x, cache[i] if cache else None, angles)
         return self.transformer.ln_f(x)
+
+    def to_logits(self, x):
+        """The logits (…, vocab_size) of what `hidden` gives (…, n_embd), kept within `logit_cap`
+        where there is one (Gemma 2, section 2)."""
+        logits, cap = self.lm_head(x), self.config.logit_cap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     @torch.no_grad()
     def predict(self, idx, targets=True):
         """Logits of the next token: after every position (B, T, vocab_size), or, with
         `targets=False`, after the last one only (B, 1, vocab_size)."""
         x = self.hidden(idx)
-        return self.lm_head(x if targets else x[:, -1:])
+        return self.to_logits(x if targets else x[:, -1:])
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """The ids (B, T) with `max_new_tokens` more drawn after them (B, T + max_new_tokens).
@@ -233,15 +365,21 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(
-            self.transformer.wpe.weight[:block_size].detach()
-        )
+        if self.config.position == "learned":
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach())
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, by default without the position embeddings (the token embeddings
-        stay in: they are also the head)."""
+        stay in where they are also the head, and are left out where it has weights of its own)."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        looked_up = []
+        if self.config.position == "learned":
+            looked_up.append(self.transformer.wpe)
+        if not self.config.tied:
+            looked_up.append(self.transformer.wte)
+        embeddings = sum(embedding.weight.numel() for embedding in looked_up)
+        return total - embeddings if non_embedding else total
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW in nanoGPT's two groups: matrices and embeddings decay, vectors do not."""
@@ -251,7 +389,12 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations of a forward and backward pass for one token: 6 N + 12 L H Q T
-        (Chowdhery et al. 2022, PaLM, appendix B)."""
+        (Chowdhery et al. 2022, PaLM, appendix B).
+
+        N counts the weights that are multiplied: the head, once, and no embedding that is only
+        looked up. H is the number of query heads: sharing keys and values spares no product of
+        attention, only its memory.
+        """
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 

@@ -117,7 +117,8 @@ def main(config):
         ends_by_id = documents or config.stop == EOT
         stops = "" if config.stop == EOT else config.stop, [tokenizer.eot] if ends_by_id else []
         window = min(prompt.size(1) + token_budget(config), model.config.block_size)
-        cached = 8 * model.config.n_layer * model.config.n_embd  # bytes: a key and a value a layer
+        sizes = model.config  # bytes a token: a key and a value a layer
+        cached = 8 * sizes.n_layer * sizes.kv_heads * sizes.head_dim
         batch_size = max(1, min(TOKENS_AT_ONCE, CACHE_BYTES // cached) // window)
         end = first + config.num_samples
         for begin in range(first, end, batch_size):

@@ -73,6 +73,17 @@ class TrainConfig:
     n_embd: PositiveInt = 768  # channels
     dropout: UnitFloat = 0.0  # 0 for pretraining, 0.1 or more for finetuning
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
+    # model after GPT-2; config/model/modern.py sets these
+    n_kv_head: NonNegativeInt = 0  # key/value heads, each for some query heads; 0: n_head
+    position: Literal["learned", "rotary"] = "learned"  # embeddings of positions, or rotations
+    rope_theta: NonNegativeFloat = 10000.0  # base of the rotary angles
+    norm: Literal["layer", "rms"] = "layer"  # layer norm, or RMS norm
+    qk_norm: bool = False  # norms of queries and keys
+    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"  # activation between the linear layers
+    mlp_width: NonNegativeInt = 0  # channels there; 0: 4 n_embd, for swiglu about 8/3 n_embd
+    tied: bool = True  # the head is the token embedding
+    zero_init: bool = False  # output projections, and a head of its own, start at zero
+    logit_cap: NonNegativeFloat = 0.0  # soft cap on the size of logits; 0 for none
     # optimizer: AdamW
     learning_rate: NonNegativeFloat = 6e-4  # the largest
     max_iters: NonNegativeInt = 600000  # the last step's number, counted from 0
@@ -365,7 +376,7 @@ def build_model(config, checkpoint, vocab_size):
     if checkpoint is not None:
         model = GPT.from_checkpoint(checkpoint, {"dropout": config.dropout})
     elif config.init_from in ("scratch", "auto"):
-        keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        keys = (*MODEL_SHAPE, "dropout")
         try:
             sizes = GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in keys})
         except ValueError as error:  # sizes that do not go together

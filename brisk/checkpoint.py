@@ -63,7 +63,7 @@ def load_checkpoint(path):
     """The checkpoint at `path` with its tensors on the CPU and its weight names made clean.
 
     nanoGPT's files are read too: `_orig_mod.` (compiled) and the mask buffers of old versions are
-    dropped, and the tied weight is there under both its names.
+    dropped, and a tied weight is there under both its names.
 
     Raises `UserError` for a file that is missing, damaged or no checkpoint.
     """
@@ -71,8 +71,9 @@ def load_checkpoint(path):
     checkpoint = read(path)
     state = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     state = {name: w for name, w in state.items() if not name.endswith(".attn.bias")}
-    tied = state.get("lm_head.weight", state.get("transformer.wte.weight"))
-    state["lm_head.weight"] = state["transformer.wte.weight"] = tied
+    if checkpoint["model_args"].get("tied", True):
+        tied = state.get("lm_head.weight", state.get("transformer.wte.weight"))
+        state["lm_head.weight"] = state["transformer.wte.weight"] = tied
     checkpoint["model"] = state
     return checkpoint
 

@@ -22,8 +22,8 @@ class KVCache:
     """Keys and values of one layer at the positions read so far, so that a further token costs one
     position rather than the whole window (Shazeer 2019, section 2.4; Pope et al. 2022, section 2).
 
-    The memory for all `positions` is taken once, (B, n_head, positions, head_dim) for each of the
-    two, with the first keys: what they are in size, precision and device, it is too.
+    The memory for all `positions` is taken once, (B, n_kv_head, positions, head_dim) for each of
+    the two, with the first keys: what they are in size, precision and device, it is too.
     """
 
     def __init__(self, positions):
@@ -32,7 +32,7 @@ class KVCache:
         self.keys = self.values = None
 
     def extend(self, k, v):
-        """Add keys and values (B, n_head, T, head_dim) of T positions, several only where there
+        """Add keys and values (B, n_kv_head, T, head_dim) of T positions, several only where there
         are none yet; views of all so far."""
         start, self.length = self.length, self.length + k.size(2)
         if start > 0 and k.size(2) > 1:
@@ -66,12 +66,13 @@ def generate(
     The model sees all tokens so far, up to `block_size` of them, and each is read once: its keys
     and values are kept (`KVCache`). Beyond, it sees the newest of them, from half of `block_size`
     to all of it: when the window is full, its older half is dropped and the newer half read again
-    at the positions from 0 on, for a learned position is part of what is kept. So a token costs
-    there what it costs before, and one position more, read in a batch of them. On the characters
-    of Shakespeare (4 layers of 128, block_size 64, 2000 steps) it costs no quality: validation
-    tokens seen so, after 33 to 64 tokens, have a mean loss of 1.877 nats (evaluate.py --stride=32),
-    those after the full 64 1.893 (--stride=1). What the model sees depends on the number of tokens
-    alone: a text continued in two calls is that of one. It is put in eval mode for the call.
+    at the positions from 0 on, for its position, learned or rotary, is part of what is kept. So a
+    token costs there what it costs before, and one position more, read in a batch of them. On the
+    characters of Shakespeare (4 layers of 128, block_size 64, 2000 steps) it costs no quality:
+    validation tokens seen so, after 33 to 64 tokens, have a mean loss of 1.877 nats
+    (evaluate.py --stride=32), those after the full 64 1.893 (--stride=1). What the model sees
+    depends on the number of tokens alone: a text continued in two calls is that of one. It is put
+    in eval mode for the call.
 
     Args:
         idx: ids of the prompts (B, T), T at least 1, on the model's device.

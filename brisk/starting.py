@@ -19,7 +19,24 @@ OF_THIS_START = {
     "dtype",
     "compile",
 }
-MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "bias", "block_size")
+# Keys of a script that are fields of the same name of a GPTConfig: they stay what they are.
+MODEL_SHAPE = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "bias",
+    "block_size",
+    "n_kv_head",
+    "position",
+    "rope_theta",
+    "norm",
+    "qk_norm",
+    "mlp",
+    "mlp_width",
+    "tied",
+    "zero_init",
+    "logit_cap",
+)
 
 
 def starting_point(config):
@@ -63,7 +80,8 @@ def take_over_settings(config, checkpoint, log):
                 setattr(config, key, kind(value))
     stays = []
     for key in MODEL_SHAPE:
-        kept, given = checkpoint["model_args"][key], getattr(config, key)
+        default = getattr(type(config), key)  # what a checkpoint leaves out
+        kept, given = checkpoint["model_args"].get(key, default), getattr(config, key)
         smaller = key == "block_size" and given < kept and key in config.given
         if given != kept and not smaller:
             stays += [f"{key}={kept}"] if key in config.given else []

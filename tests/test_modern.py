@@ -1,0 +1,360 @@
+"""What came after GPT-2, field by field: by its definition, cached, counted, trained and resumed."""
+
+import math
+from dataclasses import fields
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import bench
+import evaluate
+import sample
+import train
+from brisk.device import Device
+from brisk.errors import UserError
+from brisk.generation import new_cache
+from brisk.memory import expected_memory
+from brisk.scoring import token_nats
+from brisk.starting import MODEL_SHAPE
+from configurator import configure
+from model import GPT, GPTConfig
+
+SIZES = dict(block_size=24, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
+MODERN = dict(position="rotary", norm="rms", qk_norm=True, mlp="swiglu", bias=False, zero_init=True)
+VARIANTS = [
+    {"n_kv_head": 2},
+    {"n_kv_head": 1, "bias": False},
+    {"position": "rotary"},
+    {"position": "rotary", "n_kv_head": 2, "rope_theta": 100.0},
+    {"norm": "rms"},
+    {"qk_norm": True},
+    {"mlp": "swiglu"},
+    {"mlp": "relu2", "mlp_width": 48},
+    {"tied": False},
+    {"logit_cap": 2.0},
+    MODERN,
+    {**MODERN, "n_kv_head": 2, "tied": False, "logit_cap": 3.0},
+]
+
+
+def random_model(**settings):
+    """A small model in eval mode in which every weight, those of norms too, is random."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SIZES, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def random_ids(B=2, T=24):
+    return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+# ----------------------------------------------------------------------------- the definitions
+
+
+def qwen3_of(model):
+    """transformers' Qwen3 with the weights of a modern `model`."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.hidden_width,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head or c.n_head,
+            head_dim=c.n_embd // c.n_head,
+            max_position_embeddings=c.block_size,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=c.tied,
+        )
+    ).eval()
+    ours = model.state_dict()
+    state = {
+        "model.embed_tokens.weight": ours["transformer.wte.weight"],
+        "model.norm.weight": ours["transformer.ln_f.weight"],
+        "lm_head.weight": ours["lm_head.weight"],
+    }
+    names = {
+        "attn.q_norm": "self_attn.q_norm",
+        "attn.k_norm": "self_attn.k_norm",
+        "attn.c_proj": "self_attn.o_proj",
+        "ln_1": "input_layernorm",
+        "ln_2": "post_attention_layernorm",
+        "mlp.c_gate": "mlp.gate_proj",
+        "mlp.c_fc": "mlp.up_proj",
+        "mlp.c_proj": "mlp.down_proj",
+    }
+    head_dim, kv_heads = c.n_embd // c.n_head, c.n_kv_head or c.n_head
+    rows = [head_dim * heads for heads in (c.n_head, kv_heads, kv_heads)]
+    for n in range(c.n_layer):
+        for our_name, their_name in names.items():
+            weight = ours[f"transformer.h.{n}.{our_name}.weight"]
+            state[f"model.layers.{n}.{their_name}.weight"] = weight
+        parts = ours[f"transformer.h.{n}.attn.c_attn.weight"].split(rows)
+        for part, weight in zip("qkv", parts, strict=True):
+            state[f"model.layers.{n}.self_attn.{part}_proj.weight"] = weight
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_kv_head", [0, 2, 1])
+@pytest.mark.parametrize("rope_theta", [10000.0, 1e6])
+def test_the_modern_model_is_qwen3(tied, n_kv_head, rope_theta):
+    ours = random_model(**MODERN, tied=tied, n_kv_head=n_kv_head, rope_theta=rope_theta)
+    idx = random_ids()
+    with torch.no_grad():
+        expected = qwen3_of(ours)(idx).logits
+    assert expected.std() > 0.5  # they say something
+    assert (ours.predict(idx) - expected).abs().max() < 1e-5
+
+
+def test_relu2_is_the_square_of_relu():
+    mlp = random_model(mlp="relu2").transformer.h[0].mlp
+    x = torch.randn(3, 32)
+    hidden = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
+    expected = hidden.clamp(min=0) ** 2 @ mlp.c_proj.weight.T + mlp.c_proj.bias
+    assert torch.allclose(mlp(x), expected, atol=1e-5)
+
+
+def test_a_cap_holds_wherever_logits_come_from():
+    free, capped = random_model(), random_model(logit_cap=2.0)
+    idx, targets = random_ids(), random_ids().flip(1)
+    expected = 2 * torch.tanh(free.predict(idx) / 2)
+    assert (free.predict(idx).abs() > 2).any()
+    assert torch.allclose(capped.predict(idx), expected, atol=1e-5)
+    assert torch.allclose(capped(idx)[0], expected[:, -1:], atol=1e-5)
+    nats = F.cross_entropy(expected.transpose(1, 2), targets, reduction="none")
+    assert torch.allclose(capped(idx, targets)[1], nats.mean(), atol=1e-5)
+    assert torch.allclose(token_nats(capped, idx, targets)[0], nats, atol=1e-5)
+
+
+@pytest.mark.parametrize("field", [{"n_kv_head": 4}, {"rope_theta": 100.0}, {"mlp_width": 128}])
+def test_a_field_that_says_what_is_so_anyway_changes_nothing(field):
+    assert random_model(**field).predict(random_ids()).equal(random_model().predict(random_ids()))
+
+
+def test_angles_are_precise_under_autocast_and_in_a_model_of_16_bits():
+    """At position 4000 bfloat16 is 16 positions wide; the distance of two tokens must not be."""
+    model = random_model(**MODERN, block_size=4001, n_layer=1)
+    seen = {}
+
+    def keep(block, args):
+        seen["angles"] = args[2]
+
+    model.transformer.h[0].register_forward_pre_hook(keep)
+    for precision in ("autocast", "weights"):
+        if precision == "weights":
+            model.bfloat16()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
+            model.hidden(torch.zeros(1, 4001, dtype=torch.int64))
+        cos, sin = (part[-1, 0].double() for part in seen["angles"])
+        turned = 4000 / 10000 ** (torch.arange(4, dtype=torch.float64) / 4)
+        assert (cos - turned.cos()).abs().max() < 1e-3
+        assert (sin - turned.sin()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_bfloat16_is_close_to_float32(variant, recwarn):
+    model = random_model(**variant)
+    expected = model.predict(random_ids())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.predict(random_ids())
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert not recwarn.list  # nor does PyTorch complain of mixed precisions
+
+
+# ----------------------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("first", [1, 7])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_cache_does_not_change_the_logits_at_any_position(variant, first):
+    model, idx = random_model(**variant), random_ids()
+    with torch.no_grad():
+        cache = new_cache(model, 24)
+        logits, _ = model(idx[:, :first], targets=idx[:, :first], cache=cache)
+        found = [logits, *(model(idx[:, i : i + 1], cache=cache)[0] for i in range(first, 24))]
+    assert torch.allclose(torch.cat(found, dim=1), model.predict(idx), atol=1e-5)
+    heads = variant.get("n_kv_head") or 4
+    assert cache[0].keys.shape == cache[0].values.shape == (2, heads, 24, 8)
+
+
+def test_past_the_block_size_the_newer_half_is_read_anew():
+    """Greedy, 40 tokens into a window of 24: each the likeliest after the 13 to 24 newest."""
+    model = random_model(**MODERN, n_kv_head=2)
+    found = model.generate(random_ids(T=5), 40, temperature=0)
+    for T in range(5, 45):
+        seen = T if T <= 24 else 13 + (T - 25) % 12
+        likeliest = model.predict(found[:, T - seen : T], targets=False)[:, -1].argmax(-1)
+        assert found[:, T].equal(likeliest)
+
+
+# ----------------------------------------------------------------------------- names and numbers
+
+
+def test_the_names_of_the_weights():
+    block = {"ln_1.weight", "ln_2.weight", "attn.c_attn.weight", "attn.c_proj.weight"}
+    block |= {"attn.q_norm.weight", "attn.k_norm.weight"}
+    block |= {"mlp.c_fc.weight", "mlp.c_gate.weight", "mlp.c_proj.weight"}
+    ends = {"transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight"}
+    for tied in (True, False):
+        state = random_model(**MODERN, n_layer=1, n_kv_head=1, tied=tied).state_dict()
+        assert state.keys() == ends | {f"transformer.h.0.{name}" for name in block}
+        assert state["transformer.h.0.attn.c_attn.weight"].shape == ((4 + 1 + 1) * 8, 32)
+        same = state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
+        assert same == tied
+
+
+@pytest.mark.parametrize(
+    "n_embd, width",  # 8/3: 85.3, 341.3, 682.7, 1024, 2048, 2666.7
+    [(32, 88), (128, 344), (256, 704), (384, 1024), (768, 2048), (1000, 2688)],
+)
+def test_swiglu_is_as_large_as_the_mlp_it_replaces(n_embd, width):
+    sizes = dict(n_head=1, n_embd=n_embd, mlp="swiglu")
+    assert GPTConfig(**sizes).hidden_width == width
+    assert GPTConfig(**sizes, mlp_width=100).hidden_width == 100
+    assert 8 * n_embd / 3 <= width < 8 * n_embd / 3 + (64 if n_embd >= 256 else 8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_numbers_of_parameters_and_flops(tied, position):
+    model = GPT(GPTConfig(**SIZES, tied=tied, position=position, n_kv_head=2, mlp="swiglu"))
+    C, V, T, W = 32, 61, 24, 88
+    products = 3 * (C * C * 2 + C * C + 3 * C * W)  # q, k and v; c_proj; the MLP's three
+    vectors = 3 * (2 * C + C + 2 * W + C + 4 * C) + 2 * C  # biases and norms
+    without_lookups = products + vectors + V * C
+    wpe, wte = T * C * (position == "learned"), V * C * (not tied)
+    assert model.get_num_params(non_embedding=False) == without_lookups + wpe + wte
+    assert model.get_num_params() == without_lookups
+    assert model.flops_per_token() == 6 * without_lookups + 12 * 3 * C * T
+
+
+def test_a_rotary_context_is_cropped():
+    model, idx = random_model(**MODERN), random_ids(T=10)
+    before = model.predict(idx)
+    model.crop_block_size(10)
+    assert model.predict(idx).equal(before) and model.config.block_size == 10
+    with pytest.raises(ValueError, match="block_size=10"):
+        model(random_ids(T=11))
+
+
+def test_blocks_begin_as_the_identity_and_an_untied_head_as_a_guess():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES, **MODERN, tied=False))
+    x = torch.randn(2, 24, 32)
+    assert model.transformer.h[0](x).equal(x)
+    _, loss = model(random_ids(), random_ids().flip(1))
+    assert loss.item() == pytest.approx(math.log(61), abs=1e-6)
+    assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    loss.backward()
+    assert model.lm_head.weight.grad.abs().max() > 0  # it can leave zero
+    tied = GPT(GPTConfig(**SIZES, **MODERN))
+    assert tied.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"position": "rotory"}, "position=rotory is none of learned, rotary"),
+        ({"norm": "batch"}, "norm=batch is none of layer, rms"),
+        ({"mlp": "relu"}, "mlp=relu is none of gelu, relu2, swiglu"),
+        ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
+        ({"n_kv_head": 8}, "n_head=4 is not divisible by n_kv_head=8"),
+        ({"n_embd": 36, "position": "rotary"}, "n_embd / n_head = 9 is odd"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 is not positive"),
+    ],
+    ids=str,
+)
+def test_fields_that_do_not_go_together(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{**SIZES, **wrong})
+
+
+def test_memory_is_foretold_without_allocating():
+    cpu = Device(torch.device("cpu"), "float32")
+
+    def expected(**settings):
+        config = GPTConfig(**{**SIZES, **MODERN, **settings})
+        return expected_memory(lambda: GPT(config), 4, 24, cpu)
+
+    sizes = [expected(n_kv_head=1), expected(), expected(tied=False)]
+    assert all(less < more for less, more in pairwise(sizes))
+
+
+# ----------------------------------------------------------------------------- in the scripts
+
+PRESET = "config/model/modern.py"
+UNLIKE = {"n_kv_head": 1, "tied": False, "logit_cap": 20.0, "rope_theta": 500.0, "mlp_width": 40}
+
+
+@pytest.mark.parametrize("Config", [train.TrainConfig, bench.BenchConfig])
+def test_the_keys_of_the_scripts_are_the_fields_of_the_model(Config):
+    defaults = {field.name: field.default for field in fields(GPTConfig)}
+    assert {*MODEL_SHAPE} == defaults.keys() - {"vocab_size", "dropout", "gelu"}
+    script = Config()
+    assert not script.bias  # GPT-2 has them, nanoGPT's script trains without
+    for key in defaults.keys() - {"bias", "gelu", "vocab_size"}:
+        assert getattr(script, key) == defaults[key]
+
+
+def test_the_preset_is_the_modern_model():
+    config = configure(train.TrainConfig, [PRESET])
+    assert {key: getattr(config, key) for key in MODERN} == MODERN
+    assert config.given == MODERN.keys()
+
+
+@pytest.mark.parametrize("changes", [{}, UNLIKE], ids=str)
+def test_a_modern_run_resumes_to_the_bit_and_is_sampled_from(
+    changes, main, settings, resume, tmp_path, char_data, capsys
+):
+    whole = main([PRESET, *settings(tmp_path / "whole", max_iters=4, dropout=0.1, **changes)])
+    main([PRESET, *settings(tmp_path / "parts", max_iters=2, dropout=0.1, **changes)])
+    parts = resume(tmp_path / "parts", max_iters=4)
+    expected, found = whole.checkpoint(), parts.checkpoint()
+    assert found["iter_num"] == 5 and found["model_args"] == expected["model_args"]
+    for name, weight in expected["model"].items():
+        assert found["model"][name].equal(weight)
+
+    defaults = {field.name: field.default for field in fields(GPTConfig)}
+    further = {**MODERN, **changes}
+    assert all(found["model_args"][key] == value for key, value in further.items())
+    assert all(found["model_args"][k] != defaults[k] for k in [*found["model_args"]][7:])
+    untied = not found["model"]["lm_head.weight"].equal(found["model"]["transformer.wte.weight"])
+    assert untied == ("tied" in changes)
+
+    model = GPT.from_checkpoint(tmp_path / "parts" / "last.pt")
+    assert model.config == GPTConfig(**found["model_args"])
+    common = [f"--out_dir={tmp_path / 'parts'}", "--device=cpu", "--dtype=float32"]
+    argv = [*common, "--num_samples=1", "--max_new_tokens=40", "--start=Shall"]
+    capsys.readouterr()
+    sample.main(configure(sample.SampleConfig, argv))
+    assert len(capsys.readouterr().out) > 40
+    evaluate.main(configure(evaluate.EvaluateConfig, [*common, f"--data_dir={char_data}"]))
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_model_on_resume_is_the_checkpoints(train_tiny, resume, tmp_path):
+    train_tiny(tmp_path / "modern", max_iters=0, position="rotary", n_kv_head=1)
+    run = resume(tmp_path / "modern", max_iters=1, n_kv_head=2, norm="rms")
+    assert "the checkpoint's n_kv_head=1, norm=layer stays" in run.console
+    train_tiny(tmp_path / "classic", max_iters=0)
+    run = resume(tmp_path / "classic", max_iters=1, mlp="swiglu")
+    assert "the checkpoint's mlp=gelu stays" in run.console
+    assert len(run.checkpoint()["model_args"]) == 7
+
+
+def test_what_does_not_go_together_ends_in_one_line(train_tiny, tmp_path):
+    with pytest.raises(UserError, match="n_head=2 is not divisible by n_kv_head=3"):
+        train_tiny(tmp_path / "out", n_kv_head=3)
+    with pytest.raises(UserError, match="n_embd / n_head = 5 is odd"):
+        train_tiny(tmp_path / "out", n_embd=10, position="rotary")
+    with pytest.raises(UserError, match="learned, rotary"):
+        train_tiny(tmp_path / "out", position="absolute")
