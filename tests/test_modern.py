@@ -1,4 +1,4 @@
-"""What came after GPT-2, field by field: by its definition, cached, counted, trained and resumed."""
+"""What came after GPT-2, field by field: its definition, cached, counted, trained and resumed."""
 
 import math
 from dataclasses import fields
@@ -356,5 +356,5 @@ def test_what_does_not_go_together_ends_in_one_line(train_tiny, tmp_path):
         train_tiny(tmp_path / "out", n_kv_head=3)
     with pytest.raises(UserError, match="n_embd / n_head = 5 is odd"):
         train_tiny(tmp_path / "out", n_embd=10, position="rotary")
-    with pytest.raises(UserError, match="learned, rotary"):
+    with pytest.raises(UserError, match="position takes learned or rotary"):
         train_tiny(tmp_path / "out", position="absolute")
