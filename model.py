@@ -158,10 +158,15 @@ class CausalSelfAttention(nn.Module):
             if T == 1:
                 causal = False  # one query sees every key
         dropout = self.dropout if self.training else 0.0
-        shared = q.size(1) > k.size(1)  # the kernel lets several queries read one key
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=shared
-        )
+        if 0 < dropout < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            from brisk.attention import attention  # the fused kernel below knows no dropout there
+
+            y = attention(q, k, v, dropout)
+        else:
+            shared = q.size(1) > k.size(1)  # the kernel lets several queries read one key
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=shared
+            )
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -236,9 +241,21 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
-            self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
+        self.tie_weights()
         self.init_weights()
+
+    @classmethod
+    def empty(cls, config):
+        """A model on the CPU with nothing in its weights yet, for `init_weights` or
+        `load_state_dict` to fill: what PyTorch's layers would draw first is not drawn."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu").tie_weights()
+        return model
+
+    def tie_weights(self):
+        if self.config.tied:
+            self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
 
     def init_weights(self):
         """Normal with deviation 0.02, less for what adds to the residual stream (GPT-2, 2.3).
@@ -255,6 +272,8 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            else:  # of a norm
+                nn.init.ones_(parameter)
 
     def forward(self, idx, targets=None, return_logits=True, cache=None):
         """Logits, and the loss where there are targets.
@@ -262,7 +281,8 @@ class GPT(nn.Module):
         Args:
             idx: token ids (B, T), T at most `block_size`.
             targets: the token after each one (B, T); positions with -1 are ignored.
-            return_logits: training says False, which leaves the loss free to be computed in parts.
+            return_logits: training says False, and the loss is computed in parts, without
+                the logits of all positions in memory at once.
             cache: one for each block, with the positions before `idx`; see `hidden`.
 
         Returns:
@@ -276,11 +296,13 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.to_logits(x[:, -1:]), None
+        if not return_logits:
+            from brisk.loss import linear_cross_entropy
+
+            head, cap = self.lm_head.weight, self.config.logit_cap
+            return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), cap)
         logits = self.to_logits(x)
-        loss = F.cross_entropy(
-            logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1
-        )
-        return (logits if return_logits else None), loss
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def hidden(self, idx, cache=None):
         """The normalised output of the last block (B, T, n_embd) for token ids (B, T).
@@ -288,7 +310,14 @@ class GPT(nn.Module):
         `cache` has an entry for each block that holds the keys and values of the `length`
         positions before `idx`, and takes in those of `idx` (`brisk.generation.KVCache`).
         """
-        start = cache[0].length if cache else 0
+        x, angles = self.embed(idx, start=cache[0].length if cache else 0)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache else None, angles)
+        return self.transformer.ln_f(x)
+
+    def embed(self, idx, start=0):
+        """What the first block reads: vectors (B, T, n_embd) of the ids (B, T) at the positions
+        from `start` on, and the angles of rotary positions, or None."""
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(
@@ -300,10 +329,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(positions)
         else:  # once for all blocks, from the positions alone: nothing to store, move or cast
             angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.transformer.drop(x)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None, angles)
-        return self.transformer.ln_f(x)
+        return self.transformer.drop(x), angles
 
     def to_logits(self, x):
         """The logits (…, vocab_size) of what `hidden` gives (…, n_embd), kept within `logit_cap`
@@ -356,7 +382,7 @@ class GPT(nn.Module):
         """A model with these arguments of `GPTConfig` and these weights."""
         if unknown := (override_args or {}).keys() - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(unknown))}")
-        model = cls(GPTConfig(**{**config_args, **(override_args or {})}))
+        model = cls.empty(GPTConfig(**{**config_args, **(override_args or {})}))
         model.load_state_dict(state_dict)
         return model.eval()
 

@@ -173,7 +173,7 @@ def main(config, stop=None):
     # --- say what is about to happen
     steps, seen = config.max_iters + 1, tokens_per_step * (config.max_iters + 1)
     epochs = global_batch * steps / train_data.rows
-    memory = expected_memory(lambda: GPT(model.config), largest, config.block_size, device)
+    memory = expected_memory(model, largest, device)
     log.say(f"tokens per iteration will be: {tokens_per_step:,}")
     log.say(f"data: {data_dir}, {len(train_data.tokens):,} training tokens")
     log.say(f"plan: {steps:,} steps, {seen:,} tokens, {epochs:.3g} epochs")
@@ -381,7 +381,9 @@ def build_model(config, checkpoint, vocab_size):
             sizes = GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in keys})
         except ValueError as error:  # sizes that do not go together
             raise UserError(str(error)) from error
-        return GPT(sizes)
+        model = GPT.empty(sizes)
+        model.init_weights()
+        return model
     else:
         model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
     if config.block_size < model.config.block_size:

@@ -1,37 +1,45 @@
 """Memory of a training run: what it will need, and what it took."""
 
+import copy
 import sys
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from brisk.loss import CHUNK
 
 
-def expected_memory(build_model, batch_size, block_size, device):
-    """Bytes that training takes at its peak, counted without allocating them.
+def expected_memory(model, batch_size, device):
+    """Bytes that training `model`, which is on the CPU still, takes at its peak on `device`.
 
-    The model that `build_model()` returns runs once on fake tensors, which have shapes but no
-    storage, and what autograd keeps for the backward pass is added up. On top come the weights
-    with gradient and two AdamW moments (16 bytes a parameter) and three tensors as large as the
-    largest, which the backward pass through the loss holds at once. What PyTorch itself occupies,
-    and what the allocator loses between tensors, is not counted: a CPU has been seen to take a
-    quarter more, and half as much again with dropout.
+    One of its blocks runs on one sequence of zeros, and what autograd keeps of it for the backward
+    pass is added up; all blocks keep as much for every sequence. On top come the weights with
+    gradient and two AdamW moments (16 bytes a parameter), and around the head the logits that are
+    in memory at a time, twice, and four tensors as large as its input. What PyTorch itself
+    occupies, and what the allocator loses between tensors, is not counted.
     """
     kept = {}
 
     def count(tensor):
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with FakeTensorMode(), torch.device(device.device):
-        model = build_model().train()
-        mine = {weight.untyped_storage()._cdata for weight in model.parameters()}
-        idx = torch.zeros((batch_size, block_size), dtype=torch.int64)
+    config, block = model.config, copy.deepcopy(model.transformer.h[0]).to(device.device).train()
+    idx = torch.zeros(1, config.block_size, dtype=torch.int64)
+    with torch.random.fork_rng(), torch.no_grad():
+        x, angles = model.embed(idx)
+    x = x.to(device.device).requires_grad_()
+    angles = angles and tuple(t.to(device.device) for t in angles)
+    with torch.random.fork_rng():  # dropout draws here must not move the run's
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
-            model(idx, idx, return_logits=False)
-    activations = [size for key, size in kept.items() if key not in mine]
+            out = block(x, None, angles)
+    mine = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
+    activations = config.n_layer * sum(size for key, size in kept.items() if key not in mine)
+    around_head = 4 * x.nbytes
+    del out
+    logits = min(CHUNK, batch_size * config.block_size * config.vocab_size)
     parameters = sum(weight.numel() for weight in model.parameters())
-    return 16 * parameters + sum(activations) + 3 * max(activations)
+    return 16 * parameters + batch_size * (activations + around_head) + 8 * logits
 
 
 def peak_memory(device):

@@ -1,0 +1,78 @@
+"""Cross-entropy of a linear head, without all of its logits in memory at once.
+
+The logits of GPT-2 are by far its largest tensor: 50304 for each token, against 768 channels. Here
+they exist for a few hundred tokens at a time. As the loss is the last thing that a training step
+computes, its gradient is computed in the same pass: what the backward pass needs is two tensors of
+the sizes of the input and the weight, and no product is computed twice (Hsu et al. 2024, Liger
+Kernel, section 3.2, without its kernels).
+"""
+
+import torch
+
+CHUNK = 2**25  # logits in memory at a time; a product of so many loses nothing to its smallness
+
+
+def linear_cross_entropy(x, weight, targets, cap=0.0, chunk=CHUNK):
+    """Mean cross-entropy in nats of the logits `x @ weight.T` over the targets that are not -1.
+
+    Args:
+        x: (N, n_embd), the input of the head.
+        weight: (vocab_size, n_embd).
+        targets: (N,), ids, or -1 for rows to leave out.
+        cap: soft cap of the logits, `cap * tanh(logits / cap)`; 0 for none.
+        chunk: logits that may be in memory at a time.
+
+    Returns:
+        A float32 scalar, not a number where every target is -1. Products are computed in
+        autocast's precision, everything else in float32.
+    """
+    return LinearCrossEntropy.apply(x, weight, targets, cap, chunk, torch.is_grad_enabled())
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, chunk, wants_grad):
+        wants_x, wants_weight = (wants_grad and needs for needs in ctx.needs_input_grad[:2])
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            inputs, head = x.to(dtype), weight.to(dtype)
+            nats = torch.zeros((), device=x.device, dtype=torch.float32)
+            grad_x = torch.empty_like(inputs) if wants_x else None
+            grad_weight = torch.zeros_like(weight) if wants_weight else None
+            rows = max(1, chunk // len(weight))
+            for start in range(0, len(x), rows):
+                part, target = inputs[start : start + rows], targets[start : start + rows]
+                logits = (part @ head.T).float()
+                if cap:
+                    logits.div_(cap).tanh_().mul_(cap)
+                valid, at = (target >= 0)[:, None], target.clamp(min=0)[:, None]
+                of_target, highest = logits.gather(1, at), logits.amax(1, keepdim=True)
+                slope = 1 - (logits / cap).square_() if cap else None
+                probability = torch.softmax(logits, 1, out=logits)
+                log_sum = highest - probability.amax(1, keepdim=True).log()
+                nats += ((log_sum - of_target) * valid).sum()
+                if not (wants_x or wants_weight):
+                    continue
+                # the gradient of the losses' sum by the logits: probability less one at the target
+                grad = probability.scatter_add_(1, at, torch.full_like(log_sum, -1.0))
+                grad = (grad.mul_(slope) if cap else grad).to(dtype)
+                if wants_x:
+                    torch.mm(grad, head, out=grad_x[start : start + rows]).mul_(valid)
+                if wants_weight:
+                    part = part * valid
+                    if dtype == weight.dtype:
+                        grad_weight.addmm_(grad.T, part)
+                    else:
+                        grad_weight += grad.T @ part
+            count = (targets >= 0).sum()
+        ctx.save_for_backward(grad_x, grad_weight, count)
+        return nats / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale = grad / count
+        grad_x = grad_x * scale if grad_x is not None else None
+        grad_weight = grad_weight.mul_(scale) if grad_weight is not None else None
+        return grad_x, grad_weight, None, None, None, None

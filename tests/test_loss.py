@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from brisk.loss import linear_cross_entropy
+
+N, C, V = 50, 16, 37
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+    targets = torch.randint(V, (N,))
+    targets[::7] = -1
+    return x, weight, targets
+
+
+def reference(x, weight, targets, cap):
+    logits = x @ weight.T
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+
+
+def grads(loss, *tensors):
+    return torch.autograd.grad(3 * loss, tensors)
+
+
+@pytest.mark.parametrize("rows", [1, 7, N, 2 * N])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(tensors, rows, cap):
+    x, weight, targets = tensors
+    ours = linear_cross_entropy(x, weight, targets, cap, chunk=rows * V)
+    theirs = reference(x, weight, targets, cap)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for a, b in zip(grads(ours, x, weight), grads(theirs, x, weight), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_hugely_wrong_logits_keep_their_loss(tensors):
+    x, weight, targets = tensors
+    ours = linear_cross_entropy(1000 * x, weight, targets)
+    assert ours.item() == pytest.approx(reference(1000 * x, weight, targets, 0).item(), rel=1e-5)
+
+
+def test_only_what_wants_a_gradient_gets_one(tensors):
+    x, weight, targets = tensors
+    frozen = weight.detach()
+    (grad,) = torch.autograd.grad(linear_cross_entropy(x, frozen, targets), [x])
+    (whole,) = torch.autograd.grad(reference(x, frozen, targets, 0), [x])
+    torch.testing.assert_close(grad, whole, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert not linear_cross_entropy(x, weight, targets).requires_grad
+
+
+def test_no_target_at_all_is_no_number_as_in_pytorch(tensors):
+    x, weight, targets = tensors
+    nothing = torch.full_like(targets, -1)
+    assert linear_cross_entropy(x, weight, nothing).isnan()
+    assert reference(x, weight, nothing, 0).isnan()
+
+
+def test_under_autocast_products_are_bfloat16_and_gradients_float32(tensors):
+    x, weight, targets = tensors
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(x, weight, targets, chunk=7 * V)
+        theirs = reference(x, weight, targets, 0)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(theirs.item(), rel=2e-2)
+    assert ours.item() != linear_cross_entropy(x, weight, targets).item()
+    for a, b in zip(grads(ours, x, weight), grads(theirs, x, weight), strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.02)
+
+
+def test_logits_are_never_all_in_memory(tensors):
+    """The largest tensor that any operation makes has no more entries than asked for."""
+    x, weight, targets = tensors
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        linear_cross_entropy(x, weight, targets, chunk=20 * V).backward()
+    assert largest == max(20 * V, N * C)  # all logits would be N * V
