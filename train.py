@@ -73,7 +73,7 @@ class TrainConfig:
     n_embd: PositiveInt = 768  # channels
     dropout: UnitFloat = 0.0  # 0 for pretraining, 0.1 or more for finetuning
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
-    # model after GPT-2; config/model/modern.py sets these
+    # model: what came after GPT-2; config/model/modern.py sets most of it
     n_kv_head: NonNegativeInt = 0  # key/value heads, each for some query heads; 0: n_head
     position: Literal["learned", "rotary"] = "learned"  # embeddings of positions, or rotations
     rope_theta: NonNegativeFloat = 10000.0  # base of the rotary angles

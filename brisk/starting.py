@@ -19,7 +19,7 @@ OF_THIS_START = {
     "dtype",
     "compile",
 }
-# Keys of a script that are fields of the same name of a GPTConfig: they stay what they are.
+# Keys that are also fields of a GPTConfig: a checkpoint's stay, only block_size may get smaller.
 MODEL_SHAPE = (
     "n_layer",
     "n_head",
