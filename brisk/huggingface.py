@@ -1,8 +1,6 @@
-"""GPT-2 as Hugging Face stores it: its weight names, shapes and config, in terms of ours.
+"""Models in Hugging Face directories, and GPT-2 on its hub: reading their files, and writing them.
 
-Our weight names are those of `GPT2LMHeadModel`, which nanoGPT took over. Two things differ: the
-files of the hub leave the prefix `transformer.` out, and their linear layers ("Conv1D") hold the
-weight as (inputs, outputs) where `nn.Linear` holds (outputs, inputs).
+How their names and configs become ours is in `brisk/families.py`.
 """
 
 import json
@@ -11,22 +9,20 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from brisk.errors import UserError, nearest
+from brisk.families import to_config_args, to_state_dict
+from brisk.tokenizer_files import tokenizer_files
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GELUS = {  # their name of an activation: our GPTConfig.gelu
-    "gelu_new": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-    "gelu": "none",
-}
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+WRITER = {"format": "pt", "writer": "briskGPT"}  # tells an export of ours, untouched, from others
 
 
-def load_gpt2(name_or_directory):
-    """GPT-2 from the Hugging Face hub (or its cache on this machine), or from a directory.
+def load_pretrained(name_or_directory):
+    """GPT-2 from the Hugging Face hub (or its cache on this machine), or GPT-2 or Qwen3 from a
+    directory.
 
     Args:
         name_or_directory: one of `GPT2_NAMES`, or a directory with `config.json` and
@@ -34,7 +30,7 @@ def load_gpt2(name_or_directory):
 
     Returns:
         (config_args, state_dict): arguments of `GPTConfig`, and float32 weights under our names,
-        the tied one under both of its own.
+        a tied one under both of its own.
 
     Raises:
         UserError: neither a name nor a directory, nothing to be had from the hub, or a network
@@ -62,88 +58,44 @@ def load_gpt2(name_or_directory):
     return config_args, to_state_dict(weights, config_args, name_or_directory)
 
 
-def to_config_args(theirs, source):
-    """Arguments of `GPTConfig` for their config (a dict), or a `UserError` that names what in it
-    our model does not compute."""
-    n_embd = theirs.get("n_embd", 768)
-    computed = {  # their setting: (what it is where they leave it out, the values we compute)
-        "model_type": (None, ("gpt2",)),
-        "activation_function": ("gelu_new", tuple(GELUS)),
-        "layer_norm_epsilon": (1e-5, (1e-5,)),
-        "n_inner": (None, (None, 4 * n_embd)),
-        "scale_attn_weights": (True, (True,)),
-        "scale_attn_by_inverse_layer_idx": (False, (False,)),
-        "add_cross_attention": (False, (False,)),
-        "tie_word_embeddings": (True, (True,)),
+def write_directory(folder, theirs, weights, tokenizer):
+    """Write a model, as `to_hugging_face` returns it, and its tokenizer to an empty `folder`.
+
+    Raises `UserError` where the tokenizer cannot be written exactly, or the disk does not take it.
+    """
+    block_size = theirs.get("n_positions") or theirs["max_position_embeddings"]
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+    # A text ends where the context does, unless the caller says how many tokens it wants.
+    generation = {**ends, "max_length": block_size}
+    contents = {
+        **tokenizer_files(tokenizer, block_size),
+        "config.json": json.dumps({**theirs, **ends}, indent=2),
+        "generation_config.json": json.dumps(generation, indent=2),
     }
-    for key, (default, values) in computed.items():
-        if (value := theirs.get(key, default)) not in values:
-            wanted = " or ".join(str(value) for value in values)
-            raise UserError(f"{source}: its config says {key}={value}, this model has {wanted}")
-    return dict(
-        block_size=theirs.get("n_positions", 1024),
-        vocab_size=theirs.get("vocab_size", 50257),
-        n_layer=theirs.get("n_layer", 12),
-        n_head=theirs.get("n_head", 12),
-        n_embd=n_embd,
-        bias=True,
-        gelu=GELUS[theirs.get("activation_function", "gelu_new")],
-    )
+    path = folder / "model.safetensors"
+    try:
+        for name, text in contents.items():
+            (folder / name).write_text(f"{text}\n", encoding="utf-8")
+        save_file(weights, path, metadata=WRITER)
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"could not write to {folder}: {reason}") from error
+    if saved.keys() != weights.keys() or any(not saved[k].equal(w) for k, w in weights.items()):
+        raise UserError(f"{path} reads back otherwise than it was written; is the disk in order?")
 
 
-def to_state_dict(weights, config_args, source):
-    """Their weights under our names, checked against the shapes that the config asks for."""
-    shapes = weight_shapes(**config_args)
-    state = {}
-    for name, weight in weights.items():
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, not weights
-            state[name] = turned(name, weight).float().contiguous()
-    tied = state.get("transformer.wte.weight")
-    if tied is not None and not torch.equal(state.setdefault("lm_head.weight", tied), tied):
-        raise UserError(f"{source}: its head is not tied to its embeddings, this model's is")
-    state["lm_head.weight"] = tied
-    if odd := sorted(shapes.keys() ^ state.keys()):
-        what = "has no" if odd[0] in shapes else "has a weight unknown to GPT-2,"
-        raise UserError(f"{source} {what} {odd[0]} ({len(odd)} such weights)")
-    for name, weight in state.items():
-        if weight.shape != shapes[name]:
-            found, wanted = tuple(weight.shape), tuple(shapes[name])
-            raise UserError(f"{source}: {name} is {found}, its config asks for {wanted}")
-    return state
-
-
-def turned(name, weight):
-    """`weight` as the other side stores it: a linear layer's transposed. Its own inverse."""
-    return weight.t() if name.endswith(CONV1D) else weight
-
-
-def weight_shapes(n_layer, n_embd, vocab_size, block_size, **_):
-    """Name and shape of each weight of a GPT-2 with biases, in our names and shapes."""
-    C = n_embd
-    block = {
-        "ln_1.weight": (C,),
-        "ln_1.bias": (C,),
-        "attn.c_attn.weight": (3 * C, C),
-        "attn.c_attn.bias": (3 * C,),
-        "attn.c_proj.weight": (C, C),
-        "attn.c_proj.bias": (C,),
-        "ln_2.weight": (C,),
-        "ln_2.bias": (C,),
-        "mlp.c_fc.weight": (4 * C, C),
-        "mlp.c_fc.bias": (4 * C,),
-        "mlp.c_proj.weight": (C, 4 * C),
-        "mlp.c_proj.bias": (C,),
-    }
-    return {
-        "transformer.wte.weight": (vocab_size, C),
-        "transformer.wpe.weight": (block_size, C),
-        **{f"transformer.h.{i}.{name}": block[name] for i in range(n_layer) for name in block},
-        "transformer.ln_f.weight": (C,),
-        "transformer.ln_f.bias": (C,),
-        "lm_head.weight": (vocab_size, C),
-    }
+def is_export(folder):
+    """Whether `folder` is what `write_directory` wrote, nothing else in it."""
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    names |= {"tokenizer.json", "tokenizer_config.json"}
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != names:
+        return False
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            return file.metadata() == WRITER
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_json(path):

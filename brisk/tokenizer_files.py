@@ -6,6 +6,7 @@ written so that it gives the same ids for every text is refused.
 """
 
 import json
+from itertools import pairwise
 
 from brisk.errors import UserError
 from brisk.tokenizer import EOT, GPT2_PATTERN, byte_alphabet
@@ -117,7 +118,7 @@ def last_merge(token, ranks):
     """
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [left + right for left, right in zip(parts, parts[1:], strict=False)]
+        pairs = [left + right for left, right in pairwise(parts)]
         first = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
         if ranks.get(pairs[first], len(ranks)) >= ranks[token]:
             raise UserError(f"the tokenizer has a token that no merge makes: {token!r}")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from brisk.errors import UserError
-from brisk.huggingface import GPT2_NAMES, load_gpt2, weight_shapes
+from brisk.families import weight_shapes
+from brisk.huggingface import GPT2_NAMES, load_pretrained
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -54,9 +55,9 @@ def test_older_files_of_the_hub(tmp_path):
     assert_same_logits(theirs, tmp_path)
 
 
-def test_what_load_gpt2_returns(tmp_path):
+def test_what_load_pretrained_returns(tmp_path):
     random_gpt2().bfloat16().save_pretrained(tmp_path)
-    config_args, state = load_gpt2(tmp_path)
+    config_args, state = load_pretrained(tmp_path)
     assert config_args == dict(
         block_size=48, vocab_size=100, n_layer=2, n_head=2, n_embd=32, bias=True, gelu="tanh"
     )
@@ -67,8 +68,8 @@ def test_what_load_gpt2_returns(tmp_path):
 
 
 def test_weight_shapes_are_the_models():
-    sizes = dict(n_layer=2, n_embd=32, vocab_size=100, block_size=48)
-    model = GPT(GPTConfig(n_head=2, **sizes))
+    sizes = dict(n_layer=2, n_embd=32, vocab_size=100, block_size=48, n_head=2)
+    model = GPT(GPTConfig(**sizes))
     assert weight_shapes(**sizes) == {k: tuple(w.shape) for k, w in model.state_dict().items()}
 
 
@@ -89,7 +90,7 @@ def test_what_the_model_cannot_compute_is_refused_by_name(tmp_path, key, value):
     config = {"model_type": "gpt2", **SIZES, key: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"{key}={value}"):
-        load_gpt2(tmp_path)
+        load_pretrained(tmp_path)
 
 
 def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
@@ -100,7 +101,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
             json.dumps({"model_type": "gpt2", **SIZES, **changes})
         )
         with pytest.raises(UserError) as caught:
-            load_gpt2(tmp_path)
+            load_pretrained(tmp_path)
         return str(caught.value)
 
     assert "has no transformer.h.2." in error_after(n_layer=3)
@@ -115,27 +116,27 @@ def test_an_untied_head_is_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="not tied"):
-        load_gpt2(tmp_path)
+        load_pretrained(tmp_path)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
-        load_gpt2(tmp_path)
+        load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
-        load_gpt2(tmp_path)
+        load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
     with pytest.raises(UserError, match=r"cannot read .*pytorch_model\.bin"):
-        load_gpt2(tmp_path)
+        load_pretrained(tmp_path)
     for name in ("pytorch_model.bin", "model.safetensors"):
         (tmp_path / name).write_bytes(b"not weights at all")
         with pytest.raises(UserError, match=f"{name} is damaged"):
-            load_gpt2(tmp_path)
+            load_pretrained(tmp_path)
 
 
 def test_names(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean gpt2-xl"):
-        load_gpt2("gpt2-xxl")
+        load_pretrained("gpt2-xxl")
     import huggingface_hub
 
     asked = []
@@ -147,7 +148,7 @@ def test_names(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
     for name in GPT2_NAMES:
         with pytest.raises(UserError, match=f"of {name} is not on this machine.*directory"):
-            load_gpt2(name)
+            load_pretrained(name)
     assert asked[:2] == [("gpt2", {"local_files_only": True}), ("gpt2", {})]  # the cache first
 
 
