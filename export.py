@@ -13,7 +13,7 @@ kept, unless it is an earlier export and --overwrite is given.
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,20 +42,20 @@ def main(config):
         if text:  # a mistake in these should cost no waiting
             check_target(Path(text), is_ours, config.overwrite)
     model, tokenizer, trained_with = load(config)
-    named = to_hugging_face(asdict(model.config), model.state_dict(), tokenizer.vocab_size)
-    parameters = sum(weight.numel() for weight in named[1].values())
+    theirs, weights = to_hugging_face(model.config, model.state_dict(), tokenizer.vocab_size)
+    parameters = sum(weight.numel() for weight in weights.values())
     size = f"{parameters / 1e6:.2f}M parameters in float32, {tokenizer.vocab_size:,} tokens"
-    print(f"{named[0]['architectures'][0]}, {size}")
+    print(f"{theirs['architectures'][0]}, {size}")
     if config.to:
         with moved_in(Path(config.to)) as folder:
             folder.mkdir()
-            write_directory(folder, *named, tokenizer)
+            write_directory(folder, theirs, weights, tokenizer)
         print(f"wrote {config.to}")
     if config.gguf:
         with moved_in(Path(config.gguf)) as file:
-            write_gguf(file, *named, tokenizer)
+            write_gguf(file, theirs, weights, tokenizer)
         print(f"wrote {config.gguf}")
-        if named[0].get("activation_function") == "gelu":
+        if theirs.get("activation_function") == "gelu":
             print("note: llama.cpp computes GELU by its tanh form; logits differ by about 1e-3")
     if tokenizer.eot is None:
         print("note: it has no end of text; a text goes on for as many tokens as are asked for")

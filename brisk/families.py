@@ -1,11 +1,13 @@
-"""GPT-2 and Qwen3, the two families whose names others know our models by: their weight names,
-shapes and configs as Hugging Face has them, in terms of ours, both ways.
+"""GPT-2 and Qwen3, the families by which others know our models: weight names, shapes and configs
+as Hugging Face has them, in terms of ours, both ways.
 
 A classic model is a `GPT2LMHeadModel`, whose weight names ours are (nanoGPT took them over). Two
 things differ: the files of the hub leave the prefix `transformer.` out, and their linear layers
 ("Conv1D") hold the weight as (inputs, outputs) where `nn.Linear` holds (outputs, inputs). A modern
 model is a `Qwen3ForCausalLM`, which has names of its own, and queries, keys and values apart.
 """
+
+from dataclasses import asdict, replace
 
 import torch
 
@@ -45,13 +47,12 @@ def to_config_args(theirs, source):
         "model_type": (None, ("gpt2", "qwen3")),
         "activation_function": ("gelu_new", tuple(GELUS)),
         "layer_norm_epsilon": (1e-5, (1e-5,)),
-        "n_inner": (None, (None, 4 * n_embd)),
         "scale_attn_weights": (True, (True,)),
         "scale_attn_by_inverse_layer_idx": (False, (False,)),
         "add_cross_attention": (False, (False,)),
-        "tie_word_embeddings": (True, (True,)),
     }
     check_computed(theirs, computed, source)
+    width = theirs.get("n_inner") or 4 * n_embd
     return dict(
         block_size=theirs.get("n_positions", 1024),
         vocab_size=theirs.get("vocab_size", 50257),
@@ -60,6 +61,8 @@ def to_config_args(theirs, source):
         n_embd=n_embd,
         bias=True,
         gelu=GELUS[theirs.get("activation_function", "gelu_new")],
+        mlp_width=0 if width == 4 * n_embd else width,
+        tied=theirs.get("tie_word_embeddings", True),
     )
 
 
@@ -113,7 +116,7 @@ def to_state_dict(weights, config_args, source):
     family = "Qwen3" if is_modern else "GPT-2"
     state = from_qwen3(weights, config_args["n_layer"]) if is_modern else from_gpt2(weights)
     state = {name: weight.float().contiguous() for name, weight in state.items()}
-    if config_args.get("tied", True):
+    if config_args["tied"]:
         tied = state.get("transformer.wte.weight")
         if tied is not None and not torch.equal(state.setdefault("lm_head.weight", tied), tied):
             raise UserError(f"{source}: its head is not tied to its embeddings, this model's is")
@@ -166,38 +169,39 @@ def turned(name, weight):
     return weight.t() if name.endswith(CONV1D) else weight
 
 
-def to_hugging_face(config_args, state, vocab_size):
-    """Their config (a dict) and weights for our model; the inverse of `load_pretrained`.
+def to_hugging_face(config, state, vocab_size):
+    """Their config (a dict) and weights for our model; the inverse of the way in.
 
     Args:
-        config_args: arguments of `GPTConfig`, those that are left out being nanoGPT's.
-        state: the weights under our names.
+        config: the model's `GPTConfig`.
+        state: its weights under our names.
         vocab_size: rows of the vocabulary that are kept; those beyond only pad it.
 
     Raises `UserError` that names the fields of a model which neither GPT-2 nor Qwen3 computes.
     """
-    args = {**CLASSIC, "n_kv_head": 0, "tied": True, "gelu": "none", **config_args}
-    args["n_kv_head"] = args["n_kv_head"] or args["n_head"]
-    is_modern = args["position"] == "rotary"
-    family, computed = ("Qwen3", MODERN) if is_modern else ("GPT-2", CLASSIC)
-    computed = computed if is_modern else {**computed, "n_kv_head": args["n_head"]}
-    if odd := [f"{key}={args[key]}" for key, value in computed.items() if args[key] != value]:
-        wanted = ", ".join(f"{key}={value}" for key, value in computed.items())
-        raise UserError(f"{family} has no {', '.join(odd)}, so no other tool runs this: {wanted}")
+    is_modern = config.position == "rotary"
+    family = "Qwen3" if is_modern else "GPT-2"
+    computed = MODERN if is_modern else {**CLASSIC, "n_kv_head": config.n_head}
+    found = {**asdict(config), "n_kv_head": config.kv_heads}
+    if odd := [key for key in computed if found[key] != computed[key]]:
+        ours, wanted = (", ".join(f"{k}={args[k]}" for k in odd) for args in (found, computed))
+        raise UserError(
+            f"other programs cannot run this model: it has {ours} where {family} has {wanted}"
+        )
+    config = replace(config, vocab_size=vocab_size)
     rows = ("transformer.wte.weight", "lm_head.weight")
     state = {k: w[:vocab_size] if k in rows else w for k, w in state.items()}
-    if args["tied"]:
+    if config.tied:
         del state["lm_head.weight"]
-    args |= {"vocab_size": vocab_size, "mlp_width": len(state["transformer.h.0.mlp.c_fc.weight"])}
-    weights = to_qwen3(state, args) if is_modern else to_gpt2(state, args)
-    theirs = qwen3_config(args) if is_modern else gpt2_config(args)
+    weights = to_qwen3(config, state) if is_modern else to_gpt2(config, state)
+    theirs = qwen3_config(config) if is_modern else gpt2_config(config)
     return theirs, {name: weight.contiguous() for name, weight in weights.items()}
 
 
-def to_gpt2(state, args):
+def to_gpt2(config, state):
     """GPT-2's weights; biases that the model does not have are zero there."""
     weights = {}
-    for name, shape in weight_shapes(**args).items():
+    for name, shape in weight_shapes(**asdict(config)).items():
         if name in state:
             weights[name] = turned(name, state[name])
         elif name.endswith(".bias"):
@@ -205,56 +209,54 @@ def to_gpt2(state, args):
     return weights
 
 
-def gpt2_config(args):
-    C = args["n_embd"]
-    gelu = {ours: theirs for theirs, ours in reversed(GELUS.items())}[args["gelu"]]
+def gpt2_config(config):
+    names = {ours: theirs for theirs, ours in reversed(GELUS.items())}
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": args["vocab_size"],
-        "n_positions": args["block_size"],
-        "n_ctx": args["block_size"],  # the name that llama.cpp reads
-        "n_layer": args["n_layer"],
-        "n_head": args["n_head"],
-        "n_embd": C,
-        "n_inner": None if args["mlp_width"] == 4 * C else args["mlp_width"],
-        "activation_function": gelu,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # the name that llama.cpp's converter reads
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": config.mlp_width or None,
+        "activation_function": names[config.gelu],
         "layer_norm_epsilon": 1e-5,
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), args["dropout"]),
-        "tie_word_embeddings": args["tied"],
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        "tie_word_embeddings": config.tied,
         "dtype": "float32",
     }
 
 
-def to_qwen3(state, args):
-    weights, head_dim = {}, args["n_embd"] // args["n_head"]
-    heads = [args["n_head"], args["n_kv_head"], args["n_kv_head"]]
-    for ours, theirs in qwen3_names(args["n_layer"]).items():
+def to_qwen3(config, state):
+    weights, heads = {}, (config.n_head, config.kv_heads, config.kv_heads)
+    for ours, theirs in qwen3_names(config.n_layer).items():
         if ours in state:
-            rows = [n * head_dim for n in heads] if len(theirs) > 1 else [len(state[ours])]
+            rows = [len(state[ours])] if len(theirs) == 1 else [n * config.head_dim for n in heads]
             weights |= zip(theirs, state[ours].split(rows), strict=True)
     return weights
 
 
-def qwen3_config(args):
+def qwen3_config(config):
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": args["vocab_size"],
-        "max_position_embeddings": args["block_size"],
-        "num_hidden_layers": args["n_layer"],
-        "num_attention_heads": args["n_head"],
-        "num_key_value_heads": args["n_kv_head"],
-        "head_dim": args["n_embd"] // args["n_head"],
-        "hidden_size": args["n_embd"],
-        "intermediate_size": args["mlp_width"],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.hidden_width,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
-        "rope_theta": args["rope_theta"],  # for what is older than transformers 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": args["rope_theta"]},
+        "rope_theta": config.rope_theta,  # for what is older than transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
-        "attention_dropout": args["dropout"],
-        "tie_word_embeddings": args["tied"],
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tied,
         "dtype": "float32",
     }
 

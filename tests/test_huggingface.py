@@ -59,7 +59,15 @@ def test_what_load_pretrained_returns(tmp_path):
     random_gpt2().bfloat16().save_pretrained(tmp_path)
     config_args, state = load_pretrained(tmp_path)
     assert config_args == dict(
-        block_size=48, vocab_size=100, n_layer=2, n_head=2, n_embd=32, bias=True, gelu="tanh"
+        block_size=48,
+        vocab_size=100,
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        bias=True,
+        gelu="tanh",
+        mlp_width=0,
+        tied=True,
     )
     assert all(w.dtype == torch.float32 and w.is_contiguous() for w in state.values())
     assert state["lm_head.weight"].equal(state["transformer.wte.weight"])
@@ -79,11 +87,9 @@ def test_weight_shapes_are_the_models():
         ("model_type", "llama"),
         ("activation_function", "relu"),
         ("layer_norm_epsilon", 1e-6),
-        ("n_inner", 64),
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),
         ("add_cross_attention", True),
-        ("tie_word_embeddings", False),
     ],
 )
 def test_what_the_model_cannot_compute_is_refused_by_name(tmp_path, key, value):

@@ -1,0 +1,310 @@
+"""What export.py writes computes the same elsewhere, and nobody's files are lost."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import export
+from brisk.checkpoint import save_checkpoint
+from brisk.errors import UserError
+from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer, gpt2, train_bpe
+from brisk.tokenizer_files import last_merge, to_tokenizers
+from configurator import configure
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip("transformers")
+
+CODE = 'def f(x):\n\treturn x["a"] ** 2  # über\n\n\n    if x:\r\n        pass\n'
+TEXTS = {
+    "english": "It's the year 2024, isn't it? They'll SAY so; we've 12,345 reasons.",
+    "chinese": "语言模型读了很多书，写得不好也不坏。差评：一九八四",
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 é e\u0301 ﷽ 𝔘𝔫𝔦 \ufeff",
+    "white space": " a  b   c\t\td \n\n \n  e \u00a0\u2003\u3000f\u0085g\u200b   ",
+    "line ends": "one\r\ntwo\r\n\r\nthree\rfour\n\r",
+    "code": CODE,
+    "empty": "",
+    "space": " ",
+    "special": f"{EOT}a{EOT}{EOT} <|endoftext| ><s></s>[UNK]<unk><pad> <|im_start|>",
+    "control": "\x00\x01\x1b[0m\x7f\x80\x9f",
+}
+CHARACTERS = sorted(set("".join(TEXTS.values())))
+SIZES = dict(block_size=64, n_layer=2, n_head=4, n_embd=32)
+MODELS = {
+    "classic": dict(gelu="none"),
+    "GPT-2's GELU": dict(gelu="tanh"),
+    "without biases": dict(bias=False, gelu="none"),
+    "wide": dict(mlp_width=72, tied=False),
+}
+MODERN = dict(position="rotary", norm="rms", qk_norm=True, mlp="swiglu", bias=False)
+MODELS |= {
+    "modern": MODERN,
+    "shared keys": dict(**MODERN, n_kv_head=2, rope_theta=500.0, mlp_width=40),
+    "untied": dict(**MODERN, n_kv_head=1, tied=False),
+}
+
+
+def make_tokenizer(kind):
+    return {
+        "char": lambda: CharTokenizer(CHARACTERS, eot=True),
+        "char without end": lambda: CharTokenizer(CHARACTERS),
+        "byte": ByteTokenizer,
+        "bpe": lambda: train_bpe(list(TEXTS.values()) * 2, 300),
+        "gpt2": gpt2,
+    }[kind]()
+
+
+@pytest.fixture(scope="module", params=["char", "char without end", "byte", "bpe", "gpt2"])
+def tokenizer(request):
+    return make_tokenizer(request.param)
+
+
+def make_model(tokenizer, rows=5, **fields):
+    """A small model in which every weight is random, with `rows` that only pad the vocabulary."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size + rows, **{**SIZES, **fields})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        model.lm_head.weight[tokenizer.vocab_size :] += 1  # these would be drawn
+    return model
+
+
+def run_export(folder, model, tokenizer, rows="windows", **settings):
+    """Run export.py's main on a checkpoint of the model, in `folder`."""
+    checkpoint = {
+        "model": model.state_dict(),
+        "model_args": model.config.to_args(),
+        "tokenizer": tokenizer.to_dict(),
+        "config": {"rows": rows},
+    }
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(checkpoint, folder / "ckpt.pt")
+    settings = {"out_dir": folder, **settings}
+    argv = [f"--{key}={value}" for key, value in settings.items()]
+    export.main(configure(export.ExportConfig, argv))
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """`exported(model, tokenizer)`: the directory that export.py makes of them."""
+
+    def exported(model, tokenizer):
+        run_export(tmp_path / "out", model, tokenizer, to=tmp_path / "to")
+        return tmp_path / "to"
+
+    return exported
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_computes_the_same(exported, name):
+    tokenizer = ByteTokenizer()
+    ours = make_model(tokenizer, **MODELS[name])
+    folder = exported(ours, tokenizer)
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(told.values())  # no weight missing, unexpected or of another shape
+    modern = "position" in MODELS[name]
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if modern else "GPT2LMHeadModel")
+    idx = torch.randint(257, (3, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = theirs(idx).logits
+        assert logits.shape[-1] == 257  # the tokenizer's: no row that only pads can be drawn
+        assert (ours.predict(idx)[..., :257] - logits).abs().max() <= 1e-4
+
+    theirs.generation_config.eos_token_id = None  # go on past an end of text
+    continued = theirs.generate(idx[:, :5], do_sample=False, max_new_tokens=50)
+    expected = ours.generate(idx[:, :5], 50, temperature=0, vocab_size=257)
+    assert continued.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_taken_back_is_the_same_model(exported, name):
+    tokenizer = ByteTokenizer()
+    ours = make_model(tokenizer, **MODELS[name])
+    back = GPT.from_pretrained(str(exported(ours, tokenizer)))
+    expected = ours.state_dict()
+    for key, weight in back.state_dict().items():
+        if key in expected:
+            assert weight.equal(expected.pop(key)[: len(weight)]), key
+        else:
+            assert key.endswith(".bias") and not weight.any(), key
+    assert not expected
+    for key in ("position", "qk_norm", "kv_heads", "rope_theta", "hidden_width", "tied", "gelu"):
+        assert getattr(back.config, key) == getattr(ours.config, key), key
+    assert back.config.block_size == 64 and back.config.vocab_size == 257
+
+
+def test_ids_and_texts_are_ours(exported, tokenizer):
+    model = make_model(tokenizer, n_layer=1, n_embd=4, n_head=1)
+    theirs = transformers.AutoTokenizer.from_pretrained(exported(model, tokenizer))
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == tokenizer.eot and theirs.model_max_length == 64
+    for name, text in TEXTS.items():
+        ids = tokenizer.encode(text, allow_eot=True).tolist()
+        assert theirs(text)["input_ids"] == ids, name
+        assert theirs.decode(ids) == text, name
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "reviews.csv"])
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_ids_of_real_text(name, kind):
+    path = os.path.join(os.environ.get("BRISK_DATA", ""), name)
+    if not os.path.exists(path):
+        pytest.skip("BRISK_DATA names no folder with it")
+    with open(path, encoding="utf-8", newline="") as file:
+        text = file.read(1_000_000)
+    tokenizer = gpt2() if kind == "gpt2" else train_bpe([text[:300_000]], 2000)
+    assert to_tokenizers(tokenizer).encode(text).ids == tokenizer.encode(text).tolist()
+
+
+def test_broken_utf8_decodes_alike():
+    tokenizer = ByteTokenizer()
+    theirs = to_tokenizers(tokenizer)
+    for broken in (b"a\xe8\xaf", b"\xff\xfe", b"\xf0\x9f\x98a", b"\xc0\x80", b"\xed\xa0\x80"):
+        assert theirs.decode(list(broken)) == tokenizer.decode(list(broken))
+
+
+def test_a_character_it_does_not_know_is_an_error_there_too():
+    with pytest.raises(Exception, match="UNK"):
+        to_tokenizers(CharTokenizer("abc")).encode("abd")
+
+
+def test_merges_are_those_that_made_the_tokens():
+    ranks = {bytes([b]): b for b in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258}
+    assert last_merge(b"abc", ranks) == (b"a", b"bc")  # bc is merged before ab
+    assert last_merge(b"a", ranks) is None
+    with pytest.raises(UserError, match="no merge makes"):
+        last_merge(b"xyz", {**ranks, b"xyz": 259})
+
+
+def test_the_pipeline_stops_at_end_of_text(exported):
+    """The end of text takes the place of a character that the model writes after some others."""
+    tokenizer = CharTokenizer(CHARACTERS, eot=True)
+    model = make_model(tokenizer, rows=0, **MODELS["modern"])
+    prompt = torch.tensor([[3]])
+    drawn = model.generate(prompt, 40, temperature=0)[0, 1:].tolist()
+    length = next(i for i in range(3, 40) if drawn[i] not in [3, tokenizer.eot, *drawn[:i]])
+    assert tokenizer.eot not in drawn[:length]
+    swap = [drawn[length], tokenizer.eot]
+    with torch.no_grad():
+        model.lm_head.weight[swap] = model.lm_head.weight[swap[::-1]]
+    folder = exported(model, tokenizer)
+    write = transformers.pipeline("text-generation", model=str(folder))
+    options = dict(do_sample=False, return_full_text=False)
+    text = write(tokenizer.decode([3]), **options)[0]["generated_text"]
+    assert text == tokenizer.decode(drawn[:length])
+
+
+def test_the_pipeline_stops_at_the_end_of_the_context(exported):
+    tokenizer = CharTokenizer(CHARACTERS)
+    folder = exported(make_model(tokenizer), tokenizer)
+    write = transformers.pipeline("text-generation", model=str(folder))
+    text = write("abc", do_sample=True)[0]["generated_text"]
+    assert text.startswith("abc") and len(text) == 64
+
+
+REFUSED = {
+    "relu2": (dict(mlp="relu2"), "mlp=relu2 where GPT-2 has mlp=gelu"),
+    "capped": (dict(**MODERN, logit_cap=15.0), r"logit_cap=15\.0 where Qwen3 has logit_cap=0"),
+    "plain queries": ({**MODERN, "qk_norm": False}, "qk_norm=False where Qwen3"),
+    "rotary with biases": ({**MODERN, "bias": True}, "bias=True where Qwen3 has bias=False"),
+    "rms": (dict(norm="rms"), "norm=rms where GPT-2 has norm=layer"),
+    "shared keys": (dict(n_kv_head=2), "n_kv_head=2 where GPT-2 has n_kv_head=4"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_nobody_else_computes_is_refused_by_name(tmp_path, name):
+    fields, words = REFUSED[name]
+    tokenizer = ByteTokenizer()
+    with pytest.raises(UserError, match=words):
+        run_export(tmp_path, make_model(tokenizer, **fields), tokenizer, to=tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def other_pattern():
+    description = train_bpe(["some text"], 257).to_dict()
+    return {**description, "pattern": r"\w+|\W+"}
+
+
+def test_a_tokenizer_that_others_do_not_have_is_refused(tmp_path):
+    from brisk.tokenizer import from_dict
+
+    for tokenizer, words in {
+        WordTokenizer(["a", "b"]): "--tokenizer=bpe",
+        CharTokenizer("aba"): "twice",
+        CharTokenizer("a\ud800"): "surrogate",
+        from_dict(other_pattern()): "cuts text otherwise",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            run_export(tmp_path, make_model(tokenizer), tokenizer, to=tmp_path / "to")
+        assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_nothing_of_others_is_replaced(tmp_path, capsys):
+    tokenizer = ByteTokenizer()
+    model = make_model(tokenizer)
+
+    def to(folder, **settings):
+        run_export(tmp_path / "out", model, tokenizer, to=folder, **settings)
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="mine is there and is no export"):
+            to(tmp_path / "mine", overwrite=overwrite)
+        with pytest.raises(UserError, match=r"thesis\.txt is there and is no export"):
+            to(tmp_path / "mine" / "thesis.txt", overwrite=overwrite)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+    (tmp_path / "empty").mkdir()
+    to(tmp_path / "empty")
+    before = (tmp_path / "empty" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="earlier export; --overwrite"):
+        to(tmp_path / "empty")
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    to(tmp_path / "empty", overwrite=True)
+    assert (tmp_path / "empty" / "model.safetensors").read_bytes() != before
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "empty")
+    theirs.save_pretrained(tmp_path / "empty")  # finetuned there, say: no longer ours
+    with pytest.raises(UserError, match="no export as it was written"):
+        to(tmp_path / "empty", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "mine", "empty"}
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    tokenizer = ByteTokenizer()
+    run_export(tmp_path / "out", make_model(tokenizer), tokenizer, to=tmp_path / "to")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("brisk.huggingface.save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        model = make_model(tokenizer, n_layer=1)
+        run_export(tmp_path / "out", model, tokenizer, to=tmp_path / "to", overwrite=True)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "to"}
+
+
+def test_as_a_person_runs_it(tmp_path, script):
+    tokenizer = CharTokenizer(CHARACTERS, eot=True)
+    run_export(
+        tmp_path / "out", make_model(tokenizer), tokenizer, rows="documents", to=tmp_path / "a"
+    )
+    done = script("export.py", "--to=b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "GPT2LMHeadModel" in done.stdout and f"begin each prompt with {EOT}" in done.stdout
+    for name in os.listdir(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eot and config["vocab_size"] == tokenizer.vocab_size
+    for argv in ([], ["--to=b"], ["--to=c", "--out_dir=none"]):
+        done = script("export.py", *argv, cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
