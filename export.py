@@ -55,8 +55,6 @@ def main(config):
         with moved_in(Path(config.gguf)) as file:
             write_gguf(file, theirs, weights, tokenizer)
         print(f"wrote {config.gguf}")
-        if theirs.get("activation_function") == "gelu":
-            print("note: llama.cpp computes GELU by its tanh form; logits differ by about 1e-3")
     if tokenizer.eot is None:
         print("note: it has no end of text; a text goes on for as many tokens as are asked for")
     elif knows_documents(trained_with.get("rows"), tokenizer):
