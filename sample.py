@@ -32,6 +32,7 @@ from brisk.huggingface import GPT2_NAMES
 from brisk.likeliest import as_table, likeliest_next
 from brisk.prompts import open_new, read_prompt, read_prompts, write_samples
 from brisk.tokenizer import EOT, from_dict, gpt2, knows_documents
+from brisk.tokenizer_files import read_tokenizer
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -165,8 +166,10 @@ def load(config):
     was trained with (a dict, empty for GPT-2)."""
     source, trained_with = config.init_from, {}
     if source in GPT2_NAMES or Path(source).is_dir():
-        print(f"weights of {source}, GPT-2's tokenizer")
-        model, tokenizer = GPT.from_pretrained(source), gpt2()
+        own = read_tokenizer(source)
+        whose = "its" if own else "GPT-2's"
+        print(f"weights of {source}, {whose} tokenizer")
+        model, tokenizer = GPT.from_pretrained(source), own or gpt2()
     elif source == "resume" or Path(source).is_file():
         path = best_checkpoint(config.out_dir) if source == "resume" else Path(source)
         checkpoint = load_checkpoint(path)

@@ -7,9 +7,18 @@ written so that it gives the same ids for every text is refused.
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, GPT2_PATTERN, byte_alphabet
+from brisk.tokenizer import (
+    EOT,
+    GPT2_PATTERN,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    byte_alphabet,
+    tiktoken,
+)
 
 # GPT-2's pattern as tiktoken writes it: it cuts every text as GPT2_PATTERN does, but is faster.
 TIKTOKENS_PATTERN = (
@@ -60,6 +69,57 @@ def to_tokenizers(tokenizer):
     if tokenizer.eot is not None:
         built.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])
     return built
+
+
+def read_tokenizer(folder):
+    """The tokenizer in a Hugging Face directory, None where it has no `tokenizer.json`.
+
+    Raises `UserError` for one that is none of ours: it has to be written as `to_tokenizers` does.
+    """
+    path = Path(folder, "tokenizer.json")
+    if not path.exists():
+        return None
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        ids, kind = theirs["model"]["vocab"], theirs["model"]["type"]
+        eot = EOT in [token["content"] for token in theirs["added_tokens"]]
+        tokens = sorted(ids.keys() - {EOT} if eot else ids, key=ids.get)
+        if kind == "WordLevel":
+            ours = CharTokenizer(tokens, eot)
+        elif not theirs["model"]["merges"]:
+            ours = ByteTokenizer()
+        else:
+            ours = of_letters(tokens, eot)
+        written = json.loads(to_tokenizers(ours).to_str())
+        exact = parts_that_count(written) == parts_that_count(theirs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read the tokenizer {path} ({error!r})") from error
+    if not exact:
+        raise UserError(f"{path} cuts text in a way that none of the tokenizers here does")
+    return ours
+
+
+def of_letters(tokens, eot):
+    """The byte-pair encoding of these tokens, in letters and in the order of their ids."""
+    alphabet = byte_alphabet()
+    raw = [bytes(alphabet[letter] for letter in token) for token in tokens]
+    encoding = tiktoken().Encoding(
+        "bpe",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks={token: rank for rank, token in enumerate(raw)},
+        special_tokens={EOT: len(raw)} if eot else {},
+    )
+    return BPETokenizer(encoding)
+
+
+def parts_that_count(theirs):
+    """What of a `tokenizer.json` decides about ids, the same however old the file."""
+    model, cut = theirs["model"], theirs["pre_tokenizer"] or {}
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+    ids = {token["content"]: token["id"] for token in theirs["added_tokens"]} | model["vocab"]
+    cutting = [cut.get(key) for key in ("type", "pattern", "add_prefix_space")]
+    cutting.append(cut.get("use_regex", True))
+    return model["type"], ids, merges, cutting, theirs["normalizer"]
 
 
 def check_exact(tokenizer):

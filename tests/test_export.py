@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import export
+import sample
 from brisk.checkpoint import save_checkpoint
 from brisk.errors import UserError
 from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer, gpt2, train_bpe
-from brisk.tokenizer_files import last_merge, to_tokenizers
+from brisk.tokenizer_files import last_merge, read_tokenizer, to_tokenizers, tokenizer_files
 from configurator import configure
 from model import GPT, GPTConfig
 
@@ -146,6 +147,66 @@ def test_ids_and_texts_are_ours(exported, tokenizer):
         ids = tokenizer.encode(text, allow_eot=True).tolist()
         assert theirs(text)["input_ids"] == ids, name
         assert theirs.decode(ids) == text, name
+
+
+def test_the_tokenizer_of_an_export_is_read_back(tmp_path, tokenizer):
+    for name, text in tokenizer_files(tokenizer, 64).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    back = read_tokenizer(tmp_path)
+    assert (back.kind, back.vocab_size, back.eot) == (
+        tokenizer.kind,
+        tokenizer.vocab_size,
+        tokenizer.eot,
+    )
+    for name, text in TEXTS.items():
+        expected = tokenizer.encode(text, allow_eot=True).tolist()
+        assert back.encode(text, allow_eot=True).tolist() == expected, name
+        assert back.decode(expected) == text
+
+
+def test_the_files_of_the_hub_are_read(tmp_path):
+    """Older ones hold merges as text, the end of text among the others, and less of the rest."""
+    tokenizer = make_tokenizer("bpe")
+    file = json.loads(to_tokenizers(tokenizer).to_str())
+    file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
+    file["model"]["vocab"][EOT] = tokenizer.eot
+    del file["pre_tokenizer"]["use_regex"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
+    back = read_tokenizer(tmp_path)
+    assert back.encode(CODE).tolist() == tokenizer.encode(CODE).tolist()
+    assert back.eot == tokenizer.eot
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.update(normalizer={"type": "NFC"}),
+        lambda file: file["pre_tokenizer"].update(add_prefix_space=True),
+        lambda file: file["model"]["merges"].reverse(),
+        lambda file: file["added_tokens"].append({**file["added_tokens"][0], "content": "<|x|>"}),
+        lambda file: file["model"].update(type="Unigram", vocab=[["a", 0]]),
+        lambda file: file.pop("model"),
+    ],
+)
+def test_a_foreign_tokenizer_is_not_taken_for_one_of_ours(tmp_path, change):
+    file = json.loads(to_tokenizers(make_tokenizer("bpe")).to_str())
+    change(file)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["classic", "shared keys"])
+def test_a_directory_writes_the_checkpoints_text(tmp_path, capsys, name):
+    tokenizer = CharTokenizer(CHARACTERS, eot=True)
+    run_export(tmp_path, make_model(tokenizer, **MODELS[name]), tokenizer, to=tmp_path / "to")
+    texts = []
+    for init_from in (tmp_path / "ckpt.pt", tmp_path / "to"):
+        argv = [f"--init_from={init_from}", "--start=abc", "--num_samples=2", "--device=cpu"]
+        capsys.readouterr()
+        sample.main(configure(sample.SampleConfig, [*argv, "--max_new_tokens=40"]))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) > 60
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "reviews.csv"])

@@ -1,4 +1,4 @@
-"""GPT-2 from Hugging Face files: the same logits, and one line where that is not possible."""
+"""Hugging Face files, GPT-2 and Qwen3: the same logits, or one line where that cannot be."""
 
 import json
 
@@ -26,13 +26,26 @@ def random_gpt2(**settings):
     return theirs
 
 
+def random_qwen3(**settings):
+    """A small Qwen3ForCausalLM in which every weight is random."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    sizes |= dict(num_key_value_heads=2, intermediate_size=40, vocab_size=100)
+    config = transformers.Qwen3Config(**{**sizes, "max_position_embeddings": 48, **settings})
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return theirs
+
+
 def assert_same_logits(theirs, directory):
     ours = GPT.from_pretrained(str(directory)).eval()
     idx = torch.randint(100, (3, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         difference = (ours.predict(idx) - theirs(idx).logits).abs().max()
     assert difference <= 1e-4
-    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert (ours.lm_head.weight is ours.transformer.wte.weight) == theirs.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
@@ -42,6 +55,76 @@ def test_logits_are_those_of_transformers(tmp_path, activation, options):
     theirs.save_pretrained(tmp_path, **options)
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(options)
     assert_same_logits(theirs, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["whole", "sharded"])
+def test_logits_of_qwen3_are_those_of_transformers(tmp_path, tied, options):
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    theirs = random_qwen3(tie_word_embeddings=tied, rope_parameters=rope)
+    theirs.save_pretrained(tmp_path, **options)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(options)
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_a_config_from_before_transformers_5(tmp_path):
+    theirs = random_qwen3(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("rope_parameters")["rope_theta"] == 1e6
+    config |= {"rope_theta": 1e6, "rope_scaling": None}
+    del config["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_logits(theirs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("head_dim", 16),
+        ("hidden_act", "gelu"),
+        ("rms_norm_eps", 1e-5),
+        ("attention_bias", True),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+    ],
+)
+def test_what_the_model_cannot_compute_of_qwen3_is_refused_by_name(tmp_path, key, value):
+    config = {**random_qwen3().config.to_dict(), key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=key):
+        load_pretrained(tmp_path)
+
+
+def test_a_qwen3_with_other_positions_or_weights_is_refused(tmp_path):
+    theirs = random_qwen3()
+    theirs.save_pretrained(tmp_path)
+    right = json.loads((tmp_path / "config.json").read_text())
+
+    def error_after(**changes):
+        (tmp_path / "config.json").write_text(json.dumps({**right, **changes}))
+        with pytest.raises(UserError) as caught:
+            load_pretrained(tmp_path)
+        return str(caught.value)
+
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    assert "rope_type=yarn" in error_after(rope_parameters=yarn)
+    older = {"type": "linear", "factor": 4.0}
+    assert "rope_type=linear" in error_after(rope_parameters=None, rope_scaling=older)
+    assert "has no transformer.h.2." in error_after(num_hidden_layers=3)
+    assert "unknown to Qwen3, model.layers.1." in error_after(num_hidden_layers=1)
+    assert "c_attn.weight is (64, 32)" in error_after(num_key_value_heads=1)
+    del right["hidden_size"]
+    assert "does not state hidden_size" in error_after()
+
+
+def test_qwen3_finetunes_from_its_directory(tmp_path, train_tiny):
+    random_qwen3().save_pretrained(tmp_path / "qwen3")
+    run = train_tiny(tmp_path / "out", init_from=tmp_path / "qwen3", max_iters=3)
+    args = run.checkpoint()["model_args"]
+    assert (args["position"], args["n_kv_head"], args["mlp_width"]) == ("rotary", 2, 40)
+    losses = run.series("val_loss")
+    assert losses[4] < losses[0]
 
 
 def test_older_files_of_the_hub(tmp_path):
