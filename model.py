@@ -355,8 +355,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_directory, override_args=None):
-        """GPT-2 from the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a directory
-        that `save_pretrained` wrote, in eval mode. `override_args` may set `dropout`."""
+        """GPT-2 from the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a GPT-2 or
+        Qwen3 from a directory such as export.py writes, in eval mode. `override_args` may set
+        `dropout`."""
         from brisk.huggingface import load_pretrained
 
         config_args, state_dict = load_pretrained(name_or_directory)

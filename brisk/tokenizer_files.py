@@ -62,9 +62,8 @@ def to_tokenizers(tokenizer):
         tokens, merges = as_letters(tokenizer)
         ids = {token: i for i, token in enumerate(tokens) if i != tokenizer.eot}
         built = Tokenizer(models.BPE(ids, merges))
-        # Its own pattern is GPT2_PATTERN.
-        in_words = tokenizer.kind == "bpe"
-        built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=in_words)
+        # Its own pattern is GPT2_PATTERN; for bytes any would do, as nothing is merged.
+        built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         built.decoder = decoders.ByteLevel()
     if tokenizer.eot is not None:
         built.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])

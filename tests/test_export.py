@@ -10,7 +10,15 @@ import export
 import sample
 from brisk.checkpoint import save_checkpoint
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer, gpt2, train_bpe
+from brisk.tokenizer import (
+    EOT,
+    ByteTokenizer,
+    CharTokenizer,
+    WordTokenizer,
+    from_dict,
+    gpt2,
+    train_bpe,
+)
 from brisk.tokenizer_files import last_merge, read_tokenizer, to_tokenizers, tokenizer_files
 from configurator import configure
 from model import GPT, GPTConfig
@@ -286,19 +294,14 @@ def test_what_nobody_else_computes_is_refused_by_name(tmp_path, name):
     assert not (tmp_path / "to").exists()
 
 
-def other_pattern():
-    description = train_bpe(["some text"], 257).to_dict()
-    return {**description, "pattern": r"\w+|\W+"}
-
-
 def test_a_tokenizer_that_others_do_not_have_is_refused(tmp_path):
-    from brisk.tokenizer import from_dict
-
+    description = train_bpe(["some text"], 257).to_dict()
     for tokenizer, words in {
         WordTokenizer(["a", "b"]): "--tokenizer=bpe",
         CharTokenizer("aba"): "twice",
         CharTokenizer("a\ud800"): "surrogate",
-        from_dict(other_pattern()): "cuts text otherwise",
+        from_dict({**description, "pattern": r"\w+|\W+"}): "cuts text otherwise",
+        from_dict({**description, "special_tokens": {EOT: 256, "<|x|>": 257}}): "other special",
     }.items():
         with pytest.raises(UserError, match=words):
             run_export(tmp_path, make_model(tokenizer), tokenizer, to=tmp_path / "to")
