@@ -3,18 +3,31 @@
 import importlib.util
 import json
 import math
+import os
+import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from brisk.corpus import write_dataset
+from brisk.errors import UserError
+from brisk.loader import TokenFile
 from brisk.tokenizer import CharTokenizer
 from configurator import configure
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+CHECKOUT = Path(os.environ.get("NANOGPT") or "nowhere")
+sys.path.insert(0, str(FOLDER))  # where its scripts find each other
+
+import ratios  # noqa: E402 (found by the line above)
+import sides  # noqa: E402
 
 
 def load(name):
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -42,3 +55,176 @@ def test_a_model_that_knows_two_kinds_apart_agrees(train_tiny, tmp_path, capsys)
     for kind in ("+", "-"):
         assert result[kind]["real"] == 1.0 and result[kind]["ratio"] > 0.9
         assert result[kind]["n_written"] == 50
+
+
+# ---------------------------------------------------------------------------- beside nanoGPT
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """compare_nanogpt.py, with a size that is quick."""
+    module = load("compare_nanogpt")
+    tiny = module.Size(2, 16, 1, 2, 16, 65, 0.0, log_interval=1, warm_up=1, steps=3, samples=2)
+    monkeypatch.setitem(module.SIZES, "tiny", tiny)
+    return module
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """A checkout of nanoGPT in which to import anything of ours fails."""
+    if not (CHECKOUT / "train.py").exists():
+        pytest.skip("NANOGPT names no checkout of nanoGPT")
+    leave_out = shutil.ignore_patterns(".git", "assets", "out*", "*.bin")
+    folder = shutil.copytree(CHECKOUT, tmp_path / "peer", ignore=leave_out)
+    (folder / "brisk.py").write_text("raise RuntimeError('nanoGPT has taken something of ours')")
+    return folder
+
+
+@pytest.fixture
+def result(compare, peer, text, tmp_path, capsys):
+    """The rows of a section of the comparison, in one round, by what they are about."""
+
+    def run(section, *more):
+        (tmp_path / "text.txt").write_text(text * 20, encoding="utf-8")
+        argv = [f"--peer={peer}", f"--sections={section}", "--sizes=tiny", "--rounds=1"]
+        argv += [f"--input={tmp_path / 'text.txt'}", "--device=cpu", "--tokens=20"]
+        argv += [f"--json={tmp_path / 'result.json'}", "--dtype=float32"]
+        compare.main(configure(compare.CompareConfig, [*argv, *more]))
+        written = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+        assert written["rounds"] == 1 and "cpu" in written["device"] and written["threads"] >= 1
+        printed = capsys.readouterr().out
+        for row in written["rows"]:
+            assert row["section"] == section and row["what"] in printed
+            assert len(row["brisk"]) == len(row["nanogpt"]) == 1
+            assert min(row["brisk"] + row["nanogpt"]) > 0
+        return {row["what"]: row for row in written["rows"]}
+
+    return run
+
+
+def test_whole_runs_are_compared(result):
+    more = "--max_iters=20 --eval_interval=10 --eval_iters=2 --n_layer=1 --n_embd=16 --n_head=2"
+    rows = result("train", f"--train_more={more}")
+    assert list(rows) == ["train.py, whole process", "a step, as it prints it"]
+    whole, step = rows.values()
+    assert whole["check"]["what"] == "validation loss at step 20"
+    assert 2 < whole["check"]["brisk"] < 4.3 and 2 < whole["check"]["nanogpt"] < 4.3
+    assert max(step["brisk"]) * 20 < min(whole["brisk"])
+
+
+def test_both_train_on_the_same_batches(result):
+    (row,) = result("step").values()
+    assert row["check"]["holds"] and row["check"]["difference"] < 1e-4
+    assert row["check"]["brisk"] == pytest.approx(math.log(65), abs=0.2)
+    assert row["precision"] == {"brisk": "float32", "nanogpt": "float32"}
+    assert row["tokens"] == 2 * 16
+
+
+def test_samples_are_compared(result):
+    rows = result("sample")
+    kinds = [what.removeprefix("tiny, 2x20, ") for what in rows]
+    assert kinds == ["sample.py, whole process", "generate alone", "alone, exact_window"]
+    whole, alone, exact = rows.values()
+    assert max(alone["brisk"]) < min(whole["brisk"])  # which imports torch first
+    assert exact["nanogpt"] == alone["nanogpt"] and exact["brisk"] != alone["brisk"]
+
+
+def test_both_prepare_the_same_files(result):
+    whole, alone = result("data").values()
+    assert whole["check"] == {
+        "what": "files that differ",
+        "brisk": 0,
+        "nanogpt": 0,
+        "limit": 0,
+        "difference": 0,
+        "holds": True,
+    }
+    for side in ("brisk", "nanogpt"):
+        assert max(alone[side]) < min(whole[side])
+
+
+def test_a_start_is_compared(result):
+    (row,) = result("start").values()
+    assert row["what"] == "tiny, to the first step"
+
+
+def test_memory_is_compared(result):
+    pytest.importorskip("resource", reason="Windows does not tell it")
+    (row,) = result("memory").values()
+    for side in ("brisk", "nanogpt"):
+        assert 50e6 < min(row[side]) < 5e9
+
+
+def test_what_is_no_checkout_is_told_in_one_line(script, tmp_path):
+    for argv, words in [
+        ([], "--peer="),
+        ([f"--peer={tmp_path}"], f"{tmp_path} is no checkout of nanoGPT"),
+        (["--peer=x", "--sections=step,dat"], "there is no dat; did you mean data?"),
+        (["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
+    ]:
+        done = script("benchmarks/compare_nanogpt.py", *argv)
+        assert done.returncode == 2 and done.stdout == ""
+        assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_ratio_is_of_one_round():
+    row = {"brisk": [1.0, 2.0, 4.0], "nanogpt": [3.0, 2.0, 20.0]}
+    assert ratios.summary(row) == {
+        "median": {"brisk": 2.0, "nanogpt": 3.0},
+        "ratio": 3.0,  # of 3, 1 and 5; that of the medians is 1.5
+        "lowest": 1.0,
+        "highest": 5.0,
+        "spread": {"brisk": 1.5, "nanogpt": 6.0},
+    }
+
+
+def test_a_row_whose_sides_do_not_agree_is_marked():
+    runs = {"brisk": [{"s": 2.0}, {"s": 2.0}], "nanogpt": [{"s": 3.0}, {"s": 5.0}]}
+    row = ratios.row("train", "a run", runs, "s", tokens=100)
+    row["summary"] = ratios.summary(row)
+    for theirs, marked in [(1.885, False), (1.91, True), (math.nan, True)]:
+        row["check"] = ratios.check("loss", 1.88, theirs, 0.02)
+        table = ratios.as_table([row])
+        assert ("DIFFER" in table) is marked and "loss: 1.88" in table
+    assert "2.00 (1.50 to 2.50)" in table and "0% 50%" in table
+    assert "tokens a second: 50, 25" in table
+
+
+def test_who_begins_changes_with_every_round():
+    order = []
+    config = load("compare_nanogpt").CompareConfig(rounds=3)
+    figures = sides.alternate(config, {"a": 1, "b": 2}, lambda side: order.append(side) or side)
+    assert order == [1, 2, 2, 1, 1, 2] and figures == {"a": [1] * 3, "b": [2] * 3}
+
+
+def test_window_starts_are_those_of_the_batches(tmp_path):
+    sides.write_random_ids(tmp_path, 65, count=1000)
+    starts = sides.window_starts(tmp_path, block_size=16, batch_size=5, batches=40)
+    ids = np.fromfile(tmp_path / "train.bin", "<u2")
+    data = TokenFile(tmp_path / "train.bin", 16, 65)
+    for number, row in enumerate(starts):  # the last of them in another epoch than the first
+        x, _ = data.batch(5 * number, 5)
+        assert [ids[start : start + 16].tolist() for start in row] == x.tolist()
+
+
+@pytest.fixture
+def side(tmp_path):
+    return sides.Side("nanogpt", tmp_path, tmp_path)
+
+
+def test_a_start_ends_at_the_first_step(side, tmp_path):
+    (tmp_path / "train.py").write_text("print('iter 0: loss 1'); open('went_on', 'w')")
+    job = {"job": "start", "script": str(tmp_path / "train.py"), "argv": []}
+    assert sides.work(side, job)["seconds"] < 1 and not (tmp_path / "went_on").exists()
+    (tmp_path / "train.py").write_text("raise SystemExit(2)")
+    with pytest.raises(UserError, match="nanogpt"):
+        sides.work(side, job)
+
+
+def test_preparing_is_timed_without_imports(side, tmp_path):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(1)")
+    (tmp_path / "prepare.py").write_text("def main():\n    import slow\nmain()")
+    job = {"job": "prepare", "script": str(tmp_path / "prepare.py"), "argv": []}
+    figures = sides.work(side, {**job, "modules": []})
+    assert figures["seconds"] >= 1 and "slow" in figures["modules"]
+    assert sides.work(side, {**job, "modules": figures["modules"]})["seconds"] < 0.5

@@ -1,0 +1,259 @@
+"""One side of compare_nanogpt.py, in a process of its own.
+
+    $ python benchmarks/one_side.py < job.json
+
+A job is a JSON object: `job` (a function below that takes one), `root` (the folder whose model.py
+and scripts are meant), `is_brisk` (whether that is this repository) and what the function reads.
+The last line printed is a JSON object of its figures.
+
+On nanoGPT's side nothing of this repository is imported: neither the memory it takes nor its
+settings of the allocator (`brisk.device.keep_freed_memory`) are in nanoGPT's figures.
+"""
+
+import importlib
+import json
+import runpy
+import sys
+import time
+from contextlib import nullcontext, suppress
+
+import numpy as np
+import torch
+
+OPTIMIZER = (0.1, 6e-4, (0.9, 0.95))  # train.py's weight decay, learning rate and betas
+SEED = 1337  # of the order of the windows
+
+
+def main(job):
+    sys.path.insert(0, job["root"])  # `model` is this side's
+    jobs = {"step": step, "generate": generate, "prepare": prepare, "start": start}
+    print("\n" + json.dumps(jobs[job["job"]](job)))
+
+
+def load_model(job):
+    from model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(**job["model_args"]))
+    model.load_state_dict(torch.load(job["weights"], mmap=True))
+    return model
+
+
+def autocast_of_nanogpt(job):
+    """The precision that nanoGPT's scripts work in unless told otherwise."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    if "cuda" not in job["device"]:
+        return nullcontext()
+    return torch.amp.autocast("cuda", dtype=torch.bfloat16)
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------------- training steps
+
+
+def step(job):
+    """Seconds of a training step, the mean of `steps` after `warm_up`, the loss of the last one,
+    and the peak of memory. Each side does what its train.py does in a step, but for the
+    evaluations and for writing the numbers down."""
+    trainer = brisk_trainer if job["is_brisk"] else nanogpt_trainer
+    train_step, precision = trainer(job)
+    for number in range(job["warm_up"]):
+        train_step(number)
+    synchronize()
+    began = time.perf_counter()
+    for number in range(job["steps"]):
+        loss = train_step(job["warm_up"] + number)
+    synchronize()
+    seconds = (time.perf_counter() - began) / job["steps"]
+    figures = {"seconds": seconds, "loss": loss.item(), "precision": precision}
+    return {**figures, "bytes": peak_memory(job)}
+
+
+def brisk_trainer(job):
+    """(a function that trains step n and returns its loss, the precision), after train.py."""
+    from brisk.device import cpu_dtype, open_device, resolve_compile
+    from brisk.loader import TokenFile, hash64, to_device
+
+    device = open_device(job["device"], job["dtype"])
+    model, batch_size = load_model(job), job["batch_size"]
+    sizes = model.config
+    if job["dtype"] == "auto" and device.type == "cpu":
+        rows = min(batch_size, max(1, 4096 // sizes.block_size))
+        shape = (rows, sizes.block_size, sizes.n_embd)
+        device.dtype_name = cpu_dtype(model.transformer.h[0], shape)
+    compiling = resolve_compile("auto", device)
+    model.to(device.device)
+    optimizer = model.configure_optimizers(*OPTIMIZER, device.type)
+    scaler = device.scaler()
+    if compiling:
+        for block in model.transformer.h:
+            block.compile()
+    data = TokenFile(job["tokens"], sizes.block_size, sizes.vocab_size, seed=SEED)
+    clipped = torch.zeros((), device=device.device)
+
+    def train_step(number):
+        nonlocal clipped
+        for group in optimizer.param_groups:
+            group["lr"] = OPTIMIZER[1]
+        position = number * batch_size
+        step_loss = torch.zeros((), device=device.device)
+        batch = to_device(data.batch(position, batch_size), device)
+        weight = data.targets(position, batch_size) / data.targets(position, batch_size)
+        torch.manual_seed(hash64(SEED, number, 0))
+        with device.autocast():
+            _, loss = model(*batch, return_logits=False)
+        step_loss += loss.detach() * weight
+        scaler.scale(loss * weight).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clipped += grad_norm > 1.0
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if number % job["log_interval"] == 0:
+            _ = step_loss.item(), grad_norm.item(), clipped.item()
+            clipped.zero_()
+        return step_loss
+
+    return train_step, device.dtype_name
+
+
+def nanogpt_trainer(job):
+    """The same after nanoGPT's train.py, which draws random windows. Here it draws them too, but
+    then takes those that `starts` gives, so that both sides train on the same batches."""
+    autocast, on_cuda = autocast_of_nanogpt(job), "cuda" in job["device"]
+    model = load_model(job).to(job["device"])
+    optimizer = model.configure_optimizers(*OPTIMIZER, "cuda" if on_cuda else "cpu")
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    trained = torch.compile(model) if on_cuda else model
+    block_size, starts = job["model_args"]["block_size"], iter(torch.tensor(job["starts"]))
+
+    def next_batch():
+        tokens = np.memmap(job["tokens"], dtype=np.uint16, mode="r")  # opened for every batch
+        torch.randint(len(tokens) - block_size, (job["batch_size"],))
+        rows = next(starts)
+        x, y = (
+            torch.stack(
+                [torch.from_numpy(tokens[i : i + block_size].astype(np.int64)) for i in first]
+            )
+            for first in (rows, rows + 1)
+        )
+        if on_cuda:
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(job["device"], non_blocking=on_cuda), y.to(job["device"], non_blocking=on_cuda)
+
+    batch, logits = next_batch(), None  # its logits live on until the next step has its own
+
+    def train_step(number):
+        nonlocal batch, logits
+        for group in optimizer.param_groups:
+            group["lr"] = OPTIMIZER[1]
+        with autocast:
+            logits, loss = trained(*batch)
+            loss = loss / 1  # of one micro-batch
+        batch = next_batch()  # while a GPU is at work
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if number % job["log_interval"] == 0:
+            loss.item()
+        return loss.detach()
+
+    return train_step, "bfloat16" if on_cuda else "float32"
+
+
+def peak_memory(job):
+    """Bytes at the peak: of the GPU's memory, or of this process (None where unknown)."""
+    if "cuda" in job["device"]:
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def generate(job):
+    """Seconds of `model.generate` for `samples` samples of `tokens` tokens: ours side by side,
+    nanoGPT's one after another. Eight tokens of each sample are drawn before the clock starts."""
+    if job["is_brisk"]:
+        from brisk.device import open_device
+
+        autocast = open_device(job["device"], "auto").autocast()
+        batch_size, options = job["samples"], {"exact_window": job["exact_window"]}
+    else:
+        autocast, batch_size, options = autocast_of_nanogpt(job), 1, {}
+    model = load_model(job).to(job["device"]).eval()
+    idx = torch.zeros(batch_size, 1, dtype=torch.long, device=job["device"])
+    with torch.no_grad(), autocast:
+        model.generate(idx, 8, temperature=0.8, top_k=200, **options)
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(job["samples"] // batch_size):
+            model.generate(idx, job["tokens"], temperature=0.8, top_k=200, **options)
+        synchronize()
+    return {"seconds": time.perf_counter() - began}
+
+
+# -------------------------------------------------------------------------------- whole scripts
+
+
+def prepare(job):
+    """Seconds of the prepare.py `script` without its imports: from its first line to its end,
+    with `modules`, all that it imports on its way, imported before. Also their names, which a run
+    without `modules` finds out."""
+    before = set(sys.modules)
+    for name in job["modules"]:
+        with suppress(Exception):  # some are made, not imported
+            importlib.import_module(name)
+    sys.argv = [job["script"], *job["argv"]]
+    began = time.perf_counter()
+    runpy.run_path(job["script"], run_name="__main__")
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "modules": [name for name in sys.modules if name not in before]}
+
+
+class UntilFirstStep:
+    """Standard output that ends the script which writes to it at the first step's line."""
+
+    def __init__(self, stream):
+        self.stream, self.has_seen_it = stream, False
+
+    def write(self, text):
+        if "iter 0:" in text:
+            self.has_seen_it = True
+            raise SystemExit
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def start(job):
+    """Seconds from after `import torch` until train.py prints its first step's line."""
+    sys.argv = [job["script"], *job["argv"]]
+    sys.stdout = watched = UntilFirstStep(sys.stdout)
+    began = time.perf_counter()
+    try:
+        runpy.run_path(job["script"], run_name="__main__")
+    except SystemExit as ended:
+        if not watched.has_seen_it:
+            sys.exit(ended.code or "train.py ended before its first step")
+    seconds = time.perf_counter() - began
+    sys.stdout = watched.stream
+    return {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    main(json.load(sys.stdin))

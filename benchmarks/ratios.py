@@ -1,0 +1,60 @@
+"""Figures of two sides, round by round → medians, ratios and spreads, as a table."""
+
+from statistics import median
+
+from brisk.memory import in_bytes
+
+
+def row(section, what, runs, key, unit="s", tokens=0):
+    """A row of the result: `key` of the figures of all rounds; `tokens` are worked off in each."""
+    figures = {name: [figures[key] for figures in runs[name]] for name in runs}
+    return {"section": section, "what": what, "unit": unit, "tokens": tokens, **figures}
+
+
+def check(what, ours, theirs, limit):
+    """Whether two numbers agree, for a row."""
+    agree = {"what": what, "brisk": ours, "nanogpt": theirs, "limit": limit}
+    return agree | {"difference": abs(ours - theirs), "holds": abs(ours - theirs) <= limit}
+
+
+def summary(row):
+    """Medians, ratios nanoGPT / brisk of each round, and each side's spread, of a row."""
+    ours, theirs = row["brisk"], row["nanogpt"]
+    ratios = [n / b for b, n in zip(ours, theirs, strict=True)]
+    medians = {"brisk": median(ours), "nanogpt": median(theirs)}
+    spreads = {name: (max(row[name]) - min(row[name])) / medians[name] for name in medians}
+    figures = {"ratio": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    return {"median": medians, **figures, "spread": spreads}
+
+
+def as_table(rows):
+    head = ("brisk", "nanogpt", "ratio (lowest to highest)", "spreads")
+    lines = [f"{'':<46}{head[0]:>10}{head[1]:>10}   {head[2]:<27}{head[3]}"]
+    for row in rows:
+        of = row["summary"]
+        ours, theirs = (in_unit(of["median"][name], row["unit"]) for name in ("brisk", "nanogpt"))
+        ratio = f"{of['ratio']:.2f} ({of['lowest']:.2f} to {of['highest']:.2f})"
+        spreads = " ".join(f"{of['spread'][name]:.0%}" for name in ("brisk", "nanogpt"))
+        what = f"{row['section']:<8}{row['what']}"
+        lines.append(f"{what:<46}{ours:>10}{theirs:>10}   {ratio:<27}{spreads}")
+        if row["tokens"]:
+            rates = (row["tokens"] / of["median"][name] for name in ("brisk", "nanogpt"))
+            lines.append(f"{'':<8}tokens a second: {', '.join(f'{rate:,.0f}' for rate in rates)}")
+        if len(set(row.get("precision", {}).values())) > 1:
+            lines.append(f"{'':<8}in {row['precision']['brisk']}, {row['precision']['nanogpt']}")
+        if "check" in row:
+            lines.append(f"{'':<8}{as_line(row['check'])}")
+    return "\n".join(lines)
+
+
+def as_line(check):
+    numbers = f"{check['what']}: {check['brisk']:.6g}, {check['nanogpt']:.6g}"
+    if check["holds"]:
+        return numbers
+    return f"{numbers}  <-- DIFFER by {check['difference']:.3g}, more than {check['limit']:g}"
+
+
+def in_unit(figure, unit):
+    if unit == "bytes":
+        return in_bytes(figure)
+    return f"{figure:.3g} s" if figure >= 1 else f"{figure * 1000:.3g} ms"
