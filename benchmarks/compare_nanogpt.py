@@ -10,7 +10,8 @@ with every round. nanoGPT runs as it is, in a temporary copy of the checkout. Th
 
     train   train.py as a whole process: nanoGPT's small run on a CPU, or `train_args`. Also the
             median time of a step that it prints, and the validation loss that it prints at the last
-            step where both evaluate, which may differ by 0.02: each side draws its own windows.
+            step where both evaluate, which may differ by 0.02: each side draws its own windows, to
+            train and to evaluate on (--train_more=--eval_iters=200 takes more of the latter).
     step    a training step: the mean of many, from the same weights on the same batches of random
             ids, without evaluations and without writing the numbers down. The loss of the last step
             must be the same to 0.001 (0.02 below float32) where there is no dropout.
@@ -53,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from brisk.device import open_device
 from brisk.errors import UserError, nearest, one_line_errors
 from configurator import NonNegativeInt, PositiveInt, configure
-from ratios import as_table, check, row, summary
+from ratios import HEAD, as_lines, check, row, summary
 from sides import (
     DATASET,
     alternate,
@@ -122,7 +123,7 @@ class CompareConfig:
     tokens: NonNegativeInt = 0  # tokens of each; 0: the size's own
     device: str = "auto"  # of step, sample, start and memory
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # ours in step and memory
-    json: str = ""  # write the result to this file too
+    json: str = ""  # write the result to this new file too
 
 
 def compare_train(config, sides):
@@ -309,12 +310,22 @@ OF_A_SIZE |= {"memory": compare_memory}
 
 
 def open_result(path):
-    """The file for the result, opened before hours are spent on it; the void where `path` is
+    """A new file for the result, opened before hours are spent on it; the void where `path` is
     empty."""
     try:
-        return open(path or os.devnull, "w", encoding="utf-8")
+        return open(path or os.devnull, "x" if path else "w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write --json={path}: {error.strerror}") from error
+
+
+def compare(config, sides, sections, sizes, device):
+    """The rows of the sections, as they are measured."""
+    for section in sections:
+        if section in OF_A_TEXT:
+            yield from OF_A_TEXT[section](config, sides)
+            continue
+        for name in sizes:
+            yield from OF_A_SIZE[section](config, sides, name, device)
 
 
 def main(config):
@@ -332,18 +343,12 @@ def main(config):
             sections = sections or list(OF_A_SIZE)
             print(f"{' and '.join(OF_A_TEXT)} are left out: {error}", file=sys.stderr)
         with open_result(config.json) as file:
-            for section in sections or SECTIONS:
-                print(f"{section} ...", file=sys.stderr)
-                if section in OF_A_TEXT:
-                    rows += OF_A_TEXT[section](config, sides)
-                else:
-                    for name in sizes:
-                        rows += OF_A_SIZE[section](config, sides, name, device)
-            rows = [{**row, "summary": summary(row)} for row in rows]
-            result = {**circumstances(config, device), "rows": rows}
-            file.write(json.dumps(result, indent=1) + "\n")
-    print(f"{result['device']}; PyTorch {torch.__version__}; nanoGPT {result['nanogpt']}")
-    print(as_table(rows))
+            about = circumstances(config, device)
+            print(f"{device}; PyTorch {torch.__version__}; nanoGPT {about['nanogpt']}\n{HEAD}")
+            for found in compare(config, sides, sections or SECTIONS, sizes, device):
+                rows.append({**found, "summary": summary(found)})
+                print(as_lines(rows[-1]), flush=True)
+            file.write(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from statistics import median
 
 from brisk.memory import in_bytes
 
+HEAD = f"{'':<46}{'brisk':>10}{'nanogpt':>10}   {'ratio (lowest to highest)':<27}spreads"
+
 
 def row(section, what, runs, key, unit="s", tokens=0):
     """A row of the result: `key` of the figures of all rounds; `tokens` are worked off in each."""
@@ -27,23 +29,21 @@ def summary(row):
     return {"median": medians, **figures, "spread": spreads}
 
 
-def as_table(rows):
-    head = ("brisk", "nanogpt", "ratio (lowest to highest)", "spreads")
-    lines = [f"{'':<46}{head[0]:>10}{head[1]:>10}   {head[2]:<27}{head[3]}"]
-    for row in rows:
-        of = row["summary"]
-        ours, theirs = (in_unit(of["median"][name], row["unit"]) for name in ("brisk", "nanogpt"))
-        ratio = f"{of['ratio']:.2f} ({of['lowest']:.2f} to {of['highest']:.2f})"
-        spreads = " ".join(f"{of['spread'][name]:.0%}" for name in ("brisk", "nanogpt"))
-        what = f"{row['section']:<8}{row['what']}"
-        lines.append(f"{what:<46}{ours:>10}{theirs:>10}   {ratio:<27}{spreads}")
-        if row["tokens"]:
-            rates = (row["tokens"] / of["median"][name] for name in ("brisk", "nanogpt"))
-            lines.append(f"{'':<8}tokens a second: {', '.join(f'{rate:,.0f}' for rate in rates)}")
-        if len(set(row.get("precision", {}).values())) > 1:
-            lines.append(f"{'':<8}in {row['precision']['brisk']}, {row['precision']['nanogpt']}")
-        if "check" in row:
-            lines.append(f"{'':<8}{as_line(row['check'])}")
+def as_lines(row):
+    """A row with its `summary` as text under HEAD."""
+    of = row["summary"]
+    ours, theirs = (in_unit(of["median"][name], row["unit"]) for name in ("brisk", "nanogpt"))
+    ratio = f"{of['ratio']:.2f} ({of['lowest']:.2f} to {of['highest']:.2f})"
+    spreads = " ".join(f"{of['spread'][name]:.0%}" for name in ("brisk", "nanogpt"))
+    what = f"{row['section']:<8}{row['what']}"
+    lines = [f"{what:<46}{ours:>10}{theirs:>10}   {ratio:<27}{spreads}"]
+    if row["tokens"]:
+        rates = (row["tokens"] / of["median"][name] for name in ("brisk", "nanogpt"))
+        lines.append(f"{'':<8}tokens a second: {', '.join(f'{rate:,.0f}' for rate in rates)}")
+    if len(set(row.get("precision", {}).values())) > 1:
+        lines.append(f"{'':<8}in {row['precision']['brisk']}, {row['precision']['nanogpt']}")
+    if "check" in row:
+        lines.append(f"{'':<8}{as_line(row['check'])}")
     return "\n".join(lines)
 
 

@@ -184,7 +184,7 @@ def test_a_row_whose_sides_do_not_agree_is_marked():
     row["summary"] = ratios.summary(row)
     for theirs, marked in [(1.885, False), (1.91, True), (math.nan, True)]:
         row["check"] = ratios.check("loss", 1.88, theirs, 0.02)
-        table = ratios.as_table([row])
+        table = ratios.as_lines(row)
         assert ("DIFFER" in table) is marked and "loss: 1.88" in table
     assert "2.00 (1.50 to 2.50)" in table and "0% 50%" in table
     assert "tokens a second: 50, 25" in table
