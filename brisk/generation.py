@@ -12,6 +12,8 @@ import re
 import numpy as np
 import torch
 
+from brisk.decoding import Decoder
+
 # A word is a run without white space. Chinese and Japanese write no spaces: there a character is
 # one, with the signs around it, as word processors count them.
 UNSPACED = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -22,8 +24,9 @@ class KVCache:
     """Keys and values of one layer at the positions read so far, so that a further token costs one
     position rather than the whole window (Shazeer 2019, section 2.4; Pope et al. 2022, section 2).
 
-    The memory for all `positions` is taken once, (B, n_kv_head, positions, head_dim) for each of
-    the two, with the first keys: what they are in size, precision and device, it is too.
+    The memory for all `positions` is taken once, with the first keys: what they are in precision
+    and device, it is too. Keys stand upright, (B, n_kv_head, head_dim, positions), values lie
+    down, (B, n_kv_head, positions, head_dim): both as the products that read them want them.
     """
 
     def __init__(self, positions):
@@ -33,16 +36,28 @@ class KVCache:
 
     def extend(self, k, v):
         """Add keys and values (B, n_kv_head, T, head_dim) of T positions, several only where there
-        are none yet; views of all so far."""
-        start, self.length = self.length, self.length + k.size(2)
-        if start > 0 and k.size(2) > 1:
+        are none yet; all so far, in that layout."""
+        T = k.size(2)
+        if self.length > 0 and T > 1:
             raise ValueError("after the first positions a cache takes one at a time")
         if self.keys is None:
             shape = (k.size(0), k.size(1), self.positions, k.size(3))
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        self.keys.narrow(2, start, k.size(2)).copy_(k)
-        self.values.narrow(2, start, k.size(2)).copy_(v)
-        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+            self.keys, self.values = k.mT.new_empty(shape[:2] + shape[:1:-1]), v.new_empty(shape)
+        self.keys.narrow(3, self.length, T).copy_(k.mT)
+        self.values.narrow(2, self.length, T).copy_(v)
+        self.length += T
+        if self.length == T:
+            return k, v
+        return self.keys.narrow(3, 0, self.length).mT, self.values.narrow(2, 0, self.length)
+
+    def append(self, k, v):
+        """Add the key and the value (B, n_kv_head, head_dim) of one position; all so far with
+        heads in the place of sequences: (B * n_kv_head, head_dim, T), and lying down the same."""
+        self.keys.select(3, self.length).copy_(k)
+        self.values.select(2, self.length).copy_(v)
+        self.length += 1
+        keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        return keys.narrow(2, 0, self.length), values.narrow(1, 0, self.length)
 
 
 def generate(
@@ -115,6 +130,7 @@ def generate(
     finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
     never = never_drawn(suppress, vocab_size, idx.device)
     cache = new_cache(model, T + max_new_tokens)
+    decoder = Decoder.of(model, idx.device)
 
     was_training = model.training
     model.eval()
@@ -123,7 +139,7 @@ def generate(
         with torch.inference_mode():
             for step in range(max_new_tokens):
                 kept = None if exact_window and end > block_size else cache
-                logits = next_token_logits(model, ids[:, :end], kept)
+                logits = next_token_logits(model, ids[:, :end], kept, decoder)
                 logits = without(logits[:, :vocab_size], never)
                 new = draw(logits, uniforms[:, step], temperature, top_k, top_p)
                 if len(stops):
@@ -163,11 +179,12 @@ def without(logits, ids):
     return logits
 
 
-def next_token_logits(model, ids, cache=None):
+def next_token_logits(model, ids, cache=None, decoder=None):
     """Logits (B, vocab_size) of the token after `ids` (B, T), of any T.
 
     With a `cache` that calls with the beginnings of `ids` have filled, only what is new is read,
-    in the window of `window_start`; without one, the newest `block_size` tokens are.
+    in the window of `window_start`, a single token by the `decoder` where there is one; without a
+    cache, the newest `block_size` tokens are.
     """
     T, block_size = ids.size(1), model.config.block_size
     if cache is None:
@@ -176,7 +193,10 @@ def next_token_logits(model, ids, cache=None):
     if start + cache[0].length >= T:  # the window has moved on: what is kept was read at its start
         for layer in cache:
             layer.length = 0
-    logits, _ = model(ids[:, start + cache[0].length :], cache=cache)
+    new = ids[:, start + cache[0].length :]
+    if decoder is not None and new.size(1) == 1 and cache[0].length > 0:
+        return decoder.logits_after(new[:, 0], cache)
+    logits, _ = model(new, cache=cache)
     return logits[:, -1]
 
 

@@ -1,0 +1,126 @@
+"""One more position of each sequence, in as few operations as the network needs.
+
+A step of generation reads every weight for a handful of vectors. On a CPU a small model spends
+such a step on the way from one operation to the next: modules called, views made, kernels chosen
+for shapes they were not written for. `Decoder` is the network of model.py once more, for this case
+alone: plain operations on tensors laid out for it. It computes what the network does, up to
+rounding.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional as F
+
+IN_CACHE = 2**20  # weights: up to here a transposed copy pays, beyond it memory sets the pace
+
+
+@dataclass
+class Norm:
+    """A layer norm or RMS norm over the last dimension."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+    rms: bool
+
+    @classmethod
+    def of(cls, module):
+        rms = isinstance(module, torch.nn.RMSNorm)
+        return cls(module.weight, None if rms else module.bias, module.eps, rms)
+
+    def __call__(self, x):
+        if self.rms:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Linear:
+    """A linear map (B, in) → (B, out), with what is to be added to it."""
+
+    def __init__(self, module):
+        weight = module.weight.detach().t()
+        self.weight = weight.contiguous() if weight.numel() <= IN_CACHE else weight
+        self.bias = module.bias
+
+    def __call__(self, x):
+        if self.bias is None:
+            return torch.mm(x, self.weight)
+        return torch.addmm(self.bias, x, self.weight)
+
+    def added_to(self, residual, x):
+        sum_ = torch.addmm(residual, x, self.weight)
+        return sum_ if self.bias is None else sum_.add_(self.bias)
+
+
+class Decoder:
+    """The weights of `model`, a `GPT` in float32 on the CPU, laid out for `logits_after`."""
+
+    @classmethod
+    def of(cls, model, device):
+        """One for `model`, or None where its own way is the measured one: on a GPU, and in less
+        than float32."""
+        plain = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return cls(model) if plain and model.lm_head.weight.dtype == torch.float32 else None
+
+    def __init__(self, model):
+        self.config, parts = model.config, model.transformer
+        self.embed = model.embed
+        self.layers = [self.layer(block) for block in parts.h]
+        self.norm, self.head = Norm.of(parts.ln_f), Linear(model.lm_head)
+
+    def layer(self, block):
+        attn, mlp = block.attn, block.mlp
+        gated = self.config.mlp == "swiglu"
+        return SimpleNamespace(
+            norm_1=Norm.of(block.ln_1),
+            qkv=Linear(attn.c_attn),
+            q_norm=Norm.of(attn.q_norm) if attn.qk_norm else None,
+            k_norm=Norm.of(attn.k_norm) if attn.qk_norm else None,
+            out=Linear(attn.c_proj),
+            norm_2=Norm.of(block.ln_2),
+            gate=Linear(mlp.c_gate) if gated else None,
+            up=Linear(mlp.c_fc),
+            down=Linear(mlp.c_proj),
+        )
+
+    def logits_after(self, ids, caches):
+        """Logits (B, vocab_size) of the token after `ids` (B,), which stand at the next position
+        of `caches`, one `KVCache` a layer that holds some positions already; they take it in."""
+        x, angles = self.embed(ids[:, None], start=caches[0].length)
+        x = x[:, 0]
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer.out.added_to(x, self.attention(layer, layer.norm_1(x), cache, angles))
+            x = layer.down.added_to(x, self.hidden(layer, layer.norm_2(x)))
+        logits, cap = self.head(self.norm(x)), self.config.logit_cap
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+    def attention(self, layer, x, cache, angles):
+        """What the new position reads from all so far, heads side by side: (B, n_embd)."""
+        B, D, heads, kv = len(x), self.config.head_dim, self.config.n_head, self.config.kv_heads
+        q, k, v = layer.qkv(x).view(B, -1, D).split((heads, kv, kv), dim=1)
+        if layer.q_norm:
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        if angles is not None:
+            q, k = rotated(q, angles), rotated(k, angles)
+        keys, values = cache.append(k, v)  # (B * kv, D, T) and (B * kv, T, D)
+        q = (q * D**-0.5).view(B * kv, heads // kv, D)  # the queries that share a key
+        shares = torch.softmax(torch.bmm(q, keys), -1)
+        return torch.bmm(shares, values).view(B, heads * D)
+
+    def hidden(self, layer, x):
+        """The hidden channels of the MLP, (B, hidden_width)."""
+        if layer.gate:
+            return F.silu(layer.gate(x)).mul_(layer.up(x))
+        x = layer.up(x)
+        if self.config.mlp == "relu2":
+            return x.relu_().square_()
+        return F.gelu(x, approximate=self.config.gelu)
+
+
+def rotated(x, angles):
+    """Heads x (B, heads, head_dim) turned by `angles`, as in model.py."""
+    cos, sin = angles
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
