@@ -408,10 +408,13 @@ class GPT(nn.Module):
         embeddings = sum(embedding.weight.numel() for embedding in looked_up)
         return total - embeddings if non_embedding else total
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW in nanoGPT's two groups: matrices and embeddings decay, vectors do not."""
-        from brisk.optim import adamw
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=None):
+        """AdamW in nanoGPT's two groups: matrices and embeddings decay, vectors do not. With
+        `muon`, its (learning rate, momentum), Muon for the matrices in the blocks."""
+        from brisk.optim import adamw, muon_adamw
 
+        if muon:
+            return muon_adamw(self, weight_decay, learning_rate, betas, device_type, *muon)
         return adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
 
     def flops_per_token(self):

@@ -84,8 +84,11 @@ class TrainConfig:
     tied: bool = True  # the head is the token embedding
     zero_init: bool = False  # output projections, and a head of its own, start at zero
     logit_cap: NonNegativeFloat = 0.0  # soft cap on the size of logits; 0 for none
-    # optimizer: AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW the rest
     learning_rate: NonNegativeFloat = 6e-4  # the largest
+    muon_learning_rate: NonNegativeFloat = 0.02  # of muon's matrices where AdamW's is the largest
+    muon_momentum: UnitFloat = 0.95  # decay of the mean of their gradients
     max_iters: NonNegativeInt = 600000  # the last step's number, counted from 0
     max_epochs: NonNegativeFloat = 0.0  # passes over the data; sets max_iters and lr_decay_iters
     weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
@@ -185,15 +188,20 @@ def main(config, stop=None):
     # --- optimizer
     model.to(device.device)
     betas = (config.beta1, config.beta2)
+    muon = (config.muon_learning_rate, config.muon_momentum)
     optimizer = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, betas, device.type
+        config.weight_decay,
+        config.learning_rate,
+        betas,
+        device.type,
+        muon if config.optimizer == "muon" else None,
     )
     scaler = device.scaler()
     step, position, best_val_loss = 0, 0, float("inf")
     if resuming:
         step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         position = checkpoint.get("position", step * global_batch)
-        load_optimizer(optimizer, checkpoint["optimizer"], config.weight_decay, betas)
+        load_optimizer(optimizer, checkpoint["optimizer"])
         if scaler.is_enabled() and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
         if step > config.max_iters and not config.eval_only:
@@ -277,7 +285,7 @@ def main(config, stop=None):
 
         lr = learning_rate_at(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
 
         # forward and backward through this process's share of the global batch
         step_targets = train_data.targets(position, global_batch)

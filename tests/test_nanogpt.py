@@ -210,7 +210,7 @@ def test_both_optimizers_take_the_same_steps(their_model, bias):
             optimizer.zero_grad()
         if step == 2:  # and each goes on with the other's state
             states = [optimizer.state_dict() for optimizer in optimizers]
-            load_optimizer(optimizers[0], states[1], 0.1, (0.9, 0.95))
+            load_optimizer(optimizers[0], states[1])
             optimizers[1].load_state_dict(states[0])
     for name, weight in there.state_dict().items():
         torch.testing.assert_close(weight, here.state_dict()[name], atol=1e-7, rtol=0)
