@@ -95,7 +95,9 @@ class TrainConfig:
     beta1: UnitFloat = 0.9  # decay of the mean of the gradients
     beta2: UnitFloat = 0.95  # decay of the mean of their squares
     grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 for any
-    # learning-rate schedule: warm-up, then a cosine
+    # learning-rate schedule: warm-up, then a cosine, or a constant rate and a line down at the end
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
+    decay_share: UnitFloat = 0.2  # of lr_decay_iters, in which wsd goes down to min_lr
     decay_lr: bool = True  # False: a constant rate
     warmup_iters: NonNegativeInt = 2000  # steps of warm-up
     lr_decay_iters: NonNegativeInt = 600000  # step at which min_lr is reached, usually max_iters

@@ -179,15 +179,25 @@ def load_optimizer(optimizer, state):
 
 
 def learning_rate_at(step, config):
-    """The learning rate of `step` (from 0): a linear warm-up over `warmup_iters`, then a cosine
-    from `learning_rate` down to `min_lr` at `lr_decay_iters`; constant where `decay_lr` is False.
-    (SGDR, Loshchilov & Hutter 2017, with one cycle.)"""
+    """The learning rate of `step` (from 0): a linear warm-up over `warmup_iters`, then, by
+    `schedule`, down to `min_lr` at `lr_decay_iters`; constant where `decay_lr` is False.
+
+    "cosine": along a cosine from the warm-up's end (SGDR, Loshchilov & Hutter 2017, one cycle).
+    "wsd": at `learning_rate` until the last `decay_share` of `lr_decay_iters`, then along a line
+    (warmup-stable-decay: Hu et al. 2024, MiniCPM, section 4; Hägele et al. 2024, section 3).
+    """
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if step >= config.lr_decay_iters:
         return config.min_lr
-    progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+    if config.schedule == "wsd":
+        start = max(config.warmup_iters, config.lr_decay_iters * (1 - config.decay_share))
+        if step <= start:
+            return config.learning_rate
+        height = (config.lr_decay_iters - step) / (config.lr_decay_iters - start)
+    else:
+        progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+        height = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_lr + height * (config.learning_rate - config.min_lr)

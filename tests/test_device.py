@@ -83,6 +83,7 @@ def test_memory_is_told_in_a_unit_that_fits():
 def test_the_schedule_warms_up_decays_and_stays():
     class Settings:
         learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr = 1.0, 0.1, 9, 109, True
+        schedule = "cosine"
 
     rates = [learning_rate_at(step, Settings) for step in range(120)]
     assert rates[:9] == pytest.approx([(step + 1) / 10 for step in range(9)])

@@ -97,6 +97,8 @@ HARD = {"dropout": 0.2, "gradient_accumulation_steps": 3}
         ({"dtype": "bfloat16"}, 3),
         ({"dtype": "auto", "dropout": 0.1}, 3),
         ({"decay_lr": False, "grad_clip": 0, "weight_decay": 0}, 3),
+        ({"optimizer": "muon", "dropout": 0.2}, 3),
+        ({"optimizer": "muon", "schedule": "wsd", "decay_share": 0.5}, 4),
     ],
     ids=str,
 )
@@ -454,9 +456,11 @@ def test_the_learning_rate_is_nanogpts(train_tiny, tmp_path):
     assert found == pytest.approx({step: get_lr(step) for step in range(9)})
 
 
+@pytest.mark.parametrize("schedule, share", [("cosine", 0.2), ("wsd", 0.2), ("wsd", 0), ("wsd", 1)])
 @pytest.mark.parametrize("warmup, decay", [(0, 0), (5, 5), (6, 3), (0, 1)])
-def test_no_schedule_ends_in_a_division_by_zero(warmup, decay):
+def test_no_schedule_ends_in_a_division_by_zero(warmup, decay, schedule, share):
     config = SimpleNamespace(decay_lr=True, learning_rate=1.0, min_lr=0.1)
+    config.schedule, config.decay_share = schedule, share
     config.warmup_iters, config.lr_decay_iters = warmup, decay
     rates = [train.learning_rate_at(step, config) for step in range(10)]
     assert all(0 < rate <= 1 for rate in rates) and rates[-1] == pytest.approx(0.1)

@@ -20,6 +20,7 @@ NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_HOME": "HERE/empty", "CUDA_VISIBLE_DEVI
 MISTAKES = {
     "unknown key": (["--weather=fine"], ["--weather"]),
     "misspelt key": (["--batch-sise=3"], ["did you mean batch_size?"]),
+    "misspelt optimizer": (["--optimizer=moun"], ["optimizer", "did you mean muon?"]),
     "misspelt value": (["--dtype=bfloat61"], ["dtype", "did you mean bfloat16?"]),
     "seed past all bounds": (["--seed=" + "9" * 40], ["seed"]),
     "bad key in a config file": (["HERE/bad_key.py"], ["bad_key.py", "did you mean n_layer?"]),
