@@ -39,7 +39,10 @@ def muon_adamw(model, weight_decay, learning_rate, betas, device_type, muon_rate
     """
     blocks = model.transformer.h
     matrices = [p for p in blocks.parameters() if p.dim() == 2 and p.requires_grad]
-    fused = {m.c_attn.weight: fused_rows(m) for m in blocks.modules() if hasattr(m, "c_attn")}
+    fused = {  # queries, keys and values one under the other
+        block.attn.c_attn.weight: [heads * block.attn.head_dim for heads in block.attn.heads]
+        for block in blocks
+    }
     group = {
         "params": matrices,
         "rows": [fused.get(p, [p.size(0)]) for p in matrices],
@@ -53,14 +56,6 @@ def muon_adamw(model, weight_decay, learning_rate, betas, device_type, muon_rate
     others = [(name, p) for name, p in model.named_parameters() if id(p) not in hidden]
     inner = adamw(others, weight_decay, learning_rate, betas, device_type)
     return MuonAdamW(group, inner, product_dtype(device_type))
-
-
-def fused_rows(attention):
-    """Rows of the maps that `c_attn` holds one under the other: queries, keys, values."""
-    n_head = attention.n_head
-    n_kv_head = getattr(attention, "n_kv_head", 0) or n_head
-    head_dim = attention.c_attn.weight.size(0) // (n_head + 2 * n_kv_head)
-    return [n_head * head_dim, n_kv_head * head_dim, n_kv_head * head_dim]
 
 
 def product_dtype(device_type):

@@ -1,14 +1,13 @@
 """Muon: what an orthogonalised update is, which weights it is for, and that it can be kept."""
 
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from brisk.checkpoint import save_checkpoint
 from brisk.errors import UserError
-from brisk.optim import fused_rows, learning_rate_at, load_optimizer, orthogonalize
+from brisk.optim import learning_rate_at, load_optimizer, orthogonalize
 from model import GPT, GPTConfig
 
 BETAS = (0.9, 0.95)
@@ -92,14 +91,11 @@ def test_the_blocks_matrices_get_muon_and_the_rest_adamw(bias):
     assert [g["lr"] for g in groups] == [0.02, 1e-3, 1e-3]
 
 
-@pytest.mark.parametrize(
-    "n_kv_head, rows", [(None, [32, 32, 32]), (0, [32] * 3), (2, [32, 16, 16])]
-)
-def test_the_rows_of_queries_keys_and_values(n_kv_head, rows):
-    attention = SimpleNamespace(n_head=4, c_attn=torch.nn.Linear(32, sum(rows)))
-    if n_kv_head is not None:
-        attention.n_kv_head = n_kv_head
-    assert fused_rows(attention) == rows
+@pytest.mark.parametrize("n_kv_head, rows", [(0, [16, 16, 16]), (1, [16, 8, 8])])
+def test_queries_keys_and_values_are_maps_of_their_own(n_kv_head, rows):
+    optimizer = a_model(n_kv_head=n_kv_head).configure_optimizers(**RATES, muon=(0.02, 0.95))
+    first_block = optimizer.param_groups[0]["rows"][:4]
+    assert first_block == [rows, [16], [64], [16]]
 
 
 def test_every_map_moves_by_its_own_orthogonal_factor():
