@@ -13,6 +13,7 @@ import tiktoken
 import torch
 
 import sample
+from brisk import generation
 from brisk.corpus import write_dataset
 from brisk.errors import UserError
 from brisk.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
@@ -201,8 +202,8 @@ def test_end_of_text_cuts_each_sample_and_is_not_shown(run, folder):
 
 def test_generation_ends_once_all_samples_are_cut(run, monkeypatch):
     steps = []
-    forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
+    draw = generation.draw
+    monkeypatch.setattr(generation, "draw", lambda *a: steps.append(1) or draw(*a))
     run("--temperature=0", tokens=200)
     assert len(steps) == 200
     first_drawn = texts(run("--temperature=0", tokens=1))[0][-1]
