@@ -219,6 +219,11 @@ class Block(nn.Module):
         return x
 
 
+def embedding(rows, channels):
+    """A table of vectors with nothing in it yet: PyTorch would draw one that is drawn again."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
+
+
 class GPT(nn.Module):
     """Token and position embeddings, `n_layer` blocks, and a head tied to the embeddings.
 
@@ -229,9 +234,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        embeddings = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        embeddings = dict(wte=embedding(config.vocab_size, config.n_embd))
         if config.position == "learned":
-            embeddings["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+            embeddings["wpe"] = embedding(config.block_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             dict(
                 **embeddings,
@@ -242,7 +247,8 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
 
     @classmethod
     def empty(cls, config):
@@ -250,7 +256,10 @@ class GPT(nn.Module):
         `load_state_dict` to fill: what PyTorch's layers would draw first is not drawn."""
         with torch.device("meta"):
             model = cls(config)
-        model.to_empty(device="cpu").tie_weights()
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(weight.shape)))
+        model.tie_weights()
         return model
 
     def tie_weights(self):

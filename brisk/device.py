@@ -204,7 +204,7 @@ def why_not_compile(device):
     return None
 
 
-def matmul_flops(device, size=None, seconds=0.2):
+def matmul_flops(device, size=None, seconds=0.05):
     """FLOP/s of a square matrix product in the device's precision: the best of repeated runs.
 
     Random matrices: zeros cost a GPU less power and so flatter it.
