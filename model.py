@@ -115,6 +115,22 @@ def rotated(x, angles):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def drops_on_cpu(x, p):
+    """Whether x meets dropout where PyTorch's own is slow."""
+    return 0 < p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class Dropout(nn.Dropout):
+    """Each channel is zero with probability p in training, and the others are scaled up."""
+
+    def forward(self, x):
+        if self.training and drops_on_cpu(x, self.p):
+            from brisk.dropout import dropout
+
+            return dropout(x, self.p)
+        return super().forward(x)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what came before it.
 
@@ -137,7 +153,7 @@ class CausalSelfAttention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, cache=None, angles=None):
         B, T, C = x.shape
@@ -158,7 +174,7 @@ class CausalSelfAttention(nn.Module):
             if T == 1:
                 causal = False  # one query sees every key
         dropout = self.dropout if self.training else 0.0
-        if 0 < dropout < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if drops_on_cpu(x, dropout):
             from brisk.attention import attention  # the fused kernel below knows no dropout there
 
             y = attention(q, k, v, dropout)
@@ -181,7 +197,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.hidden_width, bias=config.bias)
         self.gelu = nn.GELU(approximate=config.gelu)
         self.c_proj = nn.Linear(config.hidden_width, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         x = self.c_fc(x)
@@ -197,7 +213,7 @@ class SwiGLU(nn.Module):
         self.c_gate = nn.Linear(config.n_embd, config.hidden_width, bias=config.bias)
         self.c_fc = nn.Linear(config.n_embd, config.hidden_width, bias=config.bias)
         self.c_proj = nn.Linear(config.hidden_width, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
@@ -240,7 +256,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             dict(
                 **embeddings,
-                drop=nn.Dropout(config.dropout),
+                drop=Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 ln_f=make_norm(config),
             )

@@ -5,9 +5,9 @@ to memory and read again a dozen times. Here a block of them, some hundred thous
 all steps at once; what lies above the diagonal is not computed beyond the block.
 """
 
-import math
-
 import torch
+
+from brisk.dropout import kept_at_random
 
 BLOCK = 2**18  # probabilities worked on at a time: 1 MiB, about half of a core's second-level cache
 QUERIES = 64  # of one sequence in a block, at most
@@ -41,8 +41,7 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, dropout):
-        (B, H, T, D), threshold = q.shape, max(1, round((1 - dropout) * 2**16))
-        scale, kept = D**-0.5, threshold / 2**16
+        (B, H, T, D), scale, kept = q.shape, q.size(3) ** -0.5, 1.0
         q, k, v = (t.reshape(B * H, T, D) for t in (q * scale, k, v))
         y, saved = torch.empty_like(q), []
         for rows, start, end in blocks(B * H, T):
@@ -51,7 +50,8 @@ class CausalAttention(torch.autograd.Function):
             scores[:, :, start:].add_(above)
             p = torch.softmax(scores, -1)
             if dropout:
-                p.mul_(random_signs(p.shape, threshold, p.dtype))
+                is_kept, kept = kept_at_random(p.shape, dropout)
+                p.mul_(is_kept.to(p.dtype).mul_(2).sub_(1))
             y[rows, start:end] = torch.bmm(p.clamp_min(0) if dropout else p, v[rows, :end])
             saved.append(p)
         y.div_(kept)
@@ -85,12 +85,3 @@ def blocks(rows, T):
         step = max(1, BLOCK // ((end - start) * end))
         for first in range(0, rows, step):
             yield slice(first, min(first + step, rows)), start, end
-
-
-def random_signs(shape, threshold, dtype):
-    """1 with a probability of `threshold` / 65536, else -1, from 16 random bits for each: a
-    quarter of the numbers that a float for each would take."""
-    n = math.prod(shape)
-    bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[:n] < threshold - 2**15
-    return kept.to(dtype).mul_(2).sub_(1).view(shape)
