@@ -1,0 +1,92 @@
+"""What each part of a recipe is worth: the recipe, and the recipe with one part taken back.
+
+    $ python data/shakespeare_char/prepare.py
+    $ python benchmarks/ablation.py
+    $ python benchmarks/ablation.py --only=rotary,muon --seeds=1 --more="--max_iters=300"
+
+Every line is a config trained with one change, over several seeds, for the same number of steps,
+on the first 19 twentieths of the training text, and judged on all of the last one. val.bin is not
+looked at. A part that costs time has to be worth it: beside the loss stands the time of a step.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from brisk.errors import UserError, nearest, one_line_errors
+from brisk.loader import find_data_dir
+from configurator import PositiveInt, configure
+from trials import summary, trial, write_tuning_set
+
+# What is taken back → what stands in its place.
+WITHOUT = {
+    "muon": "--optimizer=adamw --learning_rate=3e-3 --min_lr=3e-4",
+    "rotary": "--position=learned",
+    "qk_norm": "--qk_norm=False",
+    "swiglu": "--mlp=gelu --mlp_width=0",
+    "relu2": "--mlp=gelu",
+    "rms": "--norm=layer",
+    "zero_init": "--zero_init=False",
+    "untied": "--tied=True",
+    "logit_cap": "--logit_cap=0",
+    "wsd": "--schedule=cosine",
+    "decay": "--weight_decay=0",
+}
+
+
+@dataclass
+class AblationConfig:
+    config: str = "config/train_shakespeare_char_fast.py"  # the recipe
+    dataset: str = "shakespeare_char"  # prepared in data/
+    data_dir: str = ""  # or in this folder
+    only: str = ""  # the parts to take back, separated by commas; empty: all the recipe has
+    more: str = ""  # further keys of train.py, for every run
+    seeds: PositiveInt = 3  # runs of each line
+    json: str = ""  # a new file for the figures
+
+
+def parts_of(config_file, only):
+    """Which parts to take back: those asked for, or those whose mention the recipe's file has."""
+    if only:
+        for name in (names := only.split(",")):
+            if name not in WITHOUT:
+                raise UserError(f"--only={name}: no such part{nearest(name, WITHOUT)}")
+        return names
+    text = Path(config_file).read_text(encoding="utf-8")
+    marks = {name: change.split("=")[0].strip("-") for name, change in WITHOUT.items()}
+    special = {"rotary": '"rotary"', "swiglu": '"swiglu"', "relu2": '"relu2"', "rms": '"rms"'}
+    special |= {"muon": '"muon"', "wsd": '"wsd"'}
+    return [name for name in WITHOUT if special.get(name, f"{marks[name]} =") in text]
+
+
+def main(config):
+    if config.json and Path(config.json).exists():
+        raise UserError(f"--json={config.json} is there already; name a new file")
+    if not Path(config.config).exists():
+        raise UserError(f"--config={config.config}: no such file")
+    lines = {"the recipe": ""}
+    lines |= {f"without {n}": WITHOUT[n] for n in parts_of(config.config, config.only)}
+    results = {}
+    with TemporaryDirectory() as folder:
+        write_tuning_set(find_data_dir(config.data_dir, config.dataset), folder)
+        print(f"{'':<20}{'loss':>8}{'spread':>9}{'worse by':>10}{'step':>8}")
+        for name, change in lines.items():
+            argv = [config.config, *shlex.split(config.more), *shlex.split(change)]
+            seeds = range(1, config.seeds + 1)
+            results[name] = of = summary([trial(folder, [*argv, f"--seed={s}"]) for s in seeds])
+            recipe = results["the recipe"]
+            worse, slower = of["mean"] - recipe["mean"], of["step_ms"] / recipe["step_ms"]
+            figures = f"{of['mean']:8.4f}{of['spread']:9.4f}{worse:+10.4f}{slower:7.2f}x"
+            print(f"{name:<20}{figures}   {change}", flush=True)
+    if config.json:
+        Path(config.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(configure(AblationConfig, sys.argv[1:]))
