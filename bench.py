@@ -22,7 +22,7 @@ from brisk.corpus import read_meta
 from brisk.device import cpu_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, to_device
-from brisk.memory import in_bytes, peak_memory
+from brisk.memory import check_fits, in_bytes, peak_memory
 from brisk.starting import MODEL_SHAPE
 from configurator import (
     NonNegativeFloat,
@@ -73,9 +73,11 @@ def main(config):
     torch.manual_seed(config.seed)
     keys = (*MODEL_SHAPE, "vocab_size", "dropout")
     try:
-        model = GPT(GPTConfig(**{key: getattr(config, key) for key in keys}))
+        sizes = GPTConfig(**{key: getattr(config, key) for key in keys})
     except ValueError as error:
         raise UserError(f"cannot build the model: {error}") from error
+    check_fits(sizes)
+    model = GPT(sizes)
     if on_cpu and config.dtype == "auto":
         shape = (1, config.block_size, config.n_embd)
         device.dtype_name = cpu_dtype(model.transformer.h[0], shape)

@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -38,6 +39,7 @@ NonNegativeInt = Annotated[int, (0, math.inf)]
 NonNegativeFloat = Annotated[float, (0, math.inf)]
 UnitFloat = Annotated[float, (0, 1)]
 Seed = Annotated[int, (0, 2**63 - 1)]
+LARGEST_INT = 2**63 - 1  # what PyTorch and numpy can count
 
 IN_SCOPE = {
     "os": "os",
@@ -90,7 +92,7 @@ def run_config_file(path, config, types):
     """Run one config file; return the keys of this script that it assigned, as a dict."""
     try:
         source = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or what is no path at all
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the config file {path}: {reason}") from error
     before = {key: getattr(config, key) for key in types}
@@ -142,7 +144,8 @@ def checked(value, kind, key, where):
         else:
             matches = isinstance(plain, option)
         if matches and option in (int, float):
-            matches = low <= plain <= high and abs(plain) <= sys.float_info.max
+            limit = LARGEST_INT if option is int else sys.float_info.max
+            matches = low <= plain <= high and abs(plain) <= limit
         if matches:
             return plain if get_origin(option) is Literal else option(plain)
 
@@ -150,13 +153,21 @@ def checked(value, kind, key, where):
     raise UserError(f"{key}={plain!r} {where}: {key} takes {describe(kind)}{near}")
 
 
+def check_values(config, where):
+    """Raise `UserError` where a setting is none that its key takes; `where` it came from."""
+    for key, kind in get_type_hints(type(config), include_extras=True).items():
+        checked(getattr(config, key), kind, key, where)
+
+
 def parsed(text, kind):
     """The value that `text` from the command line stands for; text stays text for a str key."""
     if kind is str:
         return text
     try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes: the text is a value, not a program
+            return ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
 
 

@@ -16,6 +16,7 @@ and as many heads of keys and values (n_kv_head) unless the config says fewer.
 
 import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -50,18 +51,24 @@ class GPTConfig:
     logit_cap: float = 0.0  # logits stay within ±logit_cap; 0: as they are
 
     def __post_init__(self):
+        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if not isinstance(value := getattr(self, key), Integral) or value < 1:
+                raise ValueError(f"{key}={value} is not a whole number of at least 1")
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.n_head % self.kv_heads != 0:
+        if self.n_kv_head < 0 or self.n_head % self.kv_heads != 0:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.position == "rotary" and self.head_dim % 2 != 0:
             odd = f"n_embd / n_head = {self.head_dim} is odd"
             raise ValueError(f"position=rotary turns channels of a head in pairs, and {odd}")
-        if self.rope_theta <= 0:
+        if not 0 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta={self.rope_theta} is not positive")
+        if not 0 <= self.logit_cap < math.inf:
+            raise ValueError(f"logit_cap={self.logit_cap} is no bound")
         kinds = dict(
             position=("learned", "rotary"), norm=("layer", "rms"), mlp=("gelu", "relu2", "swiglu")
         )
+        kinds["gelu"] = ("none", "tanh")
         for key, known in kinds.items():
             if (value := getattr(self, key)) not in known:
                 raise ValueError(f"{key}={value} is none of {', '.join(known)}")
@@ -408,7 +415,11 @@ class GPT(nn.Module):
         """A model with these arguments of `GPTConfig` and these weights."""
         if unknown := (override_args or {}).keys() - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(unknown))}")
-        model = cls.empty(GPTConfig(**{**config_args, **(override_args or {})}))
+        config = GPTConfig(**{**config_args, **(override_args or {})})
+        layers = sum(name.endswith(".ln_1.weight") for name in state_dict)
+        if layers != config.n_layer:  # before a claim of a billion is believed
+            raise ValueError(f"n_layer={config.n_layer}, and the weights are of {layers} layers")
+        model = cls.empty(config)
         model.load_state_dict(state_dict)
         return model.eval()
 

@@ -19,13 +19,13 @@ from typing import Literal
 import torch
 
 from brisk.checkpoint import link_checkpoint, save_checkpoint, set_aside
-from brisk.corpus import load_tokenizer, read_meta
-from brisk.device import cpu_dtype, open_device, resolve_compile
+from brisk.corpus import load_tokenizer, read_meta, verify_data
+from brisk.device import DTYPES, cpu_dtype, open_device, resolve_compile
 from brisk.distributed import Ranks
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, find_data_dir, hash64, to_device
-from brisk.memory import expected_memory, in_bytes, peak_memory
-from brisk.optim import learning_rate_at, load_optimizer
+from brisk.memory import check_fits, expected_memory, in_bytes, peak_memory
+from brisk.optim import learning_rate_at, load_optimizer, load_scaler
 from brisk.preview import draw_samples, sample_prompt
 from brisk.runlog import Forecast, RunLog
 from brisk.starting import MODEL_SHAPE, describe_tokenizer, starting_point, take_over_settings
@@ -37,6 +37,7 @@ from configurator import (
     Seed,
     UnitFloat,
     as_dict,
+    check_values,
     configure,
 )
 from model import GPT, GPTConfig
@@ -63,6 +64,7 @@ class TrainConfig:
     # data
     dataset: str = "openwebtext"  # train on data/<dataset>
     data_dir: str = ""  # folder of train.bin and val.bin, instead of data/<dataset>
+    verify_data: bool = False  # read all of both first and compare it with meta.json's checksums
     rows: Literal["windows", "documents"] = "windows"  # a row is any window, or one document
     gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches in a step, over all ranks
     batch_size: PositiveInt = 12  # sequences in a micro-batch
@@ -125,11 +127,14 @@ def main(config, stop=None):
     checkpoint, resuming = starting_point(config)
     if resuming:
         take_over_settings(config, checkpoint, log)
+        check_values(config, "in the checkpoint")
         log.say(f"Resuming training from {config.out_dir} at step {checkpoint['iter_num']}")
 
     # --- data
     data_dir = find_data_dir(config.data_dir, config.dataset)
     meta, tokenizer = read_meta(data_dir), load_tokenizer(data_dir)
+    if config.verify_data:
+        verify_data(data_dir, meta)
     if tokenizer is None:
         log.say("no tokenizer described with the data: taking it for GPT-2's")
     saved_tokenizer = describe_tokenizer(tokenizer, checkpoint, data_dir, log)
@@ -171,7 +176,8 @@ def main(config, stop=None):
         device.dtype_name = ranks.agree(chosen)
     if resuming and "dtype" not in config.given:  # to the bit means in the same precision
         kind, dtype_name = checkpoint.get("precision", (None, None))
-        device.dtype_name = dtype_name if kind == device.type else device.dtype_name
+        same = kind == device.type and dtype_name in DTYPES
+        device.dtype_name = dtype_name if same else device.dtype_name
     compiling = resolve_compile(config.compile, device)
     compiled = "compiled" if compiling else "not compiled"
 
@@ -205,7 +211,7 @@ def main(config, stop=None):
         position = checkpoint.get("position", step * global_batch)
         load_optimizer(optimizer, checkpoint["optimizer"])
         if scaler.is_enabled() and checkpoint.get("scaler"):
-            scaler.load_state_dict(checkpoint["scaler"])
+            load_scaler(scaler, checkpoint["scaler"])
         if step > config.max_iters and not config.eval_only:
             log.say(f"the run is at its end: step {step} is past max_iters={config.max_iters}")
             return ranks.leave()
@@ -391,6 +397,7 @@ def build_model(config, checkpoint, vocab_size):
             sizes = GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in keys})
         except ValueError as error:  # sizes that do not go together
             raise UserError(str(error)) from error
+        check_fits(sizes)
         model = GPT.empty(sizes)
         model.init_weights()
         return model
@@ -407,8 +414,9 @@ def build_model(config, checkpoint, vocab_size):
 def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder --out_dir={path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: what is no path at all
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot make the folder --out_dir={path}: {reason}") from error
 
 
 if __name__ == "__main__":

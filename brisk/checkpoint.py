@@ -10,7 +10,6 @@ look at them. Here they are checked after every save and before every load.
 """
 
 import os
-import pickle
 import shutil
 import zipfile
 import zlib
@@ -18,8 +17,17 @@ from pathlib import Path
 
 import torch
 
-from brisk.errors import UserError
+from brisk.errors import UserError, one_line
 
+PARTS = {  # what loading relies on, where it is there
+    "optimizer": (dict,),
+    "config": (dict,),
+    "scaler": (dict,),
+    "iter_num": (int,),
+    "position": (int,),
+    "best_val_loss": (float, int, torch.Tensor),
+}
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
@@ -74,6 +82,8 @@ def load_checkpoint(path):
     if checkpoint["model_args"].get("tied", True):
         tied = state.get("lm_head.weight", state.get("transformer.wte.weight"))
         state["lm_head.weight"] = state["transformer.wte.weight"] = tied
+    if odd := [name for name, weight in state.items() if not is_weight(weight)]:
+        raise UserError(f"{path} cannot be loaded: {odd[0]} is no weight")
     checkpoint["model"] = state
     return checkpoint
 
@@ -82,7 +92,7 @@ def read(path, mmap=False):
     """The dict in the file at `path`, its keys checked; with `mmap` no tensor is read yet."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle can raise any error there is
         reason = "it holds something other than tensors and plain values, or is damaged"
         raise UserError(f"{path} cannot be loaded: {reason}") from error
     parts = [checkpoint.get(key) for key in ("model", "model_args")] if is_dict(checkpoint) else []
@@ -90,19 +100,56 @@ def read(path, mmap=False):
         raise UserError(f"{path} is not a checkpoint of briskGPT or nanoGPT: no model in it")
     if missing := [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]:
         raise UserError(f"{path} is not a GPT checkpoint: it does not state {', '.join(missing)}")
+    if odd := odd_parts(checkpoint):
+        raise UserError(f"{path} cannot be loaded: {', '.join(odd)} in it cannot be right")
     return checkpoint
+
+
+def odd_parts(checkpoint):
+    """Names of what is not of the kind, or in the bounds, that loading relies on."""
+    odd = [key for key in PARTS if not isinstance(checkpoint.get(key, PARTS[key][0]()), PARTS[key])]
+    if odd:
+        return odd
+    config, sizes = checkpoint.get("config", {}), checkpoint["model_args"]
+    counts = {key: checkpoint.get(key, 0) for key in ("iter_num", "position")}
+    best = torch.as_tensor(checkpoint.get("best_val_loss", 0.0))
+    odd = [key for key, number in counts.items() if not 0 <= number < 2**63]
+    odd += [key for key in SIZES if not isinstance(sizes[key], int)]
+    odd += [key for key in ("dataset", "data_dir") if not isinstance(config.get(key, ""), str)]
+    odd += [repr(name) for name in (*checkpoint["model"], *config) if not isinstance(name, str)]
+    return odd + ["best_val_loss"] * (best.numel() != 1 or best.device.type != "cpu")
 
 
 def is_dict(value):
     return isinstance(value, dict)
 
 
+def is_weight(value):
+    """Whether it is a tensor of numbers that are all in the file: no view that repeats a few of
+    them without end, none without any (PyTorch's meta tensors)."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    if value.layout is not torch.strided or value.device.type != "cpu":
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
+
+
 def verify(path):
     """Raise `UserError` unless the file at `path` is whole, by the checksum of every record."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch leaves both fields 0; set, they change how its reader takes a record
-            odd = [f.filename for f in archive.infolist() if f.flag_bits & 1 or f.external_attr]
+            if sum(f.file_size for f in archive.infolist()) > os.path.getsize(path):
+                raise zipfile.BadZipFile("its records overlap")
+            # torch leaves these fields 0 (nothing is compressed: no bomb); set, they change how its
+            # reader takes a record, or how much memory it takes
+            odd = [
+                f.filename
+                for f in archive.infolist()
+                if f.flag_bits & 1
+                or f.external_attr
+                or f.compress_type
+                or f.file_size != f.compress_size
+            ]
             damaged = odd[0] if odd else archive.testzip()
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
@@ -141,7 +188,7 @@ def latest_checkpoint(out_dir):
     if not found:
         raise errors[0]
     for error in errors:
-        print(f"note: {error}; using {found[0][1]}")
+        print(f"note: {one_line(str(error))}; using {found[0][1]}")
     return max(found, key=lambda item: item[0])[1]
 
 

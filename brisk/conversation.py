@@ -9,7 +9,7 @@ import re
 import sys
 from contextlib import suppress
 
-from brisk.errors import UserError, nearest
+from brisk.errors import UserError, nearest, one_line
 
 HELP = """\
 Type a prompt and press enter. FILE:prompt.txt takes it from a file, an empty line is none at
@@ -59,7 +59,7 @@ def converse(config, keys, change, answer):
             elif obey(command, config, keys, change) == "seed":
                 number = 0
         except UserError as error:
-            say(f"error: {' '.join(str(error).split())}")
+            say(f"error: {one_line(str(error))}")
         except EOFError:
             return
         except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from brisk.errors import UserError
-from brisk.rawtext import blocks
+from brisk.rawtext import blocks, checksum
 from brisk.tokenizer import EOT, from_dict, id_dtype, read_meta_pkl
 from brisk.tokenizing import write_bin
 
@@ -44,12 +44,14 @@ def read_meta(data_dir):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         known = meta["format"] == FORMAT
-        sizes = {split: counts["tokens"] for split, counts in meta["splits"].items()}
+        splits = meta["splits"]
+        sizes = {split: counts["tokens"] for split, counts in splits.items()}
         itemsize = {"uint16": 2, "uint32": 4}[meta["dtype"]]
-        whole = isinstance(meta["tokenizer"], dict) and all(
-            isinstance(number, int) for number in (meta["vocab_size"], *sizes.values())
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        numbers = [meta["vocab_size"], *sizes.values()]
+        numbers += [counts[key] for counts in splits.values() for key in ("bytes", "characters")]
+        whole = isinstance(meta["tokenizer"], dict) and splits.keys() >= {"train", "val"}
+        whole = whole and all(type(number) is int and number > 0 for number in numbers)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); {again}") from error
     if not known or not whole:
         raise UserError(f"{path} is not a description of format {FORMAT}; {again}")
@@ -60,11 +62,26 @@ def read_meta(data_dir):
     return meta
 
 
+def verify_data(data_dir, meta):
+    """Raise `UserError` unless each bin in `data_dir` has the checksum that `meta`, the contents of
+    its `meta.json`, states. Reads all of both."""
+    if meta is None:
+        raise UserError(f"{data_dir} has no meta.json, and so no checksums to verify the data by")
+    for split, counts in meta["splits"].items():
+        file = Path(data_dir, f"{split}.bin")
+        if file.exists() and checksum(file) != counts.get("sha256"):
+            raise UserError(f"{file} is damaged: its checksum is not the one in meta.json")
+
+
 def load_tokenizer(data_dir):
     """The tokenizer of a prepared data set: from its `meta.json`, else from nanoGPT's `meta.pkl`,
     else None (nanoGPT's GPT-2 sets, and those without any text)."""
     if meta := read_meta(data_dir):
-        return from_dict(meta["tokenizer"])
+        tokenizer = from_dict(meta["tokenizer"])
+        if tokenizer.vocab_size != meta["vocab_size"]:
+            sizes = f"{meta['vocab_size']} tokens, its tokenizer {tokenizer.vocab_size}"
+            raise UserError(f"{Path(data_dir, 'meta.json')} is damaged: it says {sizes}")
+        return tokenizer
     meta_pkl = Path(data_dir) / "meta.pkl"
     return read_meta_pkl(meta_pkl) if meta_pkl.exists() else None
 

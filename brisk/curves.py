@@ -61,13 +61,14 @@ def read_run(path):
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"cannot read the run {file}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: what is no path at all
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the run {file}: {reason}") from error
     lines = []
     for line in text.split("\n"):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            lines.append(json.loads(line, parse_int=float))  # one of 400 digits is infinite
+        except (ValueError, RecursionError):
             continue
     lines = [line for line in lines if isinstance(line, dict) and is_number(line, "step")]
     run = RunCurves(file.parent if file.name == "metrics.jsonl" else file, lines)
@@ -279,8 +280,9 @@ def save(figure, path):
         fonts.setLevel(level)
     try:
         path.write_bytes(picture.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the picture {path}: {reason}") from error
 
 
 def picture_kind(path):
@@ -306,6 +308,7 @@ def smoothed(values, window):
     """Mean of the `window` values around each one, fewer at the ends; NaN where all are NaN, and
     left out of the mean otherwise."""
     known = np.isfinite(values)
+    window = min(window, 2 * len(values))  # reaches over all of them
     around = (window // 2, (window - 1) // 2)
 
     def sums(terms):  # (not as a difference of running sums: a spike's rounding would spread)

@@ -93,7 +93,7 @@ def open_device(device="auto", dtype="auto", local_rank=None):
     name = best_device() if device == "auto" else device
     try:
         chosen = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"--device={name}: PyTorch knows no such device") from error
     check_device(chosen, name)
     if chosen.type == "cuda":
@@ -122,9 +122,17 @@ def best_device():
 def check_device(device, name):
     available = {"cpu": True, "cuda": torch.cuda.is_available()}
     available["mps"] = torch.backends.mps.is_available()
-    if not available.get(device.type, True):
+    if not available.get(device.type, can_compute(device)):
         mend = f"leave --device out (auto takes {best_device()})"
         raise UserError(f"--device={name}: PyTorch finds none on this machine; {mend}")
+
+
+def can_compute(device):
+    """Whether a device of a kind not known here gives results (PyTorch's meta does not)."""
+    try:
+        return (torch.ones(1, device=device) + 1).item() == 2
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError):
+        return False
 
 
 def has_bfloat16(device):

@@ -5,6 +5,8 @@ import os
 import sys
 from contextlib import contextmanager
 
+LONGEST = 1000  # characters of an error's line
+
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend.
@@ -20,14 +22,38 @@ def one_line_errors():
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one line for a machine
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        leave_with(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python sample.py | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # what the system refuses, wherever it was asked
+        leave_with(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        leave_with(f"there is not enough memory for this; take smaller sizes ({error})")
+
+
+def leave_with(text):
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one line for a machine
+        print(f"error: {one_line(text)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def is_out_of_memory(error):
+    """Python's and numpy's error, or PyTorch's, which on a CPU is a `RuntimeError` like others."""
+    return isinstance(error, MemoryError) or "allocate" in str(error)
+
+
+def one_line(text):
+    """`text` on one line: without what would steer a terminal, its middle left out where it is
+    long. It may quote what came from a file or a command line."""
+    line = " ".join(text.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def nearest(word, known):

@@ -40,8 +40,16 @@ QWEN3_BLOCK = {  # our name of a weight: theirs, one above another where ours is
 def to_config_args(theirs, source):
     """Arguments of `GPTConfig` for their config (a dict), or a `UserError` that names what in it
     our model does not compute."""
-    if theirs.get("model_type") == "qwen3":
-        return qwen3_config_args(theirs, source)
+    is_qwen3 = theirs.get("model_type") == "qwen3"
+    args = (qwen3_config_args if is_qwen3 else gpt2_config_args)(theirs, source)
+    for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_width"):
+        least = 0 if key == "mlp_width" else 1
+        if type(args[key]) is not int or args[key] < least:
+            raise UserError(f"{source}: its config makes {key} {args[key]!r}")
+    return args
+
+
+def gpt2_config_args(theirs, source):
     n_embd = theirs.get("n_embd", 768)
     computed = {  # their setting: (what it is where they leave it out, the values we compute)
         "model_type": (None, ("gpt2", "qwen3")),
@@ -114,6 +122,9 @@ def to_state_dict(weights, config_args, source):
     """Their weights under our names, checked against the shapes that the config asks for."""
     is_modern = config_args.get("position") == "rotary"
     family = "Qwen3" if is_modern else "GPT-2"
+    if config_args["n_layer"] > len(weights):  # before a claim of a billion is believed
+        claim = f"its config says {config_args['n_layer']} layers"
+        raise UserError(f"{source}: {claim}, its files have {len(weights)} weights")
     state = from_qwen3(weights, config_args["n_layer"]) if is_modern else from_gpt2(weights)
     state = {name: weight.float().contiguous() for name, weight in state.items()}
     if config_args["tied"]:

@@ -5,13 +5,14 @@ How their names and configs become ours is in `brisk/families.py`.
 
 import json
 import logging
-import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from brisk.checkpoint import is_weight, verify
 from brisk.errors import UserError, nearest
 from brisk.families import to_config_args, to_state_dict
 from brisk.tokenizer_files import tokenizer_files
@@ -46,16 +47,32 @@ def load_pretrained(name_or_directory):
     def find(file):
         return hub_file(name_or_directory, file) if from_hub else folder / file
 
-    config_args = to_config_args(read_json(find("config.json")), name_or_directory)
+    theirs = read_json(find("config.json"))
+    try:
+        config_args = to_config_args(theirs, name_or_directory)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{folder / 'config.json'} is no config of a model: {error}") from error
     index = folder / "model.safetensors.index.json"
     if not from_hub and index.exists():
-        shards = sorted(set(read_json(index)["weight_map"].values()))
+        shards = shards_in(index)
         weights = {k: w for shard in shards for k, w in read_weights(find(shard)).items()}
     elif not from_hub and not (folder / "model.safetensors").exists():
         weights = read_weights(find("pytorch_model.bin"))
     else:
         weights = read_weights(find("model.safetensors"))
     return config_args, to_state_dict(weights, config_args, name_or_directory)
+
+
+def shards_in(index):
+    """The names of the files that an index of weights lists; they lie beside it."""
+    try:
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        strays = [name for name in shards if Path(name).name != name]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of weights ({error!r})") from error
+    if strays:
+        raise UserError(f"{index} names a file outside its folder: {strays[0]}")
+    return shards
 
 
 def write_directory(folder, theirs, weights, tokenizer):
@@ -103,21 +120,31 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def read_weights(path):
     """The tensors in one file, by name."""
-    damage = (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError)
     try:
         if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return load_file(path)
+            if zipfile.is_zipfile(path):  # PyTorch's format since 1.6; before, it had no checksum
+                verify(path)
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            weights = load_file(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except damage as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise any error there is
         raise UserError(f"{path} is damaged or holds something other than weights") from error
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise UserError(f"{path} holds something other than weights by name")
+    is_mask = (".attn.bias", ".attn.masked_bias")  # of GPT-2, often as bytes
+    if odd := [k for k, w in weights.items() if not k.endswith(is_mask) and not is_weight(w)]:
+        raise UserError(f"{path}: {odd[0]} is no weight")
+    return weights
 
 
 def hub_file(name, file):

@@ -123,7 +123,7 @@ def find_data_dir(data_dir, dataset):
     folder = Path(data_dir) if data_dir else Path("data", dataset)
     if not folder.is_dir() and not data_dir:
         folder = Path(__file__).parent.parent / folder  # started from another directory
-    missing = [name for name in ("train.bin", "val.bin") if not (folder / name).exists()]
+    missing = [name for name in ("train.bin", "val.bin") if not os.path.isfile(folder / name)]
     if missing:
         made = f"make it with: python {folder / 'prepare.py'}"
         known = sorted(path.parent.name for path in folder.parent.glob("*/prepare.py"))

@@ -1,11 +1,37 @@
 """Memory of a training run: what it will need, and what it took."""
 
 import copy
+import os
 import sys
 
 import torch
 
+from brisk.errors import UserError
 from brisk.loss import CHUNK
+
+OF_A_BLOCK = 50_000  # bytes that its Python objects take, whatever its size
+
+
+def check_fits(config):
+    """Raise `UserError` where the float32 weights of a model of these sizes (a `GPTConfig`) take
+    more than this machine's memory, before an attempt to build it takes all there is."""
+    C, kv = config.n_embd, config.kv_heads * config.head_dim
+    matrices = 3 if config.mlp == "swiglu" else 2
+    block = C * (2 * C + 2 * kv + matrices * config.hidden_width)
+    rows = config.vocab_size * (1 if config.tied else 2)
+    rows += config.block_size if config.position == "learned" else 0
+    needed = config.n_layer * (4 * block + OF_A_BLOCK) + 4 * C * rows
+    if needed > machine_memory():
+        has = f"this machine has {in_bytes(machine_memory())}"
+        raise UserError(f"the weights of this model take {in_bytes(needed)} of memory, {has}")
+
+
+def machine_memory():
+    """Bytes of this machine's memory; where that is unknown (Windows), of the largest machines."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        return 2**45
 
 
 def expected_memory(model, batch_size, device):

@@ -4,8 +4,10 @@ import math
 
 import torch
 
+from brisk.checkpoint import is_weight
 from brisk.errors import UserError
 
+STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"})  # of a weight, in AdamW and in Muon
 # a x + b x³ + c x⁵ for each of five steps, which together bring every x in [0.001, 1] to within
 # 0.12 of 1, as near as five odd quintics can (Amsel et al. 2025, The Polar Express, section 3: each
 # is the best on what the one before leaves). All but the last for values 1 % smaller, so that
@@ -156,8 +158,38 @@ def orthogonalize(matrices):
 def load_optimizer(optimizer, state):
     """Load a saved `state`, but let the hyper-parameters given now win over the saved ones.
 
-    Raises `UserError` where it is the state of another optimizer.
+    Raises `UserError` where it is the state of another optimizer, or of another model's.
     """
+    try:
+        check_rules(optimizer, state)
+        given = [{**group} for group in optimizer.param_groups]
+        for group, before in zip(given, state["param_groups"], strict=True):
+            group["params"] = before["params"]
+        optimizer.load_state_dict({**state, "param_groups": given})
+        for weight, kept in optimizer.state.items():
+            moments = [kept[key] for key in kept if key != "step"]
+            fit = all(is_weight(moment) and moment.shape == weight.shape for moment in moments)
+            if not fit or {*kept} not in STATES:
+                raise ValueError(f"odd state of a weight of shape {tuple(weight.shape)}")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"the checkpoint's optimizer cannot go on with this model ({error!r}); "
+            "start anew from the weights: --init_from=<the checkpoint's path>"
+        ) from error
+
+
+def load_scaler(scaler, state):
+    """Load the saved `state` of a gradient scaler; `UserError` where it is none."""
+    try:
+        if not all(isinstance(value, int | float) for value in state.values()):
+            raise TypeError("more than numbers")
+        scaler.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's gradient scaler is damaged ({error!r})") from error
+
+
+def check_rules(optimizer, state):
+    """Raise `UserError` where `state` is that of another kind of optimizer."""
     saved, now = (
         [group.get("rule", "adamw") for group in groups]
         for groups in (state["param_groups"], optimizer.param_groups)
@@ -167,10 +199,6 @@ def load_optimizer(optimizer, state):
             f"the checkpoint's optimizer is {saved[0]}, --optimizer={now[0]} cannot go on with it; "
             "leave the key out, or start anew from the weights: --init_from=<the checkpoint's path>"
         )
-    given = [{**group} for group in optimizer.param_groups]
-    for group, before in zip(given, state["param_groups"], strict=True):
-        group["params"] = before["params"]
-    optimizer.load_state_dict({**state, "param_groups": given})
 
 
 def learning_rate_at(step, config):

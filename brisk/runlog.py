@@ -136,8 +136,8 @@ def cut_metrics(path, step):
             record = json.loads(line)
             if record["step"] < step:
                 kept.append(line)
-                seconds = record["seconds"]
-        except (ValueError, KeyError, TypeError):
+                seconds = float(record["seconds"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     writing = path.with_name(path.name + ".writing")
     writing.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

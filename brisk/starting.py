@@ -14,6 +14,7 @@ OF_THIS_START = {
     "init_from",
     "eval_only",
     "dry_run",
+    "verify_data",
     "backend",
     "device",
     "dtype",

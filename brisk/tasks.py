@@ -179,7 +179,7 @@ def read_items(path, parse):
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or what is no path at all
         raise UserError(
             f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
         ) from error

@@ -171,12 +171,16 @@ class BPETokenizer:
 
     Args:
         encoding: a `tiktoken.Encoding` whose ordinary tokens are numbered from 0 without a gap.
+
+    Raises ValueError for one that has no id for some byte.
     """
 
     kind = "bpe"
     unk = None
 
     def __init__(self, encoding):
+        if not all(bytes([byte]) in encoding._mergeable_ranks for byte in range(256)):
+            raise ValueError("the byte pairs lack single bytes, so some text has no ids")
         self.encoding = encoding
         self.eot = encoding._special_tokens.get(EOT)
         self.vocab_size = encoding.n_vocab
@@ -186,7 +190,11 @@ class BPETokenizer:
 
     def encode_ordinary(self, text):
         # As tiktoken's encode_ordinary, but without a Python int for each token.
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair, which no UTF-8 has: U+FFFD, as there
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.encoding.encode_to_numpy(whole, disallowed_special=())
 
     def decode(self, ids):
         return decode_tokens(self, ids)
@@ -250,17 +258,35 @@ def from_dict(description):
             return WordTokenizer(*settings)
         if kind == "bpe":
             tokens = [base64.b64decode(token) for token in description["tokens"].split(" ")]
+            ranks = {token: rank for rank, token in enumerate(tokens)}
+            if len(ranks) < len(tokens):
+                raise ValueError("a token is there twice")
+            if not cuts_all(description["pattern"]):
+                raise ValueError("its pattern does not cut text into pieces")
             return BPETokenizer(
                 tiktoken().Encoding(
                     description["name"],
                     pat_str=description["pattern"],
-                    mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+                    mergeable_ranks=ranks,
                     special_tokens=description["special_tokens"],
                 )
             )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"the description of the tokenizer is damaged ({error!r})") from error
     raise UserError(f"there is no tokenizer of kind {kind!r} here; a newer version may have it")
+
+
+def cuts_all(pattern):
+    """Whether a regular expression cuts text into pieces and leaves nothing out: with another,
+    tiktoken drops text, or ends the process."""
+    import regex  # as tiktoken does
+
+    text = "".join(map(chr, range(256))) + " it's 12 naïve\r\n\n 中文 🙂\t "
+    try:
+        pieces = [match[0] for match in regex.finditer(pattern, text, timeout=1)]
+    except (regex.error, TimeoutError):
+        return False
+    return all(pieces) and "".join(pieces) == text
 
 
 def gpt2():
@@ -351,11 +377,12 @@ def read_meta_pkl(path):
         raise UserError(f"cannot read the characters in {path}: {error!r}") from error
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):
     """Admits dicts, lists, tuples, strings, numbers, and numpy integers, which become ints.
 
     A pickle may name any function to be called; here a name finds one of two stand-ins for
-    numpy's own, or an error.
+    numpy's own, or an error. It is the unpickler written in Python: the one in C makes a table as
+    long as the largest number that a few bytes in the file say.
     """
 
     def find_class(self, module, name):

@@ -91,7 +91,9 @@ def read_tokenizer(folder):
             ours = of_letters(tokens, eot)
         written = json.loads(to_tokenizers(ours).to_str())
         exact = parts_that_count(written) == parts_that_count(theirs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of JSON, of what is in it, and of the tokenizers library
         raise UserError(f"cannot read the tokenizer {path} ({error!r})") from error
     if not exact:
         raise UserError(f"{path} cuts text in a way that none of the tokenizers here does")

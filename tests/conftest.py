@@ -1,10 +1,16 @@
 """What the tests share: the way to the code, a small text made into a data set, tiny runs."""
 
 import importlib.util
+import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,6 +239,65 @@ def run_script(script, *argv, cwd=None, env=None, launcher=(), root=ROOT):
     return subprocess.run(
         command, cwd=cwd, env=clean, capture_output=True, text=True, encoding="utf-8", timeout=300
     )
+
+
+def ending(call, *arguments):
+    """How a script's `call` ends: None where it does its work, else the one line that says why
+    not. Any other ending, a traceback or a second line of error, fails the test."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in "oe")
+    try:
+        with redirect_stdout(out), redirect_stderr(err), one_line_errors():
+            call(*arguments)
+        return None
+    except SystemExit as left:
+        err.seek(0)
+        lines = err.read().splitlines()
+        assert left.code == 2 and [line.startswith("error: ") for line in lines].count(True) == 1
+        assert lines[-1].startswith("error: ") and lines[-1] != "error: "
+        return lines[-1]
+
+
+def run_forked(script, argv, cwd, seconds=60, memory=2**32):
+    """As `run_script`, in a process that has all modules loaded already: its start takes a tenth
+    of a second. It may take so many `seconds`, and so many bytes of memory more than are in use; a
+    `subprocess.CompletedProcess`, its status negative where a signal ended it."""
+    import resource
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        sys.stdout.flush(), sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+            sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+            os.chdir(cwd)
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+            sys.argv, status = [script, *map(str, argv)], 0
+            signal.alarm(seconds)
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as left:
+                status = left.code or 0
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0), err.seek(0)
+        texts = (file.read().decode("utf-8") for file in (out, err))
+        return subprocess.CompletedProcess([script, *argv], status, *texts)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """`forked("train.py", argv, cwd)`: `run_forked`, where a system can."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs fork and /proc")
+    import sample, train  # noqa: E401, F401, I001 (loaded once, before the processes part)
+
+    return run_forked
 
 
 @pytest.fixture(scope="session")
