@@ -74,9 +74,12 @@ def check_target(target, is_ours, overwrite):
 @contextmanager
 def moved_in(target):
     """A path to write to, which becomes `target` when all went well; else nothing changes."""
-    target = target.resolve()
     try:
+        target = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: what is no path at all
+        raise UserError(f"could not write {target}: {error}") from error
+    try:
         with TemporaryDirectory(prefix=f"{target.name}.writing-", dir=target.parent) as room:
             new, before = Path(room, "new"), Path(room, "before")
             yield new

@@ -175,9 +175,9 @@ def main(config, stop=None):
         chosen = cpu_dtype(model.transformer.h[0], shape) if ranks.is_main else None
         device.dtype_name = ranks.agree(chosen)
     if resuming and "dtype" not in config.given:  # to the bit means in the same precision
-        kind, dtype_name = checkpoint.get("precision", (None, None))
-        same = kind == device.type and dtype_name in DTYPES
-        device.dtype_name = dtype_name if same else device.dtype_name
+        saved = checkpoint.get("precision", ())
+        if saved in [(device.type, name) for name in DTYPES]:
+            device.dtype_name = saved[1]
     compiling = resolve_compile(config.compile, device)
     compiled = "compiled" if compiling else "not compiled"
 

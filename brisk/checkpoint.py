@@ -25,6 +25,7 @@ PARTS = {  # what loading relies on, where it is there
     "scaler": (dict,),
     "iter_num": (int,),
     "position": (int,),
+    "precision": (tuple,),
     "best_val_loss": (float, int, torch.Tensor),
 }
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")

@@ -131,7 +131,7 @@ def draw(runs, x="steps", curves="auto", smooth=1, log=False, title="", say=prin
     for (_, key), (_, y) in points.items():
         y[:] = smoothed(y, smooth) if key == "loss" else y
 
-    texts = elided([run.name for run in runs])
+    texts, title = [as_text(name) for name in elided([run.name for run in runs])], as_text(title)
     families, lacking = fonts_for("".join(texts) + title)
     if lacking:
         say(f"no font here has {' '.join(sorted(lacking)[:10])}: install one, Noto Sans CJK say")
@@ -179,6 +179,11 @@ def draw(runs, x="steps", curves="auto", smooth=1, log=False, title="", say=prin
         }
         axes.set_title(title, color=INK, fontsize=13, fontweight="bold", **style)
     return figure
+
+
+def as_text(name):
+    """`name`, of a path say, with what no font can have a sign for (lone surrogates) as "?"."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def set_frame(axes, points, log):

@@ -19,6 +19,8 @@ class UserError(Exception):
 @contextmanager
 def one_line_errors():
     """Around a script's `main`: a `UserError` becomes one line on standard error, status 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text at all
     try:
         yield
     except UserError as error:

@@ -194,7 +194,9 @@ class BPETokenizer:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # half a surrogate pair, which no UTF-8 has: U+FFFD, as there
             whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self.encoding.encode_to_numpy(whole, disallowed_special=())
+            return self.encode_ordinary(whole)
+        except ValueError as error:  # its regular expressions end at a million spaces in a row
+            raise UserError(f"the tokenizer cannot cut this text: {error}") from error
 
     def decode(self, ids):
         return decode_tokens(self, ids)

@@ -127,7 +127,21 @@ def test_a_long_value_is_told_in_a_short_line():
 
 # Texts and paths that settings of type str take; `\0` cannot stand on a real command line, but in a
 # config file.
-PATHS = ["", "\0", "a\0b", "\ud800", "x" * 300, "x/" * 3000, "é", "a\nb", "-", "FILE:", "*", "."]
+PATHS = [
+    "",
+    "\0",
+    "a\0b",
+    "\ud800",
+    "\udcff",
+    "x" * 300,
+    "x/" * 3000,
+    "é",
+    "a\nb",
+    "-",
+    "FILE:",
+    "*",
+    ".",
+]
 READ_ONLY = ["/", "/dev/null", "/proc/self/mem", "/etc/hostname/x"]
 STRINGS = {
     "train": (train, ["out_dir", "init_from", "dataset", "data_dir", "device"]),
@@ -162,7 +176,8 @@ def test_no_path_is_too_odd(script, run, char_data, tmp_path, monkeypatch):
     if script == "evaluate":
         common |= {"task": "loss"}
     for key in keys:
-        for path in PATHS if key != "out_dir" or script != "train" else PATHS[:7]:
+        is_read = key not in ("to", "gguf", "out") and (key, script) != ("out_dir", "train")
+        for path in PATHS + READ_ONLY * is_read:
             given = {**common, key: path}
             if key == "prompts":
                 given["start"] = ""
@@ -243,7 +258,9 @@ def test_two_thousand_prompts(model_of, prompt, stop):
 def test_a_prompt_of_a_megabyte(model_of, tmp_path, piece):
     path = tmp_path / "prompt.txt"
     path.write_text(piece * (2**20 // len(piece)))
-    assert sampled(model_of, start=f"FILE:{path}") is None
+    error = sampled(model_of, start=f"FILE:{path}")
+    if error:  # so long a run of white space is too much for tiktoken's regular expressions
+        assert "cannot cut this text" in error and "bpe" in str(model_of) and piece.isspace()
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=SLOW, derandomize=True)

@@ -236,6 +236,7 @@ def counted(files, kind, seeds):
 
 
 def in_processes(files, forked, kind, seeds):
+    """Run the script that reads files of `kind` on damaged ones: one for each of `seeds`."""
     for seed in seeds:
         path = files.damage(kind, random.Random(f"{kind} {seed}"))
         script, argv = files.script(kind, path)
@@ -251,10 +252,10 @@ def in_processes(files, forked, kind, seeds):
 # In the slow variant 2,000 of each kind; drawing takes a tenth of a second.
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_is_refused_or_read_right(files, kind):
-    few = {"metrics": 10, "ckpt.pt": 25}.get(kind, 60)
+    few = {"metrics": 10, "ckpt.pt": 25}.get(kind, 100)
     read, refused = counted(files, kind, range(few))
-    print(f"{kind}: {refused} of {few} refused")
-    assert refused > 0 and (read > 0 or kind == "train.bin")
+    assert read > 0 or kind == "train.bin"  # some damage changes nothing that counts
+    assert refused > 0 or kind == "metrics"  # a line that is broken is left out there
 
 
 @pytest.mark.slow
@@ -266,7 +267,7 @@ def test_two_thousand_damaged_files(files, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_met_by_a_script(files, forked, kind):
-    in_processes(files, forked, kind, range(1))
+    in_processes(files, forked, kind, range(2))
 
 
 @pytest.mark.slow
