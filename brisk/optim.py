@@ -171,7 +171,14 @@ def load_optimizer(optimizer, state):
             fit = all(is_weight(moment) and moment.shape == weight.shape for moment in moments)
             if not fit or {*kept} not in STATES:
                 raise ValueError(f"odd state of a weight of shape {tuple(weight.shape)}")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise UserError(
             f"the checkpoint's optimizer cannot go on with this model ({error!r}); "
             "start anew from the weights: --init_from=<the checkpoint's path>"

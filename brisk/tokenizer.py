@@ -261,18 +261,17 @@ def from_dict(description):
         if kind == "bpe":
             tokens = [base64.b64decode(token) for token in description["tokens"].split(" ")]
             ranks = {token: rank for rank, token in enumerate(tokens)}
+            encoding = tiktoken().Encoding(
+                description["name"],
+                pat_str=description["pattern"],
+                mergeable_ranks=ranks,
+                special_tokens=description["special_tokens"],
+            )
             if len(ranks) < len(tokens):
                 raise ValueError("a token is there twice")
             if not cuts_all(description["pattern"]):
                 raise ValueError("its pattern does not cut text into pieces")
-            return BPETokenizer(
-                tiktoken().Encoding(
-                    description["name"],
-                    pat_str=description["pattern"],
-                    mergeable_ranks=ranks,
-                    special_tokens=description["special_tokens"],
-                )
-            )
+            return BPETokenizer(encoding)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"the description of the tokenizer is damaged ({error!r})") from error
     raise UserError(f"there is no tokenizer of kind {kind!r} here; a newer version may have it")
