@@ -26,7 +26,7 @@ PARTS = {  # what loading relies on, where it is there
     "iter_num": (int,),
     "position": (int,),
     "precision": (tuple,),
-    "best_val_loss": (float, int, torch.Tensor),
+    "best_val_loss": (float, torch.Tensor),
 }
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")

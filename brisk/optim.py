@@ -7,6 +7,8 @@ import torch
 from brisk.checkpoint import is_weight
 from brisk.errors import UserError
 
+# What PyTorch raises on loading a state that is none, or of other weights.
+ODD_STATE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"})  # of a weight, in AdamW and in Muon
 # a x + b x³ + c x⁵ for each of five steps, which together bring every x in [0.001, 1] to within
 # 0.12 of 1, as near as five odd quintics can (Amsel et al. 2025, The Polar Express, section 3: each
@@ -167,18 +169,14 @@ def load_optimizer(optimizer, state):
             group["params"] = before["params"]
         optimizer.load_state_dict({**state, "param_groups": given})
         for weight, kept in optimizer.state.items():
+            for key in kept.keys() - {"step"}:
+                if len(kept[key]) > len(weight):  # of positions that a shorter block_size cut off
+                    kept[key] = kept[key][: len(weight)].clone()
             moments = [kept[key] for key in kept if key != "step"]
             fit = all(is_weight(moment) and moment.shape == weight.shape for moment in moments)
             if not fit or {*kept} not in STATES:
                 raise ValueError(f"odd state of a weight of shape {tuple(weight.shape)}")
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
+    except ODD_STATE as error:
         raise UserError(
             f"the checkpoint's optimizer cannot go on with this model ({error!r}); "
             "start anew from the weights: --init_from=<the checkpoint's path>"
