@@ -198,6 +198,22 @@ def test_no_run_is_too_odd_to_be_plotted(path, tmp_path, monkeypatch):
     ending(plot.main, ["metrics.jsonl", f"--to={path}.svg", f"--title={path}"])
 
 
+LARGE = [("n_layer", 10**9), ("n_embd", 2**40), ("n_embd", 2**62), ("mlp_width", 2**50)]
+
+
+@pytest.mark.parametrize(("key", "value"), [*LARGE, ("batch_size", 10**9)])
+def test_a_model_that_no_machine_holds_is_not_begun(char_data, forked, tmp_path, key, value):
+    for script in ("train.py", "bench.py"):
+        small = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "dtype")
+        given = {name: TINY[name] for name in small} | {key: value}
+        if script == "train.py":
+            given = {**TINY, **given, "data_dir": char_data, "out_dir": tmp_path / "out"}
+        argv = [f"--{name}={value}" for name, value in given.items()]
+        result = forked(script, argv, tmp_path, seconds=30)
+        assert result.returncode == 2 and "memory" in result.stderr.splitlines()[-1], result.stderr
+        assert "Traceback" not in result.stderr
+
+
 # ----------------------------------------------------------------------------- prompts
 
 

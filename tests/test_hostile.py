@@ -316,6 +316,14 @@ def test_a_compressed_checkpoint_is_refused(trained, tmp_path):
     assert "damaged" in sampled(init_from=path)
 
 
+def test_a_record_that_is_listed_a_thousand_times_is_not_read_as_often(trained, tmp_path):
+    path = Path(shutil.copy(trained / "ckpt.pt", tmp_path))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/data/long", bytes(2**16))
+        archive.filelist += archive.filelist[-1:] * 1000
+    assert "overlap" in sampled(init_from=path)
+
+
 SETTINGS = [("eval_interval", 0), ("batch_size", -1), ("log_interval", 0), ("beta1", 7.0)]
 SETTINGS += [("learning_rate", float("nan")), ("eval_iters", 2**70), ("rows", "columns")]
 
