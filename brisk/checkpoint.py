@@ -118,7 +118,7 @@ def odd_parts(checkpoint):
     odd += [key for key in SIZES if not isinstance(sizes[key], int)]
     odd += [key for key in ("dataset", "data_dir") if not isinstance(config.get(key, ""), str)]
     odd += [repr(name) for name in (*checkpoint["model"], *config) if not isinstance(name, str)]
-    return odd + ["best_val_loss"] * (best.numel() != 1 or best.device.type != "cpu")
+    return odd + ["best_val_loss"] * (best.numel() != 1 or best.is_meta)
 
 
 def is_dict(value):
@@ -130,7 +130,7 @@ def is_weight(value):
     them without end, none without any (PyTorch's meta tensors)."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return False
-    if value.layout is not torch.strided or value.device.type != "cpu":
+    if value.layout is not torch.strided or value.is_meta:
         return False
     return value.nbytes <= value.untyped_storage().nbytes()
 

@@ -23,8 +23,8 @@ def one_line_errors():
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text at all
     try:
         yield
-    except UserError as error:
-        leave_with(str(error))
+    except UserError as error:  # under torchrun all processes meet it: one line for a machine
+        leave_with(str(error), speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -38,8 +38,8 @@ def one_line_errors():
         leave_with(f"there is not enough memory for this; take smaller sizes ({error})")
 
 
-def leave_with(text):
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one line for a machine
+def leave_with(text, speaks=True):
+    if speaks:
         print(f"error: {one_line(text)}", file=sys.stderr)
     sys.exit(2)
 

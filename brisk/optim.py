@@ -5,7 +5,7 @@ import math
 import torch
 
 from brisk.checkpoint import is_weight
-from brisk.errors import UserError
+from brisk.errors import UserError, is_out_of_memory
 
 # What PyTorch raises on loading a state that is none, or of other weights.
 ODD_STATE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
@@ -177,6 +177,8 @@ def load_optimizer(optimizer, state):
             if not fit or {*kept} not in STATES:
                 raise ValueError(f"odd state of a weight of shape {tuple(weight.shape)}")
     except ODD_STATE as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"the checkpoint's optimizer cannot go on with this model ({error!r}); "
             "start anew from the weights: --init_from=<the checkpoint's path>"

@@ -150,6 +150,8 @@ class Files:
 
     def read_ckpt(self, path):
         checkpoint = load_checkpoint(path)
+        for name, weight in checkpoint["model"].items():  # checked by its checksum
+            assert torch.equal(weight, self.checkpoint["model"][name])
         argv = ["--init_from=resume", f"--out_dir={path.parent}", "--device=cpu", "--dry_run"]
         train.main(configure(train.TrainConfig, argv))
         model = GPT.from_checkpoint(checkpoint)
@@ -158,8 +160,6 @@ class Files:
         idx = torch.zeros((1, 4), dtype=torch.int64)
         model(idx, idx)[1].backward()
         optimizer.step()
-        for name, weight in checkpoint["model"].items():  # checked by its checksum
-            assert torch.equal(weight, self.checkpoint["model"][name])
 
     def read_data(self, path, verify=True):
         meta, tokenizer = read_meta(path.parent), load_tokenizer(path.parent)
