@@ -11,6 +11,7 @@ look at them. Here they are checked after every save and before every load.
 
 import os
 import shutil
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -92,7 +93,7 @@ def load_checkpoint(path):
 def read(path, mmap=False):
     """The dict in the file at `path`, its keys checked; with `mmap` no tensor is read yet."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = load_tensors(path, mmap)
     except Exception as error:  # a damaged pickle can raise any error there is
         reason = "it holds something other than tensors and plain values, or is damaged"
         raise UserError(f"{path} cannot be loaded: {reason}") from error
@@ -104,6 +105,13 @@ def read(path, mmap=False):
     if odd := odd_parts(checkpoint):
         raise UserError(f"{path} cannot be loaded: {', '.join(odd)} in it cannot be right")
     return checkpoint
+
+
+def load_tensors(path, mmap=False):
+    """What `torch.save` wrote to `path`, if it is tensors and plain values: no code in it runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd pickles: what comes of them is told in one line
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def odd_parts(checkpoint):
@@ -141,16 +149,10 @@ def verify(path):
         with zipfile.ZipFile(path) as archive:
             if sum(f.file_size for f in archive.infolist()) > os.path.getsize(path):
                 raise zipfile.BadZipFile("its records overlap")
-            # torch leaves these fields 0 (nothing is compressed: no bomb); set, they change how its
-            # reader takes a record, or how much memory it takes
-            odd = [
-                f.filename
-                for f in archive.infolist()
-                if f.flag_bits & 1
-                or f.external_attr
-                or f.compress_type
-                or f.file_size != f.compress_size
-            ]
+            # torch leaves both fields 0; set, they change how its reader takes a record
+            odd = [f.filename for f in archive.infolist() if f.flag_bits & 1 or f.external_attr]
+            # and compresses nothing: what is larger when unpacked may be so without end
+            odd += [f.filename for f in archive.infolist() if f.file_size != f.compress_size]
             damaged = odd[0] if odd else archive.testzip()
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error

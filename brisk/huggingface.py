@@ -8,11 +8,10 @@ import logging
 import zipfile
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from brisk.checkpoint import is_weight, verify
+from brisk.checkpoint import is_weight, load_tensors, verify
 from brisk.errors import UserError, nearest
 from brisk.families import to_config_args, to_state_dict
 from brisk.tokenizer_files import tokenizer_files
@@ -130,7 +129,7 @@ def read_weights(path):
         if path.suffix == ".bin":
             if zipfile.is_zipfile(path):  # PyTorch's format since 1.6; before, it had no checksum
                 verify(path)
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = load_tensors(path)
         else:
             weights = load_file(path)
     except OSError as error:
