@@ -198,6 +198,15 @@ def test_no_run_is_too_odd_to_be_plotted(path, tmp_path, monkeypatch):
     ending(plot.main, ["metrics.jsonl", f"--to={path}.svg", f"--title={path}"])
 
 
+@pytest.mark.parametrize(
+    "device", ["meta", "cuda:-1", "cpu:99", "xla", "\ud800", "cpu\0", "fpga:0"]
+)
+def test_a_device_that_is_none(char_data, tmp_path, device):
+    argv = {**TINY, "device": device, "data_dir": char_data, "out_dir": tmp_path / "out"}
+    argv = [f"--{key}={value}" for key, value in argv.items()]
+    assert "device" in (ending(lambda: train.main(configure(train.TrainConfig, argv))) or "device")
+
+
 LARGE = [("n_layer", 10**9), ("n_embd", 2**40), ("n_embd", 2**62), ("mlp_width", 2**50)]
 
 

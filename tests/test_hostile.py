@@ -316,7 +316,7 @@ def test_a_compressed_checkpoint_is_refused(trained, tmp_path):
                 after.writestr(info.filename, before.read(info), zipfile.ZIP_DEFLATED)
             for info in after.filelist:
                 info.external_attr = 0  # as PyTorch writes it
-    assert "damaged" in sampled(init_from=path)
+    assert "more than itself" in sampled(init_from=path)
 
 
 def test_a_record_that_is_listed_a_thousand_times_is_not_read_as_often(trained, tmp_path):
@@ -325,7 +325,7 @@ def test_a_record_that_is_listed_a_thousand_times_is_not_read_as_often(trained, 
         archive.writestr("archive/data/long", bytes(2**16))
         archive.filelist[-1].external_attr = 0
         archive.filelist += archive.filelist[-1:] * 1000
-    assert "overlap" in sampled(init_from=path)
+    assert "more than itself" in sampled(init_from=path)
 
 
 SETTINGS = [("eval_interval", 0), ("batch_size", -1), ("log_interval", 0), ("beta1", 7.0)]
