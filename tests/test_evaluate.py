@@ -286,7 +286,7 @@ def test_bench_prints_ceilings_and_a_share_of_them(capsys):
 def test_a_model_of_documents_begins_and_ends_them_by_itself(
     train_tiny, lines_data, script, tmp_path
 ):
-    train_tiny(tmp_path / "out", data_dir=lines_data, rows="documents", max_iters=40)
+    train_tiny(tmp_path / "out", data_dir=lines_data, rows="documents", max_iters=150)
     run = script("sample.py", f"--out_dir={tmp_path / 'out'}", "--num_samples=4", "--start=Sh")
     assert run.returncode == 0, run.stderr
     samples = run.stdout.split("---------------\n")[:-1]
