@@ -14,15 +14,23 @@ class UserError(Exception):
     """
 
 
+class RunError(Exception):
+    """What went wrong with a run by nobody's mistake: its numbers, or its disk at the very end.
+
+    One line too, but status 1.
+    """
+
+
 @contextmanager
 def one_line_errors():
-    """Around a script's `main`: a `UserError` becomes one line on standard error, status 2."""
+    """Around a script's `main`: a `UserError` becomes one line on standard error, status 2, a
+    `RunError` one with status 1."""
     try:
         yield
-    except UserError as error:
+    except (UserError, RunError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one line for a machine
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
