@@ -1,0 +1,89 @@
+"""A run that is killed again and again, at any moment, ends as one that never was."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+import train
+from brisk.checkpoint import load_checkpoint
+from configurator import configure
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes made by fork")
+
+# Saves after every other step, of both kinds: of the best model and of the newest.
+SAVING = {"eval_interval": 2, "always_save_checkpoint": False, "keep_checkpoints": 2}
+SAVING |= {"max_iters": 39, "lr_decay_iters": 39, "dropout": 0.1, "init_from": "auto"}
+
+
+def start(argv):
+    """A run in a process of its own, which has PyTorch already; its id."""
+    if child := os.fork():
+        return child
+    try:  # the child, which must not come back from here
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        train.main(configure(train.TrainConfig, argv))
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def kill_in_a_save(child, out, draw):
+    """Wait until a checkpoint is being written, and a random moment more."""
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end and not (out / "last.pt.writing").exists():
+        pass
+    time.sleep(draw.uniform(0, 0.01))
+
+
+def kill_anywhere(child, out, draw):
+    time.sleep(draw.uniform(0, 0.5))
+
+
+def run_through(argv, out, draw, kills):
+    """A run, killed at most `kills` times and started again each time, to its end.
+
+    Returns how often it was killed, and how often that left a file half written.
+    """
+    killed = cut_short = 0
+    while True:
+        child = start(argv)
+        if killed < kills:
+            draw.choice((kill_in_a_save, kill_anywhere))(child, out, draw)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return killed, cut_short
+        killed += 1
+        cut_short += any(out.glob("*.writing"))
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_loses_nothing(settings, train_tiny, tmp_path, kills):
+    whole = train_tiny(tmp_path / "whole", **SAVING)
+    draw, killed, cut_short, runs = random.Random(kills), 0, 0, 0
+    while killed < kills:
+        out = tmp_path / f"out{runs}"
+        counts = run_through(settings(out, **SAVING), out, draw, min(12, kills - killed))
+        killed, cut_short, runs = killed + counts[0], cut_short + counts[1], runs + 1
+
+        for name in ("last.pt", "ckpt.pt", "step-000038.pt", "step-000040.pt"):
+            ours, theirs = load_checkpoint(out / name), whole.checkpoint(name)
+            assert ours["iter_num"] == theirs["iter_num"], name
+            assert ours["best_val_loss"] == theirs["best_val_loss"]
+            for weight in theirs["model"]:
+                assert torch.equal(ours["model"][weight], theirs["model"][weight]), (name, weight)
+        assert not list(out.glob("*.writing"))
+        for key in ("loss", "val_loss"):
+            lines = type(whole)(out, "").series(key)
+            both = lines.keys() & whole.series(key).keys()
+            assert {s: lines[s] for s in both} == {s: whole.series(key)[s] for s in both}
+            assert len(both) == len(whole.series(key))
+    print(f"{killed} kills in {runs} runs, {cut_short} of them left a file half written")
+    assert cut_short > 0  # it did hit a write
