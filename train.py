@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from brisk.checkpoint import load_checkpoint, set_aside
+from brisk.checkpoint import drop_unfinished, load_checkpoint, set_aside
 from brisk.corpus import load_tokenizer, read_meta
 from brisk.device import cpu_dtype, open_device, resolve_compile
 from brisk.distributed import Ranks
@@ -246,6 +246,7 @@ def train(config, stop, at_end):
     if not config.eval_only:
         lock.take(make=True)
     if ranks.is_main and not config.eval_only:
+        drop_unfinished(config.out_dir)
         if not resuming and (folder := set_aside(config.out_dir, RUN_FILES)):
             log.say(f"moved an earlier run's files to {folder}")
         wandb = (config.wandb_project, config.wandb_run_name) if config.wandb_log else None

@@ -187,6 +187,12 @@ def latest_checkpoint(out_dir):
     return max(found, key=lambda item: item[0])[1]
 
 
+def drop_unfinished(out_dir):
+    """Remove what a killed process was writing: it may be large, and nobody will read it."""
+    for path in Path(out_dir).glob("*.pt.writing"):
+        path.unlink(missing_ok=True)
+
+
 def set_aside(out_dir, names):
     """Move an earlier run's files out of the way, to `earlier/` (or `earlier-2/`, …) in `out_dir`.
 
