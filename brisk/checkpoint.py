@@ -28,9 +28,9 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 def save_checkpoint(checkpoint, path, also=()):
     """Write `checkpoint` (a dict) to `path`; whatever happens, `path` is the old file or the new.
 
-    Its folder is made if it is not there. `also` are further names of the new file. They come to be
-    before `path` does, so that a process killed between two of them has lost none: the run goes on
-    from whichever is further.
+    Its folder is made if it is not there. `also` are further names of the new file, made in this
+    order and before `path`: a process killed between two of them loses none if those that a run
+    may be resumed from come last, since it goes on from whichever is further.
 
     Raises `UserError` where it cannot be written; the old file is then untouched.
     """
