@@ -1,6 +1,7 @@
 """Steps that would spoil a run: a loss or a gradient that is no number, or a gradient too long.
 
-A step is judged on the device; the host reads the verdicts where it waits for the device anyway.
+The host reads a step's numbers where it waits for the device anyway; a step that is to be left out
+is so on the device.
 """
 
 import math
@@ -23,7 +24,7 @@ class Spike:
     position: int  # of the batch's first window
     loss: float
     grad_norm: float
-    usual: float  # the median of the norms before; NaN where it was not asked for
+    times: float  # the median of the norms before that is
 
     def __str__(self):
         if not math.isfinite(self.loss):
@@ -31,8 +32,8 @@ class Spike:
         elif not math.isfinite(self.grad_norm):
             what = f"the norm of the gradient is {self.grad_norm}"
         else:
-            times = self.grad_norm / self.usual
-            what = f"the norm of the gradient is {self.grad_norm:.4g}, {times:.3g} times the usual"
+            times = f"{self.times:.3g} times the usual"
+            what = f"the norm of the gradient is {self.grad_norm:.4g}, {times}"
         return f"step {self.step}: {what} (its batch is at position {self.position:,} of the data)"
 
 
@@ -56,50 +57,52 @@ class SpikeWatch:
     def __init__(self, device, on_spike="stop", factor=0.0, scaled=False):
         self.on_spike, self.factor, self.scaled = on_spike, factor, scaled
         self.norms = torch.full((HISTORY,), float("nan"), device=device) if factor else None
-        self.unknown = torch.full((), float("nan"), device=device)
-        self.unread = []  # (step, position, [is a spike, loss, norm, usual norm])
+        self.no_limit = torch.full((), float("inf"), device=device)
+        self.unread = []  # (step, position, (loss, norm, largest norm that is none))
         self.in_a_row = 0  # spikes, up to the last step that was read
         self.ways_back = 0
 
     @torch.no_grad()
     def look(self, step, position, loss, grad_norm):
-        """Judge a step by its `loss` and `grad_norm`, tensors () on the device.
+        """Take down a step's `loss` and `grad_norm`, tensors () on the device.
 
-        Returns a tensor (): 1 where the step had better not be taken, else 0 (NaN if ignoring).
+        Returns, for "skip" only, a tensor (): 1 where the step is not to be taken, else 0.
         """
         if self.on_spike == "ignore":
-            return self.unknown
-        broken = ~torch.isfinite(loss + grad_norm)
-        spike = ~torch.isfinite(loss) if self.scaled else broken
-        usual = self.unknown
+            return None
+        limit = self.no_limit
         if self.factor:
-            known = self.norms.isfinite().sum()
-            usual = torch.where(known >= ENOUGH, self.norms.nanmedian(), self.unknown)
-            exploded = grad_norm.isfinite() & (grad_norm > self.factor * usual)  # not if unknown
-            broken, spike = broken | exploded, spike | exploded
-            finite = torch.where(grad_norm.isfinite(), grad_norm, self.unknown)
+            enough = self.norms.isfinite().sum() >= ENOUGH
+            limit = torch.where(enough, self.factor * self.norms.nanmedian(), self.no_limit)
+            finite = torch.where(grad_norm.isfinite(), grad_norm, float("nan"))
             self.norms = torch.cat((self.norms[1:], finite[None]))
-        self.unread.append((step, position, torch.stack((spike, loss, grad_norm, usual))))
-        return broken.float()
+        self.unread.append((step, position, (loss, grad_norm, limit)))
+        if self.on_spike == "skip":
+            return (~torch.isfinite(loss + grad_norm) | (grad_norm > limit)).float()
 
     def read(self):
         """The spikes among the steps since the last reading, which waits for the device."""
         if not self.unread:
             return []
-        steps, positions, numbers = zip(*self.unread, strict=True)
-        self.unread, spikes = [], []
-        for step, position, (odd, *rest) in zip(
-            steps, positions, torch.stack(numbers).tolist(), strict=True
-        ):
-            self.in_a_row = self.in_a_row + 1 if odd else 0
-            if odd:
-                spikes.append(Spike(step, position, *rest))
+        numbers = iter(torch.stack([n for *_, three in self.unread for n in three]).tolist())
+        spikes = []
+        for step, position, _ in self.unread:
+            loss, grad_norm, limit = next(numbers), next(numbers), next(numbers)
+            finite = math.isfinite(loss) and (self.scaled or math.isfinite(grad_norm))
+            too_long = math.isfinite(grad_norm) and grad_norm > limit
+            if finite and not too_long:
+                self.in_a_row = 0
+                continue
+            self.in_a_row += 1
+            times = self.factor * grad_norm / limit if limit else math.inf
+            spikes.append(Spike(step, position, loss, grad_norm, times))
+        self.unread = []
         return spikes
 
     def load(self, norms):
         """Go on with the `norms` of a checkpoint, where it has any."""
         if self.factor and norms is not None:
-            self.norms = norms.to(self.unknown.device)
+            self.norms = norms.to(self.no_limit.device)
 
     def way_back(self, saver, ranks, log):
         """Handle the spikes among the steps since the last reading, which waits for the device.

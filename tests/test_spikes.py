@@ -145,7 +145,7 @@ def test_steps_left_out_one_after_another_are_a_broken_run(spoil, train_tiny, tm
 
 
 def test_float16_leaves_infinite_gradients_to_its_scaler():
-    watch = SpikeWatch("cpu", scaled=True)
+    watch = SpikeWatch("cpu", "skip", scaled=True)
     one = torch.tensor(1.0)
     assert watch.look(0, 0, one, torch.tensor(math.inf)) == 1  # not to be taken, but no spike
     assert watch.look(1, 4, torch.tensor(NAN), one) == 1
@@ -251,7 +251,7 @@ def norms(watch, values, start=0):
 
 
 def test_a_norm_far_over_its_median_is_a_spike():
-    watch = SpikeWatch("cpu", factor=4.0)
+    watch = SpikeWatch("cpu", "skip", factor=4.0)
     usual = [1 + 0.5 * math.sin(k) for k in range(HISTORY)]
     assert not any(norms(watch, usual))
     median = torch.tensor(usual).median().item()
@@ -262,18 +262,18 @@ def test_a_norm_far_over_its_median_is_a_spike():
 
 
 def test_norms_are_judged_once_there_are_enough():
-    watch = SpikeWatch("cpu", factor=4.0)
+    watch = SpikeWatch("cpu", "skip", factor=4.0)
     assert norms(watch, [1.0] * (ENOUGH - 1) + [100, 100]) == [0] * ENOUGH + [1]
 
 
 def test_what_is_usual_moves_with_the_norms():
     """A level that stays is no row of spikes for ever, and one NaN is no level."""
-    watch = SpikeWatch("cpu", factor=4.0)
+    watch = SpikeWatch("cpu", "skip", factor=4.0)
     norms(watch, [1.0] * HISTORY)
     verdicts = norms(watch, [10.0] * HISTORY)
     assert verdicts[0] == 1 and verdicts[-1] == 0 and sum(verdicts) <= HISTORY // 2 + 1
     assert norms(watch, [math.nan, 10.0, math.inf, 10.0]) == [1, 0, 1, 0]
-    assert SpikeWatch("cpu").look(0, 0, torch.tensor(1.0), torch.tensor(1e30)) == 0  # not asked for
+    assert norms(SpikeWatch("cpu", "skip"), [1.0] * HISTORY + [1e30]) == [0] * (HISTORY + 1)
 
 
 def test_an_exploding_step_is_left_out_also_after_a_resume(spoil, train_tiny, resume, tmp_path):
