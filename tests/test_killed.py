@@ -3,10 +3,12 @@
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import train
 from brisk.checkpoint import load_checkpoint
@@ -24,6 +26,9 @@ def start(argv):
     if child := os.fork():
         return child
     try:  # the child, which must not come back from here
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own is shared by processes: one killed in it holds it
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
