@@ -9,27 +9,30 @@ What a run would do:     python train.py config/train_gpt2.py --dry_run=True
 """
 
 import math
-import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from brisk.checkpoint import link_checkpoint, save_checkpoint, set_aside
+from brisk.checkpoint import drop_unfinished, load_checkpoint, set_aside
 from brisk.corpus import load_tokenizer, read_meta, verify_data
 from brisk.device import DTYPES, cpu_dtype, open_device, resolve_compile
 from brisk.distributed import Ranks
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, find_data_dir, hash64, to_device
+from brisk.lock import FolderLock
 from brisk.memory import check_fits, expected_memory, in_bytes, peak_memory
-from brisk.optim import learning_rate_at, load_optimizer, load_scaler
+from brisk.optim import learning_rate_at, load_optimizer, load_scaler, step_unless
 from brisk.preview import draw_samples, sample_prompt
 from brisk.runlog import Forecast, RunLog
+from brisk.saving import Saver
+from brisk.spikes import SpikeWatch
 from brisk.starting import MODEL_SHAPE, describe_tokenizer, starting_point, take_over_settings
-from brisk.stopping import stop_requests
+from brisk.stopping import StopRequest, stop_requests
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -55,6 +58,7 @@ class TrainConfig:
     eval_start: str = ""  # what they begin with
     eval_only: bool = False  # evaluate once and stop; saves nothing
     always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
+    keep_checkpoints: NonNegativeInt = 0  # newest saves kept as step-<step>.pt too; 0 for none
     dry_run: bool = False  # say what the run would do and stop
     seed: Seed = 1337  # of the weights, the order of the data, and dropout
     wandb_log: bool = False  # log to Weights & Biases
@@ -97,6 +101,10 @@ class TrainConfig:
     beta1: UnitFloat = 0.9  # decay of the mean of the gradients
     beta2: UnitFloat = 0.95  # decay of the mean of their squares
     grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 for any
+    # a loss or gradient that is no number: stop; skip its step; go back to the last checkpoint and
+    # on with other batches; or train on as nanoGPT does
+    on_spike: Literal["stop", "skip", "rewind", "ignore"] = "stop"  # what to do at such a step
+    spike_factor: NonNegativeFloat = 0.0  # also for norms this many times the median; 0: any norm
     # learning-rate schedule: warm-up, then a cosine, or a constant rate and a line down at the end
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
     decay_share: UnitFloat = 0.2  # of lr_decay_iters, in which wsd goes down to min_lr
@@ -111,10 +119,16 @@ class TrainConfig:
     compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
 
 
-RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "wandb")
+RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "wandb", "step-*.pt")
 
 
 def main(config, stop=None):
+    """One run. However it ends, the last write is finished and the folder given back."""
+    with ExitStack() as at_end:
+        train(config, stop or StopRequest(), at_end)
+
+
+def train(config, stop, at_end):
     # --- who and where we are
     if not config.out_dir:
         raise UserError("--out_dir= is empty; name a folder for the run")
@@ -122,6 +136,9 @@ def main(config, stop=None):
     device = open_device(config.device, config.dtype, None if ranks.is_alone else ranks.local_rank)
     ranks.join(config.backend, device)
     log = RunLog(active=ranks.is_main)
+    lock = at_end.enter_context(FolderLock(config.out_dir, ranks))
+    if not (config.eval_only or config.dry_run):
+        lock.take()  # before anything is read that another run may be writing
 
     # --- where we start: nothing, a checkpoint (its settings hold unless given anew), or GPT-2
     checkpoint, resuming = starting_point(config)
@@ -205,13 +222,20 @@ def main(config, stop=None):
         muon if config.optimizer == "muon" else None,
     )
     scaler = device.scaler()
-    step, position, best_val_loss = 0, 0, float("inf")
-    if resuming:
-        step, best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
-        position = checkpoint.get("position", step * global_batch)
+    watch = SpikeWatch(device.device, config.on_spike, config.spike_factor, scaler.is_enabled())
+
+    def load_state(checkpoint):
+        """What goes with the weights; returns the step, and the best loss in validation so far."""
         load_optimizer(optimizer, checkpoint["optimizer"])
         if scaler.is_enabled() and checkpoint.get("scaler"):
             load_scaler(scaler, checkpoint["scaler"])
+        watch.load(checkpoint.get("grad_norms"))
+        return checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+
+    step, position, best_val_loss = 0, 0, float("inf")
+    if resuming:
+        step, best_val_loss = load_state(checkpoint)
+        position = checkpoint.get("position", step * global_batch)
         if step > config.max_iters and not config.eval_only:
             log.say(f"the run is at its end: step {step} is past max_iters={config.max_iters}")
             return ranks.leave()
@@ -224,10 +248,13 @@ def main(config, stop=None):
     trained = ranks.wrap(model, device)
 
     # --- from here on there is something to keep
+    saver = at_end.enter_context(Saver(config.out_dir, log.say))
+    if not config.eval_only:
+        lock.take(make=True)
     if ranks.is_main and not config.eval_only:
+        drop_unfinished(config.out_dir)
         if not resuming and (folder := set_aside(config.out_dir, RUN_FILES)):
             log.say(f"moved an earlier run's files to {folder}")
-        make_folder(config.out_dir)
         wandb = (config.wandb_project, config.wandb_run_name) if config.wandb_log else None
         settings = as_dict(config)
         log.open(config.out_dir, step, config.max_iters, settings, config.tensorboard, wandb)
@@ -241,7 +268,7 @@ def main(config, stop=None):
     steps_left = 0 if config.eval_only else steps_left
     forecast = Forecast(log.say, steps_left, len(share), evaluations, eval_batches)
 
-    def save(step, is_best):
+    def save(step, is_best, losses=()):
         """`last.pt` always; `ckpt.pt` too where this is the best so far, or always."""
         state = {
             "model": model.state_dict(),
@@ -254,28 +281,45 @@ def main(config, stop=None):
             "scaler": scaler.state_dict(),
             "precision": (device.type, device.dtype_name),
             "tokenizer": saved_tokenizer,
+            "grad_norms": watch.norms,
         }
-        save_checkpoint(state, Path(config.out_dir, "last.pt"))
-        if is_best or config.always_save_checkpoint:
-            link_checkpoint(Path(config.out_dir, "last.pt"), Path(config.out_dir, "ckpt.pt"))
+        as_best = is_best or config.always_save_checkpoint
+        saver.save(state, as_best, config.keep_checkpoints, losses)
 
     # --- the training loop
     lap, lap_steps, warned = time.perf_counter(), 0, False
     clipped = torch.zeros((), device=device.device)  # steps since the last line that were
     while True:
         finished = step > config.max_iters
+        evaluating = step % config.eval_interval == 0 or step == first_step or finished
+        stopping = 0 if finished else ranks.largest(stop.number or 0)
 
-        if stop and stop.number and not finished:
-            if step > first_step:
+        # steps that would spoil the run are read where the device is waited for anyway
+        if evaluating or stopping or device.type == "cpu" or (step - 1) % config.log_interval == 0:
+            if path := watch.way_back(saver, ranks, log):
+                checkpoint = load_checkpoint(path)
+                model.load_state_dict(checkpoint["model"])
+                step, best_val_loss = load_state(checkpoint)  # but position moves on
+                log.back_to(step)
+                clipped.zero_()
+                continue
+
+        if stopping:
+            if step > first_step and ranks.is_main:
                 save(step, is_best=False)
-                log.say(f"saved step {step} to {config.out_dir}; --init_from=resume goes on")
             log.close()
-            sys.exit(128 + stop.number)
-        if step % config.eval_interval == 0 or step == first_step or finished:
+            saver.leave(ranks)
+            if step > first_step:
+                log.say(f"saved step {step} to {config.out_dir}; --init_from=resume goes on")
+            sys.exit(128 + stopping)
+        if evaluating:
             model.eval()
             train_loss, val_loss = (
-                estimate_loss(model, data, config, ranks, device, forecast) for data in eval_data
+                estimate_loss(model, data, config, ranks, device, forecast, not finished and stop)
+                for data in eval_data
             )
+            if not finished and ranks.largest(stop.number or 0):  # it was cut short
+                continue
             record = {"train_loss": train_loss, "val_loss": val_loss}
             record["tokens"] = position * config.block_size
             if prompt and ranks.is_main:
@@ -286,7 +330,7 @@ def main(config, stop=None):
             best_val_loss = min(best_val_loss, val_loss)
             if step > first_step and ranks.is_main:
                 log.say(f"saving checkpoint to {config.out_dir}")
-                save(step, is_best)
+                save(step, is_best, (train_loss, val_loss))
             lap, lap_steps = time.perf_counter(), 0
         if finished or config.eval_only:
             break
@@ -312,19 +356,24 @@ def main(config, stop=None):
             if not forecast.is_complete:
                 device.synchronize()
                 forecast.micro_batch(time.perf_counter() - began)
-        position += global_batch
+        ranks.sum(step_loss)
 
         scaler.unscale_(optimizer)
         limit = config.grad_clip or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         clipped += grad_norm > limit  # on the device, which need not wait
-        scaler.step(optimizer)
+        broken = watch.look(step, position, step_loss, grad_norm)
+        if config.on_spike == "skip":
+            step_unless(broken, optimizer)
+        else:
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        position += global_batch
 
         lap_steps += 1
         if step % config.log_interval == 0:
-            loss = ranks.sum(step_loss).item()  # waits for the device
+            loss = step_loss.item()  # waits for the device
             seconds = (time.perf_counter() - lap) / lap_steps
             record = {
                 "loss": loss,
@@ -347,6 +396,7 @@ def main(config, stop=None):
         log.advance()
 
     log.close()
+    saver.leave(ranks)
     if not config.eval_only:
         peak = peak_memory(device)
         log.say(
@@ -356,15 +406,17 @@ def main(config, stop=None):
         left = [name for name in RUN_FILES if Path(config.out_dir, name).exists()]
         log.say(f"{config.out_dir} has {', '.join(left)}; read what the model writes:")
         log.say(f"  python sample.py --out_dir={config.out_dir}")
-    ranks.leave()
 
 
 @torch.no_grad()
-def estimate_loss(model, data, config, ranks, device, forecast):
-    """Mean loss in nats a token over the same `eval_iters` batches of `data` every time."""
+def estimate_loss(model, data, config, ranks, device, forecast, stop=None):
+    """Mean loss in nats a token over the same `eval_iters` batches of `data` every time. A request
+    to stop cuts it short."""
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     nats, tokens = torch.zeros(2, dtype=precise, device=device.device).unbind()
     for k in range(ranks.rank, config.eval_iters, ranks.world_size):
+        if stop and stop.number:
+            break
         began = time.perf_counter()
         position = k * config.batch_size
         batch = to_device(data.batch(position, config.batch_size), device)
@@ -409,14 +461,6 @@ def build_model(config, checkpoint, vocab_size):
         limit = model.config.block_size
         raise UserError(f"--block_size={config.block_size}: {config.init_from} has only {limit}")
     return model
-
-
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: what is no path at all
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot make the folder --out_dir={path}: {reason}") from error
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ import shutil
 import warnings
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from brisk.errors import UserError, one_line
+from brisk.memory import in_bytes
 
 PARTS = {  # what loading relies on, where it is there
     "optimizer": (dict,),
@@ -33,27 +35,63 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
-def save_checkpoint(checkpoint, path):
+def save_checkpoint(checkpoint, path, also=()):
     """Write `checkpoint` (a dict) to `path`; whatever happens, `path` is the old file or the new.
+
+    Its folder is made if it is not there. `also` are further names of the new file, made in this
+    order and before `path`: a process killed between two of them loses none if those that a run
+    may be resumed from come last, since it goes on from whichever is further.
 
     Raises `UserError` where it cannot be written; the old file is then untouched.
     """
     path = Path(path)
     writing = path.with_name(f"{path.name}.writing")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(writing, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         verify(writing)
+        for name in also:
+            link_checkpoint(writing, name)
         os.replace(writing, path)
         sync_directory(path.parent)
-    except (OSError, RuntimeError, UserError) as error:  # torch turns a full disk into the second
-        writing.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError, UserError) as error:
+        with suppress(OSError):
+            writing.unlink(missing_ok=True)
+        reason = f"{reason_of(error)} ({room_for(checkpoint, path.parent)})"
         raise UserError(
             f"could not save {path}: {reason}; what was there before is kept"
         ) from error
+
+
+def reason_of(error):
+    """Why a write failed: torch hides the system's reason in an error of its own."""
+    cause = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return getattr(cause, "strerror", None) or str(error).splitlines()[0]
+
+
+def room_for(checkpoint, folder):
+    """The bytes that `checkpoint` takes beside an older one, and those that are free, in words."""
+    needed = f"it needs about {in_bytes(sum(storages(checkpoint).values()))}"
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return f"{needed}, {in_bytes(shutil.disk_usage(folder).free)} are free"
+    except OSError:
+        return needed
+
+
+def storages(value):
+    """{address: bytes} of the memory behind the tensors of a dict of dicts."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    parts = value.values() if isinstance(value, dict) else ()
+    return {address: size for part in parts for address, size in storages(part).items()}
 
 
 def link_checkpoint(path, name):
@@ -64,7 +102,11 @@ def link_checkpoint(path, name):
     try:
         os.link(path, writing)
     except OSError:
-        shutil.copyfile(path, writing)
+        try:
+            shutil.copyfile(path, writing)
+        except OSError:
+            writing.unlink(missing_ok=True)
+            raise
     os.replace(writing, name)
     sync_directory(name.parent)
 
@@ -193,12 +235,18 @@ def latest_checkpoint(out_dir):
     return max(found, key=lambda item: item[0])[1]
 
 
+def drop_unfinished(out_dir):
+    """Remove what a killed process was writing: it may be large, and nobody will read it."""
+    for path in Path(out_dir).glob("*.pt.writing"):
+        path.unlink(missing_ok=True)
+
+
 def set_aside(out_dir, names):
     """Move an earlier run's files out of the way, to `earlier/` (or `earlier-2/`, …) in `out_dir`.
 
-    Returns the folder they went to, None where there was nothing to move.
+    `names` may be patterns. Returns the folder they went to, None where there was nothing to move.
     """
-    files = [path for name in names if (path := Path(out_dir, name)).exists()]
+    files = [path for name in names for path in sorted(Path(out_dir).glob(name))]
     if not files:
         return None
     number, folder = 1, Path(out_dir, "earlier")

@@ -41,6 +41,8 @@ class Ranks:
             backend = "nccl" if device.type == "cuda" else "gloo"
         if backend == "nccl" and device.type != "cuda":
             raise UserError(f"--backend=nccl needs GPUs, the device is {device.type}; use gloo")
+        if backend == "nccl":
+            backend = "cpu:gloo,cuda:nccl"  # what hosts agree on need not wait for their devices
         if device.type == "cpu":  # torchrun gives each process one thread unless told otherwise
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
             torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // local))
@@ -68,6 +70,14 @@ class Ranks:
         if not self.is_alone:
             dist.all_reduce(tensor)
         return tensor
+
+    def largest(self, number):
+        """The largest of the processes' whole numbers, in all; no device is waited for."""
+        if self.is_alone:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
 
     def wrap(self, model, device):
         """`model` with its gradients averaged over the processes in the backward pass."""

@@ -16,15 +16,24 @@ class UserError(Exception):
     """
 
 
+class RunError(Exception):
+    """What went wrong with a run by nobody's mistake: its numbers, or its disk at the very end.
+
+    One line too, but status 1.
+    """
+
+
 @contextmanager
 def one_line_errors():
-    """Around a script's `main`: a `UserError` becomes one line on standard error, status 2."""
+    """Around a script's `main`: a `UserError` becomes one line on standard error, status 2, a
+    `RunError` one with status 1."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text at all
     try:
         yield
-    except UserError as error:  # under torchrun all processes meet it: one line for a machine
-        leave_with(str(error), speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+    except (UserError, RunError) as error:  # under torchrun all meet it: one line for a machine
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        leave_with(str(error), speaks, status=2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -38,10 +47,10 @@ def one_line_errors():
         leave_with(f"there is not enough memory for this; take smaller sizes ({error})")
 
 
-def leave_with(text, speaks=True):
+def leave_with(text, speaks=True, status=2):
     if speaks:
         print(f"error: {one_line(text)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def is_out_of_memory(error):

@@ -103,13 +103,16 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.muon_step(self.param_groups[0])
+        skipped = getattr(self, "found_inf", None)  # of `step_unless`
+        self.muon_step(self.param_groups[0], skipped)
+        self.adamw.found_inf = skipped
         self.adamw.step()
         return loss
 
-    def muon_step(self, group):
+    def muon_step(self, group, skipped=None):
         """Nesterov momentum, orthogonalised map by map; decoupled weight decay.
 
+        `skipped` is that of `step_unless`: a gradient equal to the mean leaves the mean as it is.
         Under DDP every rank computes all of it. To share the work, let rank r take every
         world_size-th entry of a stack and gather the results.
         """
@@ -122,9 +125,14 @@ class MuonAdamW(torch.optim.Optimizer):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         means = [self.state[p]["momentum"] for p in weights]
+        decay = 1 - group["lr"] * group["weight_decay"]
+        if skipped is not None:
+            pairs = zip(means, gradients, strict=True)
+            gradients = [torch.where(skipped > 0, mean, g) for mean, g in pairs]
+            decay = torch.where(skipped > 0, 1.0, decay)
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, means, group["momentum"])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(weights, decay)
 
         stacks = {}  # (rows, columns), no more rows than columns: [(map, its update, its rate)]
         for (p, rows), update in zip(trained, updates, strict=True):
@@ -136,8 +144,25 @@ class MuonAdamW(torch.optim.Optimizer):
         for stack in stacks.values():
             parts = torch.stack([part for _, part, _ in stack])
             directions = orthogonalize(parts.to(self.dtype))
+            if skipped is not None:
+                directions = directions * (1 - skipped)
             for (weight, _, rate), direction in zip(stack, directions, strict=True):
                 weight.add_(direction, alpha=-rate)
+
+
+def step_unless(skipped, optimizer):
+    """One step of `optimizer`, or none where `skipped`, a tensor () on the device, is 1: weights,
+    moments and counts of steps then stay as they are.
+
+    The fused kernels read it themselves, as they do a gradient scaler's, so that the host need not
+    wait for the device; without them it does.
+    """
+    if optimizer.param_groups[-1].get("fused"):
+        optimizer.found_inf = skipped
+        optimizer.step()
+        del optimizer.found_inf
+    elif not skipped.item():
+        optimizer.step()
 
 
 def orthogonalize(matrices):

@@ -14,6 +14,7 @@ import netrc
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -28,6 +29,7 @@ class RunLog:
     def __init__(self, active=True):
         self.active = active
         self.file = self.bar = self.board = self.wandb = self.out_dir = None
+        self.losing = False  # whether lines of metrics.jsonl are being lost
         self.began = time.time()
 
     def say(self, text):
@@ -80,8 +82,7 @@ class RunLog:
             return
         record = {key: value for key, value in record.items() if value is not None}
         line = {"step": step, **record, "seconds": round(time.time() - self.began, 3)}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.write_line(json.dumps(line))
         samples = record.pop("samples", ())
         names = {"train_loss": "train/loss", "val_loss": "val/loss", "loss": "train/batch_loss"}
         numbers = {names.get(key, key): value for key, value in record.items()}
@@ -89,6 +90,28 @@ class RunLog:
             self.trying("board", send_to_tensorboard, step, numbers, samples)
         if self.wandb:
             self.trying("wandb", send_to_wandb, step, numbers, samples)
+
+    def write_line(self, line):
+        """A disk that is full costs lines, not the run."""
+        try:
+            self.file.write(line + "\n")
+            self.file.flush()
+            self.losing = False
+        except OSError as error:
+            if not self.losing:
+                self.say(f"metrics.jsonl cannot be written: {error.strerror}; going on without")
+            self.losing = True
+
+    def back_to(self, step):
+        """The run goes on from an earlier `step`: the lines from there on are cut."""
+        if not self.file:
+            return
+        self.file.close()
+        path = Path(self.out_dir, "metrics.jsonl")
+        cut_metrics(path, step)
+        self.file = open(path, "a", encoding="utf-8")
+        self.bar.n = step
+        self.bar.refresh()
 
     def trying(self, part, send, *what):
         """Send to a recorder; one that fails, in whatever way, is left: training matters more."""
@@ -109,7 +132,8 @@ class RunLog:
         """All that was opened is closed, and the losses are drawn in `loss.png`."""
         for part in (self.bar, self.file):
             if part is not None:
-                part.close()
+                with suppress(OSError):  # a full disk, of which a line was said
+                    part.close()
         if self.board:
             self.trying("board", lambda board: board.close())
         if self.wandb:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -275,9 +276,52 @@ def test_a_save_that_fails_leaves_the_old_file_whole(saved, monkeypatch, place, 
     assert os.listdir(saved.parent) == ["ckpt.pt"]
 
 
+def test_a_folder_that_is_gone_is_made_again(tmp_path):
+    save_checkpoint(a_checkpoint(20), tmp_path / "gone" / "out" / "last.pt")
+    assert load_checkpoint(tmp_path / "gone" / "out" / "last.pt")["iter_num"] == 20
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match=r"could not save .*last\.pt"):
-        save_checkpoint(a_checkpoint(), tmp_path / "nowhere" / "last.pt")
+    (tmp_path / "out").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"could not save .*last\.pt: .* are free"):
+        save_checkpoint(a_checkpoint(), tmp_path / "out" / "last.pt")
+    assert (tmp_path / "out").read_text() == "a file where the folder should be"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.99])
+def test_a_disk_that_is_full_is_told_with_what_is_needed(saved, share):
+    """The system itself refuses to write on, somewhere in the file."""
+    import resource
+
+    before, (soft, hard) = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), hard))
+    try:
+        with pytest.raises(UserError) as caught:
+            save_checkpoint(a_checkpoint(step=20, seed=1), saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = r"ckpt\.pt: File too large \(it needs about 0 MB, .* are free\)"
+    assert re.search(told, str(caught.value))
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == ["ckpt.pt"]
+
+
+def test_a_process_killed_between_two_names_has_lost_neither(saved, monkeypatch):
+    """The best has its name first: if `last.pt` alone moved on, a best model would be gone."""
+    last = saved.with_name("last.pt")
+    link_checkpoint(saved, last)
+    replace = os.replace
+
+    def killed_at_last(source, target):
+        if Path(target).name == "last.pt":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("brisk.checkpoint.os.replace", killed_at_last)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(a_checkpoint(20), last, also=[saved])
+    assert load_checkpoint(saved)["iter_num"] == 20 and load_checkpoint(last)["iter_num"] == 10
+    assert latest_checkpoint(saved.parent) == saved
 
 
 # ----------------------------------------------------------------------------- two names

@@ -15,7 +15,7 @@ LONG = {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 1000, "dropout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_run_goes_on_to_the_bit(settings, train_tiny, resume, tmp_path, number):
     train = str(Path(__file__).parent.parent / "train.py")
     argv = settings(tmp_path / "stopped", log_interval=1, **LONG)
@@ -36,12 +36,71 @@ def test_a_stopped_run_goes_on_to_the_bit(settings, train_tiny, resume, tmp_path
         assert torch.equal(weight, resumed["model"][name]), name
 
 
-def test_the_second_signal_stops_at_once(capsys):
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+@pytest.mark.parametrize("whom, number", [("torchrun", signal.SIGTERM), ("rank 1", signal.SIGUSR1)])
+def test_all_processes_stop_after_the_same_step(
+    settings, resumed_settings, torchrun, train_tiny, tmp_path, whom, number
+):
+    """Told by torchrun, or one of them alone, they stop together, and go on together."""
+    out, root = tmp_path / "out", Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(root / "train.py"), *settings(out, **LONG)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    lines = iter(process.stdout.readline, b"")
+    assert any(line.startswith(b"iter 20:") for line in lines)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(process.pid if whom == "torchrun" else int(workers[1]), number)
+    said = b"".join(lines).decode()
+    errors = process.stderr.read().decode()
+    assert process.wait(60) != 0 and "Traceback" not in errors.split("torch/distributed")[0]
+    step = torch.load(out / "last.pt")["iter_num"]
+    assert 20 < step < 400 and said.count(f"saved step {step} to {out}") == 1
+    if whom == "rank 1":  # torchrun tells what its processes left with
+        assert f"exitcode  : {128 + number}" in errors
+
+    again = torchrun("train.py", *resumed_settings(out, max_iters=step + 5))
+    assert again.returncode == 0, again.stderr
+    assert f"at step {step}" in again.stdout and f"iter {step + 5}:" in again.stdout
+
+
+def test_the_second_ctrl_c_stops_at_once(capfd):
     request = StopRequest()
     request.note(signal.SIGINT, None)
-    assert request.number == signal.SIGINT and "saving" in capsys.readouterr().out
+    assert request.number == signal.SIGINT and "saving" in capfd.readouterr().out
+    request.note(signal.SIGTERM, None)  # a scheduler that says it twice has to wait all the same
+    assert request.number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         request.note(signal.SIGINT, None)
+
+
+def test_a_stop_amid_an_evaluation_need_not_wait_for_its_end(
+    settings, resume, train_tiny, tmp_path, monkeypatch
+):
+    """The step before it is saved, and the run goes on with that evaluation, to the bit."""
+    import train
+    from configurator import configure
+
+    whole = train_tiny(tmp_path / "whole", dropout=0.1)
+    stop, batches, original = StopRequest(), [], train.to_device
+
+    def at_the_fourth_step(batch, device):
+        batches.append(batch)
+        if len(batches) == 9:  # four of the first evaluation, four steps, and the second begins
+            stop.number = signal.SIGTERM
+        return original(batch, device)
+
+    monkeypatch.setattr(train, "to_device", at_the_fourth_step)
+    with pytest.raises(SystemExit) as left:
+        train.main(configure(train.TrainConfig, settings(tmp_path / "out", dropout=0.1)), stop)
+    assert left.value.code == 128 + signal.SIGTERM and len(batches) == 9
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "out" / "last.pt")["iter_num"] == 4
+    again = resume(tmp_path / "out")
+    assert again.series("val_loss") == whole.series("val_loss")
+    for name, weight in whole.checkpoint()["model"].items():
+        assert torch.equal(weight, again.checkpoint()["model"][name])
 
 
 def test_the_handlers_before_come_back():

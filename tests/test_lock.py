@@ -1,0 +1,81 @@
+"""Two runs do not share a folder; who only reads it is not kept waiting."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from brisk.distributed import Ranks
+from brisk.errors import UserError
+from brisk.lock import FolderLock
+
+ROOT = Path(__file__).parent.parent
+LONG = {"max_iters": 100000, "eval_interval": 50, "log_interval": 10}
+
+
+@pytest.fixture
+def running(settings, tmp_path):
+    """A run in a process of its own, in the folder `out`, that has saved a checkpoint."""
+    command = [sys.executable, str(ROOT / "train.py"), *settings(tmp_path / "out", **LONG)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert any(line.startswith(b"iter 100:") for line in iter(process.stdout.readline, b""))
+    threading.Thread(target=process.stdout.read, daemon=True).start()  # or it waits for a reader
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_run_is_refused_and_told_of_the_first(
+    running, settings, resume, script, tmp_path
+):
+    before = (tmp_path / "out" / "metrics.jsonl").stat().st_ino
+    for start in ("scratch", "auto"):
+        second = script("train.py", *settings(tmp_path / "out", init_from=start))
+        assert second.returncode == 2 and second.stderr.count("\n") == 1
+        where = f"process {running.pid} on {socket.gethostname()}, since 20"
+        assert f"error: another run is in {tmp_path / 'out'}: {where}" in second.stderr
+    assert (tmp_path / "out" / "metrics.jsonl").stat().st_ino == before  # nothing was moved
+    assert not (tmp_path / "out" / "earlier").exists()
+
+    machine = {"device": "cpu", "max_new_tokens": 5, "num_samples": 1}
+    argv = [f"--{key}={value}" for key, value in machine.items()]
+    read = script("sample.py", f"--out_dir={tmp_path / 'out'}", *argv)
+    assert read.returncode == 0, read.stderr
+    with pytest.raises(UserError):
+        resume(tmp_path / "out")
+    resume(tmp_path / "out", eval_only=True)  # which writes nothing, and so may look
+
+    running.send_signal(signal.SIGKILL)  # no chance to tidy up
+    running.wait()
+    step = resume(tmp_path / "out", max_iters=0).console
+    assert "Resuming" in step  # the lock died with its process
+
+
+def test_a_lock_leaves_nothing_behind_and_can_be_had_again(tmp_path):
+    first, second = (FolderLock(tmp_path, Ranks()) for _ in range(2))
+    for _ in range(3):
+        with first:
+            first.take()
+            first.take()
+            with second, pytest.raises(UserError, match=f"process {os.getpid()} "):
+                second.take()
+        assert os.listdir(tmp_path) == []
+        with second:
+            second.take()
+
+
+def test_a_folder_is_made_only_when_it_is_wanted(tmp_path):
+    with FolderLock(tmp_path / "a" / "out", Ranks()) as lock:
+        lock.take()
+        assert not (tmp_path / "a").exists()
+        lock.take(make=True)
+        with pytest.raises(UserError):
+            FolderLock(tmp_path / "a" / "out", Ranks()).take()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to the folder --out_dir=.*file"):
+        FolderLock(tmp_path / "file", Ranks()).take(make=True)

@@ -1,0 +1,280 @@
+"""Checkpoints are written while a run goes on; one that cannot be costs neither run nor file."""
+
+import copy
+import errno
+import os
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_checkpoint import a_checkpoint, same
+
+from brisk.checkpoint import load_checkpoint, save_checkpoint
+from brisk.distributed import Ranks
+from brisk.errors import RunError, UserError
+from brisk.saving import Saver, on_host
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def saver(tmp_path, said):
+    with Saver(tmp_path / "out", said.append) as saver:
+        yield saver
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writes that begin, and end only when they are let."""
+    gate = SimpleNamespace(began=threading.Event(), let=threading.Event(), running=0, most=0)
+
+    def write(*what):
+        gate.running += 1
+        gate.most = max(gate.most, gate.running)
+        gate.began.set()
+        assert gate.let.wait(30)
+        save_checkpoint(*what)
+        gate.running -= 1
+
+    monkeypatch.setattr("brisk.saving.save_checkpoint", write)
+    return gate
+
+
+# ----------------------------------------------------------------------------- on a thread
+
+
+def test_a_save_does_not_wait_and_is_of_the_state_it_was_given(saver, held, tmp_path):
+    checkpoint = a_checkpoint(10)
+    expected = copy.deepcopy(checkpoint | {"model": dict(checkpoint["model"])})
+    saver.save(checkpoint, as_best=True)
+    assert held.began.wait(30)  # the write is under way, and we are here
+    for weight in checkpoint["model"].values():
+        weight.zero_()
+    for moments in checkpoint["optimizer"]["state"].values():
+        moments["exp_avg"].fill_(7)
+    held.let.set()
+    saver.wait()
+    for name in ("last.pt", "ckpt.pt"):
+        assert same(load_checkpoint(tmp_path / "out" / name), expected)
+
+
+def test_the_copy_keeps_a_tied_weight_one(tmp_path):
+    copied = on_host(a_checkpoint())
+    tied = [copied["model"][name] for name in ("lm_head.weight", "transformer.wte.weight")]
+    assert tied[0].data_ptr() == tied[1].data_ptr()
+    assert same(copied, on_host(copied)) and same(dict(a_checkpoint()["model"]), copied["model"])
+
+
+def test_one_write_at_a_time(saver, held, tmp_path):
+    saver.save(a_checkpoint(10), as_best=False)
+    second = threading.Thread(target=saver.save, args=(a_checkpoint(20), False))
+    second.start()
+    time.sleep(0.2)
+    assert second.is_alive()  # it waits for the first
+    held.let.set()
+    second.join()
+    saver.wait()
+    assert held.most == 1 and load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 20
+
+
+def test_leaving_waits_for_the_write(tmp_path, held):
+    with Saver(tmp_path / "out") as saver:
+        saver.save(a_checkpoint(10), as_best=False)
+        threading.Timer(0.2, held.let.set).start()
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 10
+
+
+def test_a_mistake_on_the_thread_is_not_lost(saver, monkeypatch):
+    monkeypatch.setattr("brisk.saving.save_checkpoint", lambda *_: 1 / 0)
+    saver.save(a_checkpoint(10), as_best=False)
+    with pytest.raises(ZeroDivisionError):
+        saver.save(a_checkpoint(20), as_best=False)
+
+
+# ----------------------------------------------------------------------------- failing
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["the last one", "one amid the run"])
+def test_a_run_outlives_a_save_that_fails(train_tiny, tmp_path, monkeypatch, capsys, last):
+    """The disk is full at one save of the three. The run goes on, and at the end it is a failure
+    only if the last save was one."""
+    original = torch.save
+
+    def save(checkpoint, file):
+        if checkpoint["iter_num"] == (12 if last else 8):
+            file.write(b"half a file")
+            no_space()
+        original(checkpoint, file)
+
+    monkeypatch.setattr("brisk.checkpoint.torch.save", save)
+    out = tmp_path / "out"
+    if last:
+        with pytest.raises(RunError, match=r"last\.pt: No space left on device \(it needs"):
+            train_tiny(out, max_iters=11)
+        console = capsys.readouterr().out
+    else:
+        console = train_tiny(out, max_iters=11).console
+    assert console.count("could not save") == 1 and "iter 11:" in console
+    assert load_checkpoint(out / "last.pt")["iter_num"] == (8 if last else 12)
+    assert not list(out.glob("*.writing"))
+
+
+def test_a_failed_last_save_is_one_line_and_status_1(settings, script, tmp_path, monkeypatch):
+    code = "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    if os.name != "posix":
+        pytest.skip("limits of a process are POSIX's")
+    (tmp_path / "sitecustomize.py").write_text(code)
+    argv = settings(tmp_path / "out", max_iters=3)
+    result = script("train.py", *argv, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: could not save")
+    assert "iter 3:" in result.stdout and not list((tmp_path / "out").glob("*.pt"))
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file"])
+def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, instead):
+    """Nothing there: it is made again. A file in its place: the run goes on without, and saves when
+    the way is free."""
+    import train
+
+    out, original = tmp_path / "out", train.learning_rate_at
+
+    def vanish(step, config):
+        if step == 5:
+            for thread in threading.enumerate():  # of a folder that goes while it is being written
+                if thread.name == "saver":  # to, that save is lost
+                    thread.join()
+            shutil.rmtree(out)
+            if instead == "a file":
+                out.write_text("")
+        if step == 10 and instead == "a file":
+            out.unlink()
+        return original(step, config)
+
+    monkeypatch.setattr(train, "learning_rate_at", vanish)
+    console = train_tiny(out, max_iters=11).console
+    assert ("could not save" in console) == (instead == "a file")
+    assert load_checkpoint(out / "ckpt.pt")["iter_num"] == 12
+
+
+def test_a_small_disk(tmp_path, said):
+    """A real one, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=96k tmpfs {disk} 2>/dev/null") != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with Saver(disk / "out", said.append) as saver:
+            saver.save(a_checkpoint(10), as_best=True)
+            saver.wait()
+            size = (disk / "out" / "last.pt").stat().st_size
+            (disk / "other").write_bytes(b"x" * (96 * 1024 - 2 * size))
+            for step in (20, 30):
+                saver.save(a_checkpoint(step), as_best=True)
+            saver.wait()
+            assert len(said) == 2 and "No space left on device" in said[0]
+            assert load_checkpoint(disk / "out" / "last.pt")["iter_num"] == 10
+            (disk / "other").unlink()
+            saver.save(a_checkpoint(40), as_best=True)
+            saver.leave(Ranks())
+            assert load_checkpoint(disk / "out" / "ckpt.pt")["iter_num"] == 40
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_a_full_disk_costs_lines_of_metrics_not_the_run(train_tiny, tmp_path, monkeypatch):
+    import brisk.runlog
+
+    class Full:
+        """A file on a disk that is full for a while."""
+
+        writes = 0
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, text):
+            Full.writes += 1
+            if 3 <= Full.writes < 6:
+                no_space()
+            self.file.write(text)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    original = brisk.runlog.cut_metrics
+
+    def cut(path, step):
+        monkeypatch.setattr(brisk.runlog, "open", lambda *a, **k: Full(open(*a, **k)), False)
+        return original(path, step)
+
+    monkeypatch.setattr(brisk.runlog, "cut_metrics", cut)
+    run = train_tiny(tmp_path / "out")
+    assert run.console.count("metrics.jsonl cannot be written: No space left") == 1
+    assert len(run.metrics) == 11 - 3 and run.checkpoint()["iter_num"] == 8
+
+
+# ----------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("what", ["weight", "moment", "loss"])
+def test_what_is_no_number_is_not_saved(saver, said, tmp_path, what):
+    saver.save(a_checkpoint(10), as_best=True)
+    bad, losses = a_checkpoint(20), (1.0, 2.0)
+    if what == "weight":
+        bad["model"]["transformer.wpe.weight"][1, 2] = float("inf")
+    elif what == "moment":
+        bad["optimizer"]["state"][0]["exp_avg_sq"][1, 2] = float("nan")
+    else:
+        losses = (1.0, float("nan"))
+    saver.save(bad, as_best=True, losses=losses)
+    saver.wait()
+    assert len(said) == 1 and "step 20 is not saved" in said[0]
+    for name in ("last.pt", "ckpt.pt"):
+        assert load_checkpoint(tmp_path / "out" / name)["iter_num"] == 10
+    with pytest.raises(RunError, match="step 20 is not saved"):
+        saver.leave(Ranks())
+
+
+# ----------------------------------------------------------------------------- history
+
+
+def test_keep_checkpoints(train_tiny, resume, tmp_path):
+    out = tmp_path / "out"
+    train_tiny(out, max_iters=11, eval_interval=2, keep_checkpoints=3, always_save_checkpoint=False)
+    assert sorted(p.name for p in out.glob("step-*")) == [
+        f"step-{step:06d}.pt" for step in (8, 10, 12)
+    ]
+    for step in (8, 10, 12):
+        assert load_checkpoint(out / f"step-{step:06d}.pt")["iter_num"] == step
+    assert (out / "step-000012.pt").samefile(out / "last.pt")  # a name more, not a file more
+
+    for name in ("last.pt", "ckpt.pt"):  # an older one put back
+        (out / name).unlink()
+        shutil.copyfile(out / "step-000008.pt", out / name)
+    resume(out, max_iters=10, eval_interval=1, keep_checkpoints=2)
+    steps = [load_checkpoint(path)["iter_num"] for path in sorted(out.glob("step-*"))]
+    assert steps == [10, 11, 12]  # the two newest; what is ahead is another start's
+    train_tiny(out, max_iters=3)
+    assert not list(out.glob("step-*")) and len(list(out.glob("earlier/step-*"))) == 3
+
+
+def test_no_history_unless_asked(train_tiny, tmp_path):
+    assert not list(train_tiny(tmp_path / "out").out_dir.glob("step-*"))
+
+
+def test_the_error_of_a_save_is_a_persons(tmp_path):
+    """`save_checkpoint` by itself, as other scripts call it, says it as wrong input is said."""
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError):
+        save_checkpoint(a_checkpoint(), tmp_path / "out" / "last.pt")

@@ -1,0 +1,288 @@
+"""A step that would spoil the run is seen, told, and handled as `on_spike` says."""
+
+import math
+
+import pytest
+import torch
+
+import train
+from brisk.checkpoint import load_checkpoint
+from brisk.errors import RunError
+from brisk.optim import step_unless
+from brisk.spikes import ENOUGH, HISTORY, PATIENCE, SpikeWatch
+from model import GPT, GPTConfig
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """`spoil({5: nan})`: the gradient at step 5 is that number all over, once or `always`; a number
+    that is no NaN multiplies it. `spoil.seen` are the steps at which it was."""
+    rate, clip = train.learning_rate_at, torch.nn.utils.clip_grad_norm_
+
+    def spoil(factors, always=True):
+        spoil.seen, now = [], {}
+
+        def note(step, config):
+            now["step"] = step
+            return rate(step, config)
+
+        def clip_spoiled(parameters, limit):
+            parameters = list(parameters)
+            step = now["step"]
+            if step in factors and (always or step not in spoil.seen):
+                spoil.seen.append(step)
+                for p in parameters[:1] if math.isnan(factors[step]) else parameters:
+                    p.grad.mul_(factors[step])
+            return clip(parameters, limit)
+
+        monkeypatch.setattr(train, "learning_rate_at", note)
+        monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clip_spoiled)
+
+    return spoil
+
+
+NAN = float("nan")
+
+
+# ----------------------------------------------------------------------------- stop
+
+
+@pytest.mark.parametrize("log_interval", [1, 5])
+def test_stop_saves_nothing_broken_and_names_the_good_one(
+    spoil, train_tiny, tmp_path, capsys, log_interval
+):
+    spoil({5: NAN})
+    with pytest.raises(RunError) as caught:
+        train_tiny(tmp_path / "out", log_interval=log_interval)
+    assert re_all(str(caught.value), "step 5", "nan", "position 20 ", "last.pt is the last good")
+    for name in ("last.pt", "ckpt.pt"):
+        assert load_checkpoint(tmp_path / "out" / name)["iter_num"] == 4
+    assert "iter 6:" not in capsys.readouterr().out
+
+
+def re_all(text, *parts):
+    missing = [part for part in parts if part not in text]
+    assert not missing, f"{missing} not in {text}"
+    return True
+
+
+def test_stop_is_one_line_and_status_1(settings, script, tmp_path):
+    """A rate under which the loss is soon no number, as a person would see it."""
+    wild = {"learning_rate": 1e38, "min_lr": 1e38, "warmup_iters": 0, "grad_clip": 0}
+    result = script("train.py", *settings(tmp_path / "out", **wild))
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert re_all(result.stderr, "error: step ", "nothing is saved yet", "--learning_rate")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "loss.png",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_stopped_run_goes_on_without_the_step(spoil, train_tiny, resume, tmp_path):
+    spoil({5: NAN})
+    with pytest.raises(RunError):
+        train_tiny(tmp_path / "out")
+    again = resume(tmp_path / "out", on_spike="skip")
+    whole = train_tiny(tmp_path / "whole", on_spike="skip")
+    assert_same_weights(whole, again)
+
+
+def assert_same_weights(run, other):
+    a, b = run.checkpoint(), other.checkpoint()
+    for name, weight in a["model"].items():
+        assert torch.isfinite(weight).all() and torch.equal(weight, b["model"][name]), name
+    for key, moments in a["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, b["optimizer"]["state"][key][name]), name
+
+
+# ----------------------------------------------------------------------------- skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("factor", [NAN, float("inf")])
+def test_a_step_left_out_moves_nothing(spoil, train_tiny, tmp_path, optimizer, factor):
+    """The checkpoints before and after that step have the same weights, moments and counts."""
+    spoil({4: factor})
+    changes = {"optimizer": optimizer, "eval_interval": 1, "keep_checkpoints": 9}
+    run = train_tiny(tmp_path / "out", on_spike="skip", **changes)
+    before, after, next_one = (run.checkpoint(f"step-{step:06d}.pt") for step in (4, 5, 6))
+    for key in ("model", "optimizer"):
+        assert flat(before[key]).keys() == flat(after[key]).keys()
+        for name, tensor in flat(before[key]).items():
+            assert torch.equal(tensor, flat(after[key])[name]), name
+    moved = [not torch.equal(w, next_one["model"][name]) for name, w in after["model"].items()]
+    assert all(moved) and after["position"] == before["position"] + 4
+    assert run.console.count("left out") == 1
+    assert re_all(run.console, "step 4: the norm of the gradient is ", "position 16 ")
+
+
+def flat(tree, path=""):
+    """{path: tensor} of a tree of dicts."""
+    if isinstance(tree, torch.Tensor):
+        return {path: tree}
+    parts = tree.items() if isinstance(tree, dict) else ()
+    return {k: v for key, part in parts for k, v in flat(part, f"{path}/{key}").items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_where_nothing_is_wrong_every_mode_is_the_same_run(train_tiny, tmp_path, optimizer):
+    runs = [
+        train_tiny(tmp_path / mode, on_spike=mode, optimizer=optimizer, spike_factor=factor)
+        for mode, factor in (("ignore", 0), ("stop", 0), ("skip", 0), ("skip", 1e6), ("rewind", 9))
+    ]
+    for run in runs[1:]:
+        assert_same_weights(runs[0], run)
+
+
+def test_steps_left_out_one_after_another_are_a_broken_run(spoil, train_tiny, tmp_path):
+    spoil(dict.fromkeys(range(10, 100), NAN))
+    with pytest.raises(RunError, match=f"step {9 + PATIENCE}: "):
+        train_tiny(tmp_path / "out", on_spike="skip", max_iters=99, eval_interval=5)
+    assert torch.isfinite(
+        load_checkpoint(tmp_path / "out" / "last.pt")["model"]["lm_head.weight"]
+    ).all()
+
+
+def test_float16_leaves_infinite_gradients_to_its_scaler():
+    watch = SpikeWatch("cpu", "skip", scaled=True)
+    one = torch.tensor(1.0)
+    assert watch.look(0, 0, one, torch.tensor(math.inf)) == 1  # not to be taken, but no spike
+    assert watch.look(1, 4, torch.tensor(NAN), one) == 1
+    assert [spike.step for spike in watch.read()] == [1]
+
+
+def test_an_optimizer_without_that_kernel_is_asked_by_the_host():
+    model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.clone() for p in model.parameters()]
+    step_unless(torch.tensor(1.0), optimizer)
+    assert all(map(torch.equal, before, model.parameters()))
+    step_unless(torch.tensor(0.0), optimizer)
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+# ----------------------------------------------------------------------------- rewind
+
+
+def test_rewind_goes_back_and_past_the_batches(spoil, train_tiny, tmp_path):
+    """From the checkpoint at step 4 it trains on what comes after the batch of step 6."""
+    spoil({6: NAN}, always=False)
+    run = train_tiny(tmp_path / "out", on_spike="rewind", max_iters=11)
+    assert spoil_count(run) == 1
+    end = run.checkpoint()
+    assert end["iter_num"] == 12 and end["position"] == 4 * (12 + 3)  # steps 4 to 6 twice
+    assert list(run.series("loss")) == list(range(12))  # each once: the rest was cut
+    assert run.series("tokens")[4] == 16 * 4 * (4 + 3 + 1)
+    assert all(map(math.isfinite, run.series("loss").values()))
+
+    # By hand: the checkpoint of step 4 with its position moved on.
+    monkey = train_tiny(tmp_path / "hand", max_iters=3)
+    checkpoint = monkey.checkpoint()
+    checkpoint["position"] = 4 * 7
+    hand = tmp_path / "hand"
+    for path in hand.glob("*.pt"):
+        path.unlink()
+    torch.save(checkpoint, hand / "last.pt")
+    by_hand = train_tiny(hand, init_from="resume", max_iters=11)
+    assert_same_weights(run, by_hand)
+
+
+def spoil_count(run):
+    return run.console.count("back to ")
+
+
+def test_rewind_before_the_first_save_stops(spoil, train_tiny, tmp_path):
+    spoil({2: NAN})
+    with pytest.raises(RunError, match="nothing is saved yet"):
+        train_tiny(tmp_path / "out", on_spike="rewind")
+
+
+def test_rewind_does_not_go_round_for_ever(spoil, train_tiny, tmp_path, capsys):
+    spoil({6: NAN})
+    with pytest.raises(RunError, match="step 6"):
+        train_tiny(tmp_path / "out", on_spike="rewind")
+    assert capsys.readouterr().out.count("back to ") == PATIENCE
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 4
+
+
+# ----------------------------------------------------------------------------- ignore
+
+
+def test_ignore_trains_on_but_keeps_the_good_checkpoint(spoil, train_tiny, tmp_path, capsys):
+    """nanoGPT's way, except that a model that is no more is not written over one that is."""
+    spoil({5: NAN})
+    with pytest.raises(RunError, match="step 8 is not saved"):
+        train_tiny(tmp_path / "out", on_spike="ignore")
+    assert "iter 7: loss nan" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["iter_num"] == 4
+
+
+@pytest.mark.parametrize("on_spike", ["stop", "ignore"])
+def test_a_poisoned_weight_is_not_saved(train_tiny, tmp_path, monkeypatch, on_spike):
+    """A weight that breaks between a step and the save after it: no loss of training shows it."""
+    estimate, calls = train.estimate_loss, []
+
+    def poison(model, *rest):
+        calls.append(1)
+        if len(calls) == 5:  # two splits at steps 0 and 4, and then at 8, the end
+            with torch.no_grad():
+                model.transformer.wpe.weight[0, 0] = NAN
+        return estimate(model, *rest)
+
+    monkeypatch.setattr(train, "estimate_loss", poison)
+    with pytest.raises(RunError, match="step 8 is not saved"):
+        train_tiny(tmp_path / "out", on_spike=on_spike)
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 4
+
+
+# ----------------------------------------------------------------------------- explosions
+
+
+def norms(watch, values, start=0):
+    """The verdicts on steps with a loss of 1 and these norms."""
+    one = torch.tensor(1.0)
+    return [
+        watch.look(step, 4 * step, one, torch.tensor(float(norm))).item()
+        for step, norm in enumerate(values, start)
+    ]
+
+
+def test_a_norm_far_over_its_median_is_a_spike():
+    watch = SpikeWatch("cpu", "skip", factor=4.0)
+    usual = [1 + 0.5 * math.sin(k) for k in range(HISTORY)]
+    assert not any(norms(watch, usual))
+    median = torch.tensor(usual).median().item()
+    assert norms(watch, [3.9 * median, 4.1 * median], HISTORY) == [0, 1]
+    (spike,) = watch.read()
+    assert (spike.step, spike.position) == (HISTORY + 1, 4 * (HISTORY + 1))
+    assert re_all(str(spike), "is 4.1, 4.06 times the usual")
+
+
+def test_norms_are_judged_once_there_are_enough():
+    watch = SpikeWatch("cpu", "skip", factor=4.0)
+    assert norms(watch, [1.0] * (ENOUGH - 1) + [100, 100]) == [0] * ENOUGH + [1]
+
+
+def test_what_is_usual_moves_with_the_norms():
+    """A level that stays is no row of spikes for ever, and one NaN is no level."""
+    watch = SpikeWatch("cpu", "skip", factor=4.0)
+    norms(watch, [1.0] * HISTORY)
+    verdicts = norms(watch, [10.0] * HISTORY)
+    assert verdicts[0] == 1 and verdicts[-1] == 0 and sum(verdicts) <= HISTORY // 2 + 1
+    assert norms(watch, [math.nan, 10.0, math.inf, 10.0]) == [1, 0, 1, 0]
+    assert norms(SpikeWatch("cpu", "skip"), [1.0] * HISTORY + [1e30]) == [0] * (HISTORY + 1)
+
+
+def test_an_exploding_step_is_left_out_also_after_a_resume(spoil, train_tiny, resume, tmp_path):
+    """The norms before it are in the checkpoint: the resumed run judges as the whole one does."""
+    spoil({50: 1000.0})
+    changes = {"on_spike": "skip", "spike_factor": 20, "max_iters": 60, "eval_interval": 20}
+    whole = train_tiny(tmp_path / "whole", **changes)
+    assert whole.console.count("left out") == 1 and "step 50: " in whole.console
+    train_tiny(tmp_path / "parts", **{**changes, "max_iters": 45})
+    again = resume(tmp_path / "parts", max_iters=60)
+    assert again.console.count("left out") == 1
+    assert_same_weights(whole, again)
