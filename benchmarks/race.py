@@ -62,9 +62,9 @@ def measure(config, side, data_dir, seeds):
 def main(config):
     if config.json and Path(config.json).exists():
         raise UserError(f"--json={config.json} is there already; name a new file")
-    data_dir = find_data_dir(config.data_dir, DATASET).resolve()
     with TemporaryDirectory() as temporary:
         sides = open_sides(config, Path(temporary))
+        data_dir = find_data_dir(config.data_dir, DATASET).resolve()
         theirs = sides["nanogpt"].folder / "data" / DATASET
         for name in ("train.bin", "val.bin", "meta.pkl"):
             shutil.copy(data_dir / name, theirs)

@@ -48,9 +48,10 @@ def read_meta(data_dir):
         sizes = {split: counts["tokens"] for split, counts in splits.items()}
         itemsize = {"uint16": 2, "uint32": 4}[meta["dtype"]]
         numbers = [meta["vocab_size"], *sizes.values()]
-        numbers += [counts[key] for counts in splits.values() for key in ("bytes", "characters")]
+        may_be_0 = [counts[key] for counts in splits.values() for key in ("bytes", "characters")]
         whole = isinstance(meta["tokenizer"], dict) and splits.keys() >= {"train", "val"}
-        whole = whole and all(type(number) is int and number > 0 for number in numbers)
+        whole = whole and all(type(number) is int for number in [*numbers, *may_be_0])
+        whole = whole and min(numbers) > 0 and min(may_be_0) >= 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); {again}") from error
     if not known or not whole:
