@@ -163,7 +163,7 @@ def loss(model, file, counts, device, batch_size=16, stride=0, all_positions=Fal
 
     result = {"tokens": n_targets, "loss": nats / n_targets}
     result["perplexity"] = math.exp(min(700.0, nats / n_targets))
-    if counts and n_targets == (ends - starts).sum():
+    if counts and counts["bytes"] and n_targets == (ends - starts).sum():
         of_text = nats - nats_of_eot
         result["loss_per_character"] = of_text / counts["characters"]
         result["bits_per_byte"] = of_text / math.log(2) / counts["bytes"]

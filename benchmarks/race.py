@@ -25,9 +25,7 @@ from brisk.errors import UserError, one_line_errors
 from brisk.loader import find_data_dir
 from compare_nanogpt import CompareConfig
 from configurator import PositiveInt, configure
-from sides import DATASET, alternate, open_sides
-from sides import run as run_side
-from trials import run
+from sides import DATASET, ROOT, alternate, open_sides, run
 
 
 @dataclass
@@ -47,8 +45,9 @@ def measure(config, side, data_dir, seeds):
         given = [*shlex.split(config.recipe), f"--seed={next(seeds)}", f"--data_dir={data_dir}"]
     else:
         given = shlex.split(CompareConfig.train_args)
-    seconds, _ = run_side([side.root / "train.py", *given, f"--out_dir={out}"], side)
-    judged = run("evaluate.py", f"--out_dir={out}", f"--data_dir={data_dir}", "--json")
+    seconds, _ = run([side.root / "train.py", *given, f"--out_dir={out}"], side)
+    judge = [ROOT / "evaluate.py", f"--out_dir={out}", f"--data_dir={data_dir}", "--json"]
+    _, judged = run(judge, side)  # in its folder, where nanoGPT's data has its meta.pkl
     figures = {"seconds": seconds, "loss": json.loads(judged)["loss"]}
     if side.is_brisk:
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
