@@ -17,6 +17,7 @@ n_head = 4
 n_embd = 128
 
 position = "rotary"
+qk_norm = True
 mlp = "relu2"
 tied = False
 zero_init = True
@@ -30,6 +31,6 @@ weight_decay = 0.1
 schedule = "wsd"
 decay_share = 0.4
 warmup_iters = 20
-max_iters = 1299
-lr_decay_iters = 1300
+max_iters = 1199
+lr_decay_iters = 1200
 min_lr = 0.0
