@@ -58,11 +58,10 @@ def expected_memory(model, batch_size, device):
     angles = angles and tuple(t.to(device.device) for t in angles)
     with torch.random.fork_rng():  # dropout draws here must not move the run's
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
-            out = block(x, None, angles)
+            _graph = block(x, None, angles)  # what it keeps stays apart in memory while it lives
     mine = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
     activations = config.n_layer * sum(size for key, size in kept.items() if key not in mine)
     around_head = 4 * x.nbytes
-    del out
     logits = min(CHUNK, batch_size * config.block_size * config.vocab_size)
     parameters = sum(weight.numel() for weight in model.parameters())
     return 16 * parameters + batch_size * (activations + around_head) + 8 * logits

@@ -45,9 +45,8 @@ class Saver:
     def write(self, state, as_best, keep, losses):
         step = state["iter_num"]
         names = [self.out_dir / f"step-{step:06d}.pt"] if keep else []
-        names += (
-            [self.out_dir / "ckpt.pt"] if as_best else []
-        )  # once it is there a run resumes at it
+        if as_best:
+            names.append(self.out_dir / "ckpt.pt")  # last: once it is there a run resumes at it
         try:
             if broken := not_finite(state, losses):
                 raise UserError(f"step {step} is not saved: {broken}; what was there is kept")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_model import SIZES, random_ids, random_model
 from torch.nn import functional as F
 
 import bench
@@ -25,7 +26,6 @@ from brisk.starting import MODEL_SHAPE
 from configurator import configure
 from model import GPT, GPTConfig
 
-SIZES = dict(block_size=24, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
 MODERN = dict(position="rotary", norm="rms", qk_norm=True, mlp="swiglu", bias=False, zero_init=True)
 VARIANTS = [
     {"n_kv_head": 2},
@@ -41,20 +41,6 @@ VARIANTS = [
     MODERN,
     {**MODERN, "n_kv_head": 2, "tied": False, "logit_cap": 3.0},
 ]
-
-
-def random_model(**settings):
-    """A small model in eval mode in which every weight, those of norms too, is random."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SIZES, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def random_ids(B=2, T=24):
-    return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 # ----------------------------------------------------------------------------- the definitions
