@@ -38,7 +38,7 @@ def id_dtype(vocab_size):
 class CharTokenizer:
     """One id for each character of `characters`, in that order, and one more with `eot=True`.
 
-    `CharTokenizer(sorted(set(text)))` numbers the characters as nanoGPT does.
+    `CharTokenizer.of(text)` numbers the characters of a text as nanoGPT does.
     """
 
     kind = "char"
@@ -52,14 +52,28 @@ class CharTokenizer:
         codes = np.array([ord(character) for character in self.characters], dtype=np.int64)
         self.table = np.full(codes.max(initial=0) + 2, -1, dtype=np.int32)
         self.table[codes] = np.arange(len(codes))
+        # The same for ASCII alone, where every id fits into a byte; 255 stands for the others.
+        few = np.full(256, 255, dtype=np.uint8)
+        few[: min(128, len(self.table) - 1)] = self.table[:-1][:128]  # -1 wraps around to 255
+        self.ascii_table = few.tobytes() if self.vocab_size < 255 else None
+
+    @classmethod
+    def of(cls, text):
+        """One for the characters that `text` has, in the order of their code points."""
+        counts = np.bincount(code_points(text), minlength=1)
+        return cls(map(chr, np.flatnonzero(counts)))
 
     def encode(self, text, allow_eot=False):
         """Raises `UserError` for characters outside the vocabulary."""
         return encode_around_eot(self, self.encode_ordinary, text, allow_eot)
 
     def encode_ordinary(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids = self.table[np.minimum(codes, len(self.table) - 1)]
+        if self.ascii_table and text.isascii():
+            ids = np.frombuffer(text.encode().translate(self.ascii_table), dtype=np.uint8)
+            if 255 not in ids:
+                return ids
+        codes = code_points(text)
+        ids = self.table[np.minimum(codes, np.uint32(len(self.table) - 1))]
         if (ids < 0).any():
             unknown = [chr(code) for code in np.unique(codes[ids < 0])]
             shown = ", ".join(map(repr, unknown[:10])) + (", …" if len(unknown) > 10 else "")
@@ -230,6 +244,13 @@ def encode_around_eot(tokenizer, encode_ordinary, text, allow_eot):
     for piece in rest:
         pieces += [[tokenizer.eot], encode_ordinary(piece)]
     return np.concatenate([np.asarray(piece, dtype=dtype) for piece in pieces])
+
+
+def code_points(text):
+    """The number of each character of `text`, an array."""
+    if text.isascii():
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def decode_tokens(tokenizer, ids):

@@ -226,10 +226,14 @@ def encode_batch(tokenizer, batch, end_documents):
     texts = [text for text, _ in batch]
     return ids.tobytes(), {
         "tokens": len(ids),
-        "bytes": sum(len(text.encode("utf-8", "surrogatepass")) for text in texts),
+        "bytes": sum(map(utf8_length, texts)),
         "characters": sum(map(len, texts)),
         "documents": sum(ends for _, ends in batch),
     }
+
+
+def utf8_length(text):
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def start_worker(description, end_documents):

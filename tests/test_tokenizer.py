@@ -89,9 +89,19 @@ def test_any_text_of_known_characters_comes_back(known, other):
     tokenizer = CharTokenizer(sorted(set(known)))
     assert tokenizer.encode(known).tolist() == [sorted(set(known)).index(c) for c in known]
     assert tokenizer.decode(tokenizer.encode(known)) == known
+    assert CharTokenizer.of(known).characters == tokenizer.characters
     if not set(other) <= set(known):
         with pytest.raises(UserError, match="outside the vocabulary"):
             tokenizer.encode(other)
+
+
+def test_ascii_text_in_a_vocabulary_of_more_than_a_byte():
+    characters = [chr(code) for code in range(32, 400)]
+    tokenizer = CharTokenizer(characters)
+    assert tokenizer.encode("plain text").tolist() == [ord(c) - 32 for c in "plain text"]
+    for text in ("a\nline", "a\n€"):
+        with pytest.raises(UserError, match="outside the vocabulary"):
+            tokenizer.encode(text)
 
 
 def test_gpt2_is_tiktokens_and_needs_no_files_once_described(gpt2_tokenizer, monkeypatch):

@@ -31,7 +31,7 @@ class PrepareConfig:
 
 def main(config):
     text, source = find_text(config.input, HERE, FILE, URL, SHA256)
-    tokenizer = CharTokenizer(sorted(set(text)))
+    tokenizer = CharTokenizer.of(text)
     print(f"length of dataset in characters: {len(text):,}")
     print("all the unique characters:", "".join(tokenizer.characters))
     print(f"vocab size: {tokenizer.vocab_size:,}")
