@@ -6,6 +6,7 @@ remembered, so a run continues exactly where it stopped, on any number of ranks.
 """
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,7 @@ def shuffled(ranks, n, key):
     return values.astype(np.int64)
 
 
+@lru_cache(maxsize=256)  # those of an epoch are asked for in every step
 def hash64(*numbers):
     """A well-mixed 64-bit number for a few integers."""
     value = np.zeros(1, dtype=np.uint64)
