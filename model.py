@@ -106,10 +106,10 @@ def make_norm(config):
 
 
 def rotary_angles(positions, head_dim, theta):
-    """Cosines and sines (T, 1, head_dim / 2) of the angles by which `rotated` turns each pair of
-    channels at `positions` (T,). In float32: bfloat16 cannot tell position 1000 from 1001."""
+    """Cosines and sines (…, T, 1, head_dim / 2) of the angles by which `rotated` turns each pair of
+    channels at `positions` (…, T). In float32: bfloat16 cannot tell position 1000 from 1001."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[:, None, None] * (1.0 / theta**exponents)
+    angles = positions[..., None, None] * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
@@ -142,7 +142,8 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what came before it.
 
     With a `cache`, what came before includes the positions read in earlier calls: its
-    `extend(k, v)` adds these keys and values, (B, n_kv_head, T, head_dim) each, and returns all.
+    `extend(k, v)` takes these keys and values, (B, n_kv_head, T, head_dim) each, and returns all
+    that there are, and the mask that is added to the scores, or None.
     With `angles` (see `rotary_angles`) queries and keys are turned by their positions.
 
     Fewer heads of keys and values than of queries: Ainslie et al. 2023 (GQA). Norms of queries
@@ -162,24 +163,23 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x, cache=None, angles=None):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
+    def queries_keys_values(self, x, angles=None):
+        """Of x (B, T, n_embd): (B, n_head or n_kv_head, T, head_dim) each."""
+        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         if self.qk_norm:  # in the precision of the weights: autocast leaves norms as they come
             q = self.q_norm(q.type_as(self.q_norm.weight))
             k = self.k_norm(k.type_as(self.k_norm.weight))
         if angles is not None:
             q, k = rotated(q, angles), rotated(k, angles)
-        q, k, v = (
-            q.type_as(v).transpose(1, 2),
-            k.type_as(v).transpose(1, 2),
-            v.transpose(1, 2),
-        )  # (B, n_head or n_kv_head, T, head_dim)
-        causal = True
+        return q.type_as(v).transpose(1, 2), k.type_as(v).transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, cache=None, angles=None):
+        B, T, C = x.shape
+        q, k, v = self.queries_keys_values(x, angles)
+        mask = None
         if cache is not None:
-            k, v = cache.extend(k, v)
-            if T == 1:
-                causal = False  # one query sees every key
+            k, v, mask = cache.extend(k, v)
+        causal = k.size(2) == T  # with more keys than queries there is one query, which sees all
         dropout = self.dropout if self.training else 0.0
         if drops_on_cpu(x, dropout):
             from brisk.attention import attention  # the fused kernel below knows no dropout there
@@ -188,7 +188,7 @@ class CausalSelfAttention(nn.Module):
         else:
             shared = q.size(1) > k.size(1)  # the kernel lets several queries read one key
             y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=shared
+                q, k, v, mask, dropout_p=dropout, is_causal=causal, enable_gqa=shared
             )
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -315,7 +315,7 @@ class GPT(nn.Module):
             targets: the token after each one (B, T); positions with -1 are ignored.
             return_logits: training says False, and the loss is computed in parts, without
                 the logits of all positions in memory at once.
-            cache: one for each block, with the positions before `idx`; see `hidden`.
+            cache: what was read before `idx`, which is then one position a row; see `hidden`.
 
         Returns:
             (logits, loss): with targets, logits (B, T, vocab_size) (or None) and the mean
@@ -339,23 +339,24 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """The normalised output of the last block (B, T, n_embd) for token ids (B, T).
 
-        `cache` has an entry for each block that holds the keys and values of the `length`
-        positions before `idx`, and takes in those of `idx` (`brisk.generation.KVCache`).
+        With a `cache` (`brisk.kv_cache.KVCache`) T is 1: `idx` stands at the position after those
+        that each row has in it, and is taken in.
         """
-        x, angles = self.embed(idx, start=cache[0].length if cache else 0)
+        x, angles = self.embed(idx, start=cache.step() if cache else 0)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None, angles)
+            x = block(x, cache.layers[i] if cache else None, angles)
         return self.transformer.ln_f(x)
 
     def embed(self, idx, start=0):
         """What the first block reads: vectors (B, T, n_embd) of the ids (B, T) at the positions
-        from `start` on, and the angles of rotary positions, or None."""
-        end = start + idx.size(1)
-        if end > self.config.block_size:
+        from `start` on, an int or one for each row (B, 1), and the angles of rotary positions, or
+        None."""
+        T = idx.size(1)
+        if T > self.config.block_size:
             raise ValueError(
-                f"a sequence of {end} tokens exceeds block_size={self.config.block_size}"
+                f"a sequence of {T} tokens exceeds block_size={self.config.block_size}"
             )
-        positions = torch.arange(start, end, device=idx.device)
+        positions = start + torch.arange(T, device=idx.device)
         x, angles = self.transformer.wte(idx), None
         if self.config.position == "learned":
             x = x + self.transformer.wpe(positions)

@@ -8,8 +8,9 @@
     $ python sample.py --interactive
 
 Standard output is the text alone, a sample begun with its prompt and ended by a line of dashes;
-notices go to standard error. The samples are drawn side by side, as many as TOKENS_AT_ONCE
-allows: the first of a batch is shown as its tokens come, the others follow whole. A sample's
+notices go to standard error. The samples are drawn side by side, those of different prompts too,
+as many as TOKENS_AT_ONCE allows: the first of a batch is shown as its tokens come, the others
+follow whole. A sample's
 text depends on the seed and its number, not on how many are drawn with it; the number counts the
 samples of one prompt, with --interactive those of the session.
 """
@@ -30,7 +31,7 @@ from brisk.errors import UserError, nearest, one_line_errors
 from brisk.generation import TextStream
 from brisk.huggingface import GPT2_NAMES
 from brisk.likeliest import as_table, likeliest_next
-from brisk.prompts import open_new, read_prompt, read_prompts, write_samples
+from brisk.prompts import open_new, read_prompt, read_prompts, write_sample
 from brisk.tokenizer import EOT, from_dict, gpt2, knows_documents
 from brisk.tokenizer_files import read_tokenizer
 from configurator import (
@@ -105,30 +106,29 @@ def main(config):
             where = f"{config.prompts}, prompt {number}: " if config.prompts else ""
             raise UserError(f"{where}{error}") from error
 
-    def answer(text, first=0):
-        """Write what the model says after the prompt `text`, in samples numbered from `first`."""
-        prompt, shown = encode_prompt(text, tokenizer, documents)
-        if unknown := prompt[0].tolist().count(unk):
-            print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
-        prompt = prompt.to(device.device)
-        if config.show_next:
-            likeliest = likeliest_next(model, prompt, config.show_next, **drawable)
-            print(as_table(*likeliest, tokenizer), DASHES, sep="\n", flush=True)
-            return
+    def answer(texts, first=0):
+        """Write what the model says after each of `texts`, in samples numbered from `first`."""
+        samples = []
+        for text in texts:
+            ids, shown = encode_prompt(text, tokenizer, documents)
+            if unknown := ids.tolist().count(unk):
+                print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
+            ids = ids.to(device.device)
+            if config.show_next:
+                likeliest = likeliest_next(model, ids[None], config.show_next, **drawable)
+                print(as_table(*likeliest, tokenizer), DASHES, sep="\n", flush=True)
+                continue
+            numbers = range(first, first + config.num_samples)
+            samples += [Sample(text, ids, shown, number) for number in numbers]
         ends_by_id = documents or config.stop == EOT
         stops = "" if config.stop == EOT else config.stop, [tokenizer.eot] if ends_by_id else []
-        window = min(prompt.size(1) + token_budget(config), model.config.block_size)
-        sizes = model.config  # bytes a token: a key and a value a layer
-        cached = 8 * sizes.n_layer * sizes.kv_heads * sizes.head_dim
-        batch_size = max(1, min(TOKENS_AT_ONCE, CACHE_BYTES // cached) // window)
-        end = first + config.num_samples
-        for begin in range(first, end, batch_size):
-            count = min(batch_size, end - begin)
-            streams = [TextStream(tokenizer, *stops, config.max_words) for _ in range(count)]
-            drawn = print_samples(model, prompt, shown, begin, streams, drawable, config)
+        for batch in batches(samples, token_budget(config), model.config):
+            streams = [TextStream(tokenizer, *stops, config.max_words) for _ in batch]
+            drawn = print_samples(model, batch, streams, drawable, config)
             if out:
                 settings = {key: getattr(config, key) for key in (*SHAPING, *ORIGIN)}
-                write_samples(out, text, begin, drawn, settings)
+                for sample, text in zip(batch, drawn, strict=True):
+                    write_sample(out, sample.prompt, sample.number, text, settings)
 
     def change(key, text):
         """Set a key of the settings, from what a person typed."""
@@ -140,12 +140,38 @@ def main(config):
         config.given.add(key)
 
     with device.autocast():
-        for text in prompts:
-            answer(text)
+        answer(prompts)
         if config.interactive:
             about = help_lines(SampleConfig)
             keys = {key: about[key] for key in (*SHAPING, "num_samples", "show_next")}
-            converse(config, keys, change, lambda line, first: answer(read_prompt(line), first))
+            converse(config, keys, change, lambda line, first: answer([read_prompt(line)], first))
+
+
+@dataclass
+class Sample:
+    """One text to be drawn."""
+
+    prompt: str
+    ids: torch.Tensor  # of the prompt, (T,)
+    shown: str  # the prompt as it is printed
+    number: int  # among the samples of the prompt
+
+
+def batches(samples, budget, sizes):
+    """`samples` in order, in lists of those to be drawn side by side, `budget` tokens at most
+    each, by a model of `sizes`: as many as have room when all are as long as the longest."""
+    cached = 8 * sizes.n_layer * sizes.kv_heads * sizes.head_dim  # bytes: a key and a value a layer
+    room = min(TOKENS_AT_ONCE, CACHE_BYTES // cached)
+    batch, longest = [], 0
+    for sample in samples:
+        window = min(len(sample.ids) + budget, sizes.block_size)
+        if batch and (len(batch) + 1) * max(longest, window) > room:
+            yield batch
+            batch, longest = [], 0
+        batch.append(sample)
+        longest = max(longest, window)
+    if batch:
+        yield batch
 
 
 def before_loading(config):
@@ -204,7 +230,7 @@ def tokenizer_of(checkpoint):
 
 
 def encode_prompt(text, tokenizer, documents):
-    """Ids (1, T) of the prompt, T at least 1, and the text to show of it. A model of `documents`
+    """Ids (T,) of the prompt, T at least 1, and the text to show of it. A model of `documents`
     reads the end of the one before in front of it."""
     try:
         ids = tokenizer.encode(text or "\n", allow_eot=True).tolist()
@@ -214,9 +240,9 @@ def encode_prompt(text, tokenizer, documents):
         ids = []  # it knows no newline
     if documents:
         ids = [tokenizer.eot, *ids] if text else [tokenizer.eot]
-        return torch.tensor([ids]), tokenizer.decode(ids[1:])
+        return torch.tensor(ids), tokenizer.decode(ids[1:])
     ids = ids or [tokenizer.eot or 0]
-    return torch.tensor([ids]), tokenizer.decode(ids)
+    return torch.tensor(ids), tokenizer.decode(ids)
 
 
 def check_stop(stop, tokenizer):
@@ -231,9 +257,9 @@ def token_budget(config):
     return config.max_new_tokens
 
 
-def print_samples(model, prompt, shown, first, streams, drawable, config):
-    """Draw the samples from number `first` on, one for each stream, side by side. Print each after
-    the prompt as it is `shown`; return what was drawn of each, as text."""
+def print_samples(model, samples, streams, drawable, config):
+    """Draw the `samples` side by side, with a stream for each. Print each after its prompt; return
+    what was drawn of each, as text."""
     drawn = [""] * len(streams)
 
     def on_token(step, ids):
@@ -242,16 +268,16 @@ def print_samples(model, prompt, shown, first, streams, drawable, config):
         print(pieces[0], end="", flush=True)
         return all(stream.stopped for stream in streams)
 
-    print(shown, end="", flush=True)
+    print(samples[0].shown, end="", flush=True)
     try:
         model.generate(
-            prompt.repeat(len(streams), 1),
+            [sample.ids for sample in samples],
             token_budget(config),
             config.temperature,
             config.top_k,
             top_p=config.top_p,
             seed=config.seed,
-            first_sample=first,
+            samples=[sample.number for sample in samples],
             on_token=on_token,
             exact_window=config.exact_window,
             **drawable,
@@ -262,8 +288,8 @@ def print_samples(model, prompt, shown, first, streams, drawable, config):
     rests = [stream.finish() for stream in streams]
     drawn = [text + rest for text, rest in zip(drawn, rests, strict=True)]
     print(rests[0], DASHES, sep="\n")
-    for text in drawn[1:]:
-        print(shown + text, DASHES, sep="\n")
+    for sample, text in zip(samples[1:], drawn[1:], strict=True):
+        print(sample.shown + text, DASHES, sep="\n")
     sys.stdout.flush()
     return drawn
 

@@ -61,15 +61,20 @@ class Decoder:
 
     @classmethod
     def of(cls, model, device):
-        """One for `model`, or None where the model's own way is the measured one: on a GPU, in
-        less than float32, and where it is no `GPT`."""
-        head = getattr(model, "lm_head", None)
+        """One for `model`, or None where the model's own way is the measured one: on a GPU, and in
+        less than float32."""
         plain = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        return cls(model) if plain and head and head.weight.dtype == torch.float32 else None
+        return cls(model) if plain and model.lm_head.weight.dtype == torch.float32 else None
 
     def __init__(self, model):
         self.config, parts = model.config, model.transformer
-        self.embed = model.embed
+        self.wte, self.wpe, self.angles = parts.wte.weight, None, None
+        if self.config.position == "learned":
+            self.wpe = parts.wpe.weight
+        else:
+            every = torch.zeros(1, self.config.block_size, dtype=torch.long)
+            cos, sin = (part.squeeze(1) for part in model.embed(every)[1])
+            self.angles = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         self.layers = [self.layer(block) for block in parts.h]
         self.norm, self.head = Norm.of(parts.ln_f), Linear(model.lm_head)
 
@@ -88,28 +93,44 @@ class Decoder:
             down=Linear(mlp.c_proj),
         )
 
-    def logits_after(self, ids, caches):
-        """Logits (B, vocab_size) of the token after `ids` (B,), which stand at the next position
-        of `caches`, one `KVCache` a layer that holds some positions already; they take it in."""
-        x, angles = self.embed(ids[:, None], start=caches[0].length)
-        x = x[:, 0].clone()  # added to in place
-        for layer, cache in zip(self.layers, caches, strict=True):
-            layer.out.add_to(x, self.attention(layer, layer.norm_1(x), cache, angles))
+    def logits_after(self, ids, cache):
+        """Logits (B, vocab_size) of the token after `ids` (B, 1), which stand at the next position
+        of each row of `cache`, a `KVCache` that takes them in."""
+        position = cache.step()  # an int, or (B, 1)
+        x = F.embedding(ids, self.wte)
+        if self.wpe is not None:
+            x += self.wpe[position]
+        x, angles = x.squeeze(1), None
+        if self.angles:
+            angles = [table[position] for table in self.angles]
+        mask = self.mask(cache.layers[0].mask)
+        for layer, memory in zip(self.layers, cache.layers, strict=True):
+            layer.out.add_to(x, self.attention(layer, layer.norm_1(x), memory, angles, mask))
             layer.down.add_to(x, self.hidden(layer, layer.norm_2(x)))
         logits, cap = self.head(self.norm(x)), self.config.logit_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
-    def attention(self, layer, x, cache, angles):
+    def mask(self, mask):
+        """What is added to the scores: a cache's mask with heads in the place of sequences, and
+        zero where it has none."""
+        if mask is None:
+            return torch.zeros(1, 1, 1)
+        return mask.expand(-1, self.config.kv_heads, -1, -1).flatten(0, 1)
+
+    def attention(self, layer, x, memory, angles, mask):
         """What the new position reads from all so far, heads side by side: (B, n_embd)."""
         B, D, heads, kv = len(x), self.config.head_dim, self.config.n_head, self.config.kv_heads
-        q, k, v = layer.qkv(x).view(B, -1, D).split((heads, kv, kv), dim=1)
+        qkv = layer.qkv(x).view(B, heads + 2 * kv, D)
         if layer.q_norm:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        if angles is not None:
-            q, k = rotated(q, angles), rotated(k, angles)
-        keys, values = cache.append(k, v)  # (B * kv, D, T) and (B * kv, T, D)
-        q = (q * D**-0.5).view(B * kv, heads // kv, D)  # the queries that share a key
-        shares = torch.softmax(torch.bmm(q, keys), -1)
+            for part, norm in ((qkv[:, :heads], layer.q_norm), (qkv[:, heads:-kv], layer.k_norm)):
+                part.copy_(norm(part))
+        if angles:
+            qk = qkv[:, :-kv]
+            qk.copy_(rotated(qk, angles))
+        new = qkv[:, heads:].view(B, 2, kv, D).transpose(0, 1)
+        keys, values = memory.append(new).flatten(1, 2)  # (B * kv, T, D) each
+        q = qkv[:, :heads].reshape(B * kv, heads // kv, D)  # the queries that share a key
+        shares = torch.baddbmm(mask, q, keys.mT, alpha=D**-0.5).softmax(-1)
         return torch.bmm(shares, values).view(B, heads * D)
 
     def hidden(self, layer, x):
@@ -124,7 +145,8 @@ class Decoder:
 
 
 def rotated(x, angles):
-    """Heads x (B, heads, head_dim) turned by `angles`, as in model.py."""
+    """Heads x (B, heads, head_dim) turned as in model.py, in fewer operations: by the cosines
+    of `angles` and by their sines with the sign they have there, each twice."""
     cos, sin = angles
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(x * cos, halves_swapped, sin)

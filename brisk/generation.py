@@ -1,63 +1,22 @@
 """Ids after ids: how a model's logits become a sample, and a sample becomes text as it comes.
 
 `generate` draws; `TextStream` turns the drawn ids into text that can be shown at once. Text
-needs a tokenizer with `token_bytes`; drawing needs a model that takes a cache and has the sizes
-`config.block_size` and `config.n_layer`.
+needs a tokenizer with `token_bytes`; drawing needs a `GPT`.
 """
 
 import codecs
-import math
 import re
 
 import numpy as np
 import torch
 
 from brisk.decoding import Decoder
+from brisk.kv_cache import KVCache, next_token_logits
 
 # A word is a run without white space. Chinese and Japanese write no spaces: there a character is
 # one, with the signs around it, as word processors count them.
 UNSPACED = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[^\w\s]*[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+")
-
-
-class KVCache:
-    """Keys and values of one layer at the positions read so far, so that a further token costs one
-    position rather than the whole window (Shazeer 2019, section 2.4; Pope et al. 2022, section 2).
-
-    The memory for all `positions` is taken once, with the first keys: what they are in precision
-    and device, it is too. Keys stand upright, (B, n_kv_head, head_dim, positions), values lie
-    down, (B, n_kv_head, positions, head_dim): both as the products that read them want them.
-    """
-
-    def __init__(self, positions):
-        self.positions = positions
-        self.length = 0  # positions that are filled; 0 begins anew in the same memory
-        self.keys = self.values = None
-
-    def extend(self, k, v):
-        """Add keys and values (B, n_kv_head, T, head_dim) of T positions, several only where there
-        are none yet; all so far, in that layout."""
-        T = k.size(2)
-        if self.length > 0 and T > 1:
-            raise ValueError("after the first positions a cache takes one at a time")
-        if self.keys is None:
-            shape = (k.size(0), k.size(1), self.positions, k.size(3))
-            self.keys, self.values = k.mT.new_empty(shape[:2] + shape[:1:-1]), v.new_empty(shape)
-        self.keys.narrow(3, self.length, T).copy_(k.mT)
-        self.values.narrow(2, self.length, T).copy_(v)
-        self.length += T
-        if self.length == T:
-            return k, v
-        return self.keys.narrow(3, 0, self.length).mT, self.values.narrow(2, 0, self.length)
-
-    def append(self, k, v):
-        """Add the key and the value (B, n_kv_head, head_dim) of one position; all so far with
-        heads in the place of sequences: (B * n_kv_head, head_dim, T), and lying down the same."""
-        self.keys.select(3, self.length).copy_(k)
-        self.values.select(2, self.length).copy_(v)
-        self.length += 1
-        keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        return keys.narrow(2, 0, self.length), values.narrow(1, 0, self.length)
 
 
 def generate(
@@ -72,12 +31,13 @@ def generate(
     vocab_size=None,
     suppress=(),
     seed=None,
-    first_sample=0,
+    samples=None,
     on_token=None,
     exact_window=False,
 ):
     """Continue each of B prompts by up to `max_new_tokens` drawn tokens.
 
+    They are read and continued as one batch, of unlike lengths too, and each as if it were alone.
     The model sees all tokens so far, up to `block_size` of them, and each is read once: its keys
     and values are kept (`KVCache`). Beyond, it sees the newest of them, from half of `block_size`
     to all of it: when the window is full, its older half is dropped and the newer half read again
@@ -90,7 +50,8 @@ def generate(
     in eval mode for the call.
 
     Args:
-        idx: ids of the prompts (B, T), T at least 1, on the model's device.
+        idx: ids of the prompts, on the model's device: (B, T), T at least 1; or a list of B
+            prompts of any lengths, each a tensor (T,) or a list of ints.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw among the k likeliest tokens; None or 0 means all.
         top_p: draw among the fewest likeliest tokens that together reach this probability
@@ -98,48 +59,55 @@ def generate(
         stop_ids: a sample that drew one of these is finished and repeats it from there on.
         vocab_size: ids from here on are never drawn (rows that only pad the vocabulary).
         suppress: these ids are never drawn either, the unknown word for instance.
-        seed: sample i draws its random numbers from (`seed`, `first_sample` + i), whatever is
-            in the batch beside it. None takes torch's global generator.
-        first_sample: the number of this batch's first sample in a larger set.
+        seed: sample i draws its random numbers from (`seed`, `samples`[i]), whatever is in the
+            batch beside it. None takes torch's global generator.
+        samples: the numbers of the samples in a larger set; None: 0 to B - 1.
         on_token: called as `on_token(step, ids)` with the ids (B,) just drawn; returning True
             ends the generation.
         exact_window: past `block_size` see the newest `block_size` tokens at every step, as
             nanoGPT does, which means to read all of them at every step.
 
     Returns:
-        Prompts and drawn tokens (B, T + n); n is less than `max_new_tokens` where every sample
-        was finished or `on_token` ended it.
+        Prompts and drawn tokens: (B, T + n), or, for a list of prompts, a list of tensors
+        (T + n,). n is less than `max_new_tokens` where every sample was finished or `on_token`
+        ended it.
 
     Raises:
-        ValueError: an empty prompt, a negative temperature, top_k or number of tokens, a top_p
-            outside 0 to 1, every token suppressed.
+        ValueError: no prompt or an empty one, a negative temperature, top_k or number of tokens,
+            a top_p outside 0 to 1, every token suppressed.
     """
-    (B, T), block_size = idx.shape, model.config.block_size
-    if T == 0:
+    prompts, device = as_tensors(idx, model), model.lm_head.weight.device
+    lengths, B = [len(prompt) for prompt in prompts], len(prompts)
+    if B == 0 or 0 in lengths:
         raise ValueError("the prompt is empty; a model needs one token to go on from")
     if max_new_tokens < 0 or temperature < 0 or (top_k or 0) < 0:
         raise ValueError("max_new_tokens, temperature and top_k cannot be negative")
     if top_p is not None and not 0 <= top_p <= 1:
         raise ValueError(f"top_p={top_p} is not a probability")
 
-    ids = torch.empty(B, T + max_new_tokens, dtype=torch.long, device=idx.device)
-    ids[:, :T] = idx
+    # Prompts end in the same column, so that what is drawn has one column a step.
+    end = longest = max(lengths)
+    ids = torch.zeros(B, longest + max_new_tokens, dtype=torch.long, device=device)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[longest - len(prompt) : longest] = prompt
     # Drawn before the loop, so that the device need not wait for the host at each token.
-    uniforms = draw_uniforms(B, max_new_tokens, seed, first_sample).to(idx.device)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=idx.device)
-    finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
-    never = never_drawn(suppress, vocab_size, idx.device)
-    cache = new_cache(model, T + max_new_tokens)
-    decoder = Decoder.of(model, idx.device)
+    uniforms = draw_uniforms(range(B) if samples is None else samples, max_new_tokens, seed)
+    uniforms = uniforms.to(device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    never = never_drawn(suppress, vocab_size, device)
+    cache = KVCache(model, B, longest + max_new_tokens)
+    decoder = Decoder.of(model, device)
 
     was_training = model.training
     model.eval()
     try:
-        end = T
         with torch.inference_mode():
             for step in range(max_new_tokens):
-                kept = None if exact_window and end > block_size else cache
-                logits = next_token_logits(model, ids[:, :end], kept, decoder)
+                so_far = [length + step for length in lengths]
+                logits = next_token_logits(
+                    model, ids[:, :end], so_far, cache, decoder, exact_window
+                )
                 logits = without(logits[:, :vocab_size], never)
                 new = draw(logits, uniforms[:, step], temperature, top_k, top_p)
                 if len(stops):
@@ -154,13 +122,15 @@ def generate(
                         break
     finally:
         model.train(was_training)
-    return ids[:, :end]
+    if isinstance(idx, torch.Tensor):
+        return ids[:, :end]
+    return [row[longest - length : end] for row, length in zip(ids, lengths, strict=True)]
 
 
-def new_cache(model, positions):
-    """An empty cache of each block, for at most `positions`."""
-    positions = min(positions, model.config.block_size)
-    return [KVCache(positions) for _ in range(model.config.n_layer)]
+def as_tensors(prompts, model):
+    """Each of the prompts, as `generate` takes them, as a tensor (T,) on the model's device."""
+    device = model.lm_head.weight.device
+    return [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
 
 
 def never_drawn(suppress, vocab_size, device):
@@ -179,44 +149,15 @@ def without(logits, ids):
     return logits
 
 
-def next_token_logits(model, ids, cache=None, decoder=None):
-    """Logits (B, vocab_size) of the token after `ids` (B, T), of any T.
-
-    With a `cache` that calls with the beginnings of `ids` have filled, only what is new is read,
-    in the window of `window_start`, a single token by the `decoder` where there is one; without a
-    cache, the newest `block_size` tokens are.
-    """
-    T, block_size = ids.size(1), model.config.block_size
-    if cache is None:
-        return model(ids[:, -block_size:])[0][:, -1]
-    start = window_start(T, block_size)
-    if start + cache[0].length >= T:  # the window has moved on: what is kept was read at its start
-        for layer in cache:
-            layer.length = 0
-    new = ids[:, start + cache[0].length :]
-    if decoder is not None and new.size(1) == 1 and cache[0].length > 0:
-        return decoder.logits_after(new[:, 0], cache)
-    logits, _ = model(new, cache=cache)
-    return logits[:, -1]
-
-
-def window_start(T, block_size):
-    """Where the window on T tokens begins: half of `block_size` later each time it is full."""
-    if T <= block_size:
-        return 0
-    dropped = (block_size + 1) // 2
-    return math.ceil((T - block_size) / dropped) * dropped
-
-
-def draw_uniforms(B, n, seed, first_sample):
-    """Numbers (B, n) from 0 to 1; row i depends on (`seed`, `first_sample` + i) alone, and a
-    longer row begins with the shorter one."""
+def draw_uniforms(samples, n, seed):
+    """Numbers (B, n) from 0 to 1; those of a row depend on (`seed`, its number in `samples`)
+    alone, and a longer row begins with the shorter one."""
+    rows = torch.empty(len(samples), n)
     if seed is None:
-        return torch.rand(B, n)
-    rows = torch.empty(B, n)
-    for i, row in enumerate(rows):
+        return rows.uniform_()
+    for row, number in zip(rows, samples, strict=True):
         # numpy mixes both numbers into the state: seed 1, sample 2 is not seed 2, sample 1
-        generator = np.random.default_rng((seed % 2**64, first_sample + i))
+        generator = np.random.default_rng((seed % 2**64, number))
         row.copy_(torch.from_numpy(generator.random(n, dtype=np.float32)))
     return rows
 

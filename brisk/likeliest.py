@@ -4,7 +4,7 @@ import unicodedata
 
 import torch
 
-from brisk.generation import never_drawn, next_token_logits, without
+from brisk.generation import never_drawn, without
 
 
 @torch.no_grad()
@@ -17,7 +17,8 @@ def likeliest_next(model, idx, n, *, vocab_size=None, suppress=()):
     mode.
     """
     never = never_drawn(suppress, vocab_size, idx.device)
-    logits = without(next_token_logits(model, idx)[:, :vocab_size], never)[0].float()
+    logits = model(idx[:, -model.config.block_size :])[0][:, -1, :vocab_size]
+    logits = without(logits, never)[0].float()
     probs, ids = torch.softmax(logits, dim=-1).topk(min(n, len(logits) - len(never)))
     return ids, probs
 

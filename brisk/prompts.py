@@ -41,15 +41,14 @@ def open_new(path):
     return file
 
 
-def write_samples(file, prompt, first, texts, settings):
-    """Append a line for each of the `texts` drawn after `prompt`, numbered from `first`, with the
-    `settings` (a dict) they were drawn with. A line is one write: in the file whole, or not."""
-    for number, text in enumerate(texts, first):
-        record = {"prompt": prompt, "text": text, "sample": number, **settings}
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        try:
-            written = file.write(line)
-        except OSError as error:
-            raise UserError(f"cannot write to {file.name}: {error.strerror}") from error
-        if written < len(line):
-            raise UserError(f"cannot write to {file.name}: the disk is full")
+def write_sample(file, prompt, number, text, settings):
+    """Append a line for the sample `text` with this `number`, drawn after `prompt` with the
+    `settings` (a dict). A line is one write: in the file whole, or not."""
+    record = {"prompt": prompt, "text": text, "sample": number, **settings}
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    try:
+        written = file.write(line)
+    except OSError as error:
+        raise UserError(f"cannot write to {file.name}: {error.strerror}") from error
+    if written < len(line):
+        raise UserError(f"cannot write to {file.name}: the disk is full")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from brisk.generation import TextStream, draw, generate, new_cache, next_token_logits
+from brisk.decoding import Decoder
+from brisk.generation import TextStream, draw, generate
+from brisk.kv_cache import KVCache, fill, next_token_logits
 from brisk.likeliest import as_table, likeliest_next
 from brisk.tokenizer import ByteTokenizer, CharTokenizer
 from model import GPT, GPTConfig
@@ -25,16 +26,15 @@ def model():
     return model
 
 
-class FixedLogits(nn.Module):
+def fixed_logits(logits):
     """A model that has one opinion, whatever it reads."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.config = GPTConfig(block_size=4, vocab_size=len(logits))
-        self.logits = torch.tensor(logits)
-
-    def forward(self, idx, cache=None):
-        return self.logits.expand(idx.size(0), 1, -1), None
+    sizes = dict(block_size=4, n_layer=1, n_head=1, n_embd=1, tied=False)
+    model = GPT(GPTConfig(**sizes, vocab_size=max(6, len(logits))))
+    state = model.state_dict()
+    state["transformer.ln_f.weight"].zero_()
+    state["transformer.ln_f.bias"].fill_(1)
+    state["lm_head.weight"].fill_(-torch.inf)[: len(logits), 0] = torch.tensor(logits)
+    return model
 
 
 def prompt(B=1):
@@ -75,52 +75,69 @@ def test_greedy_is_the_argmax_at_every_step_past_the_block_size(model, window):
         )
 
 
-@pytest.mark.parametrize("first", [1, 7, 16])
+@pytest.mark.parametrize("first", [0, 1, 7, 15])
 def test_the_cache_does_not_change_the_logits_at_any_position(model, first):
     model.eval()
     ids = torch.randint(40, (3, 16))
     with torch.no_grad():
-        cache = new_cache(model, 16)
-        logits, _ = model(ids[:, :first], targets=ids[:, :first], cache=cache)
-        memory = [layer.keys.data_ptr() for layer in cache]
-        found = [logits, *(model(ids[:, i : i + 1], cache=cache)[0] for i in range(first, 16))]
-        assert torch.allclose(torch.cat(found, dim=1), model.predict(ids), atol=1e-4)
-        assert [layer.keys.data_ptr() for layer in cache] == memory  # taken once
-        with pytest.raises(ValueError, match="block_size"):
+        cache = KVCache(model, 3, 99)
+        fill(model, list(ids[:, :first]), cache, [0, 1, 2])
+        found, memory = [], set()
+        for i in range(first, 16):
+            found.append(model(ids[:, i : i + 1], cache=cache)[0])
+            memory.update(layer.memory.data_ptr() for layer in cache.layers)
+        assert torch.allclose(torch.cat(found, dim=1), model.predict(ids)[:, first:], atol=1e-4)
+        assert len(memory) == 2  # that of two layers, taken once
+        with pytest.raises(ValueError, match="16 positions is full"):
             model(ids[:, :1], cache=cache)
 
 
-def test_a_cache_takes_several_positions_only_when_it_is_empty(model):
-    cache = new_cache(model, 16)
-    model(prompt(), cache=cache)
-    with pytest.raises(ValueError, match="one at a time"):
-        model(prompt(), cache=cache)
+@pytest.mark.parametrize("decoding", [False, True])
+def test_rows_that_begin_anew_leave_the_others_alone(model, decoding):
+    """Rows of 3, 0, 9 and 15 positions go on; then the first and the last change their text."""
+    model.eval()
+    ids, lengths = torch.randint(40, (4, 16)), [3, 0, 9, 15]
+    with torch.no_grad():
+        cache, expected = KVCache(model, 4, 16), model.predict(ids)
+        read = Decoder.of(model, ids.device).logits_after if decoding else model
+        step = read if decoding else lambda new, cache: model(new, cache=cache)[0][:, 0]
+        fill(model, [row[:n] for row, n in zip(ids, lengths, strict=True)], cache, range(4))
+        for begun in (lengths, [8, 1, 10, 2]):
+            if begun is not lengths:
+                fill(model, [ids[0, :8], ids[3, :2]], cache, [0, 3])
+            new = torch.stack([ids[i, n] for i, n in enumerate(begun)])[:, None]
+            logits = step(new, cache)
+            assert cache.lengths == [n + 1 for n in begun]
+            for row, n in enumerate(begun):
+                assert torch.allclose(logits[row], expected[row, n], atol=1e-4)
 
 
-@given(st.integers(1, 9), st.integers(1, 40))
-def test_each_token_is_read_once_until_the_window_is_full_and_half_again_then(block_size, T):
-    """On a model that says how much it has read, and sees, instead of logits."""
-    read = []
+@given(st.integers(1, 9), st.integers(1, 40), st.booleans())
+def test_each_token_is_read_once_until_the_window_is_full_and_half_again_then(size, T, exact):
+    """On a model that says what it has read at which positions."""
 
-    class Reader(nn.Module):
-        config = GPTConfig(block_size=block_size, vocab_size=2, n_layer=1)
+    class Reader(GPT):
+        def embed(self, idx, start=0):
+            read.append((idx[0].tolist(), start))
+            return super().embed(idx, start)
 
-        def forward(self, idx, cache):
-            tokens = idx[:, None, :, None]
-            seen, _ = cache[0].extend(tokens, tokens)
-            read.append((idx.size(1), seen.flatten().tolist()))
-            return torch.zeros(1, 1, 2), None
-
-    model, ids, first = Reader(), torch.arange(100)[None], T
-    cache = new_cache(model, 100)
+    model = Reader(GPTConfig(block_size=size, vocab_size=100, n_layer=1, n_head=1, n_embd=1))
+    ids, first, read, seen, counts = torch.arange(100)[None], T, [], [], []
+    cache = KVCache(model, 1, 100)
     for T in range(first, 100):
-        next_token_logits(model, ids[:, :T], cache)
-        seen = read[-1][1]
-        assert seen == list(range(T - len(seen), T)) and len(seen) <= block_size
-        assert len(seen) == T if T <= block_size else len(seen) > block_size // 2
-    later = [n for n, _ in read[1:]]
-    assert set(later) <= {1, block_size // 2 + 1}
-    assert sum(later) <= 2 * len(later) + block_size  # one position more a token, at the most
+        next_token_logits(model, ids[:, :T], [T], cache, exact_window=exact)
+        counts.append(sum(len(tokens) for tokens, _ in read))
+        for tokens, start in read:
+            seen[start:] = tokens
+        read.clear()
+        assert seen == list(range(T - len(seen), T)) and len(seen) <= size
+        assert len(seen) == min(T, size) if T <= size or exact else len(seen) > size // 2
+    if exact:
+        assert set(counts[max(0, size + 1 - first) :]) <= {size, size + 1}  # padded by one, or not
+    else:
+        later, most = counts[1:], 2 if size > 2 else 3  # one position more a token; or padding
+        assert sum(later) <= most * len(later) + size
+        assert set(later) <= {1, size // 2 + 1, 3 * (size == 2)}
 
 
 def test_a_text_continued_in_two_calls_is_that_of_one(model):
@@ -147,10 +164,25 @@ def test_dropout_is_off_and_the_mode_restored(model):
 def test_samples_do_not_depend_on_the_batch_beside_them(model):
     together = generate(model, prompt(5), 40, seed=1)
     for i in range(5):
-        alone = generate(model, prompt(), 40, seed=1, first_sample=i)
+        alone = generate(model, prompt(), 40, seed=1, samples=[i])
         assert alone[0].equal(together[i])
     assert len({tuple(row) for row in together.tolist()}) == 5
     assert generate(model, prompt(5), 25, seed=1).equal(together[:, :30])
+
+
+def test_a_list_of_prompts_gives_a_list(model):
+    rows = [[3, 1, 4], torch.tensor([1]), [5] * 20]
+    found = generate(model, rows, 7, seed=0)
+    assert [len(row) for row in found] == [10, 8, 27]
+    for row, given_ids in zip(found, rows, strict=True):
+        assert row[: len(given_ids)].tolist() == list(given_ids)
+    tensor = prompt(3)
+    assert torch.stack(generate(model, list(tensor), 7, seed=0)).equal(
+        generate(model, tensor, 7, seed=0)
+    )
+    for wrong in ([], [[1], []]):
+        with pytest.raises(ValueError, match="empty"):
+            generate(model, wrong, 1)
 
 
 def test_seeds_give_different_texts_and_leave_global_generators_alone(model):
@@ -172,7 +204,9 @@ def test_seeds_give_different_texts_and_leave_global_generators_alone(model):
 def test_draws_follow_the_softmax(temperature):
     logits = [0.0, 2.0, -1.0, 1.0, -4.0, 1.5]
     n = 20_000
-    ids = generate(FixedLogits(logits), torch.zeros(n, 1, dtype=torch.long), 1, temperature, seed=3)
+    ids = generate(
+        fixed_logits(logits), torch.zeros(n, 1, dtype=torch.long), 1, temperature, seed=3
+    )
     expected = n * torch.softmax(torch.tensor(logits) / temperature, -1)
     counts = torch.bincount(ids[:, 1], minlength=6)
     # Chi-square with 5 degrees of freedom exceeds 25.7 once in ten thousand seeds; this is one.
@@ -213,7 +247,7 @@ def test_the_edges_of_the_distribution_never_give_an_impossible_token(options):
 def test_rows_that_pad_the_vocabulary_are_never_drawn(model):
     ids = generate(model, prompt(50), 40, temperature=100.0, vocab_size=6, seed=0)
     assert set(ids[:, 5:].unique().tolist()) == set(range(6))
-    assert (generate(FixedLogits([0.0, 1.0, 9.0]), prompt(), 5, 0, vocab_size=2)[:, 5:] == 1).all()
+    assert (generate(fixed_logits([0.0, 1.0, 9.0]), prompt(), 5, 0, vocab_size=2)[:, 5:] == 1).all()
 
 
 def test_suppressed_tokens_are_never_drawn_and_the_others_in_proportion():
@@ -221,16 +255,16 @@ def test_suppressed_tokens_are_never_drawn_and_the_others_in_proportion():
     n = 20_000
     start = torch.zeros(n, 1, dtype=torch.long)
     for suppress in ([1], [1, 1, 7], {1}):  # twice the same, and one that there is not
-        ids = generate(FixedLogits(logits), start, 1, vocab_size=4, suppress=suppress, seed=3)
+        ids = generate(fixed_logits(logits), start, 1, vocab_size=4, suppress=suppress, seed=3)
         shares = torch.bincount(ids[:, 1], minlength=4) / n
         expected = torch.softmax(torch.tensor([0.0, -torch.inf, -1.0, 1.0]), -1)
         assert torch.allclose(shares, expected, atol=0.02) and shares[1] == 0
     for options in ({"temperature": 0}, {"top_k": 1}, {"top_p": 0.1}):
         assert (
-            generate(FixedLogits(logits), start[:1], 3, suppress=[1], **options)[0, 1:].eq(3).all()
+            generate(fixed_logits(logits), start[:1], 3, suppress=[1], **options)[0, 1:].eq(3).all()
         )
     with pytest.raises(ValueError, match="every token"):
-        generate(FixedLogits(logits), start[:1], 1, vocab_size=2, suppress=[0, 1])
+        generate(fixed_logits(logits), start[:1], 1, vocab_size=2, suppress=[0, 1])
 
 
 def test_the_likeliest_next_tokens_are_those_of_the_softmax(model):
@@ -277,7 +311,7 @@ def test_a_finished_sample_repeats_its_stop_id_and_the_others_are_not_moved(mode
         ends.append(end)
     assert stopped.size(1) == max(ends) + 1  # no step more once all are finished
     assert len(set(ends)) > 1
-    greedy = generate(FixedLogits([0.0, 1.0]), torch.ones(2, 3).long(), 50, 0, stop_ids=[1])
+    greedy = generate(fixed_logits([0.0, 1.0]), torch.ones(2, 3).long(), 50, 0, stop_ids=[1])
     assert greedy.shape == (2, 4)  # a stop id in the prompt does not count
 
 

@@ -19,7 +19,8 @@ from brisk.checkpoint import load_checkpoint
 from brisk.decoding import Decoder
 from brisk.device import Device
 from brisk.errors import UserError
-from brisk.generation import new_cache
+from brisk.generation import generate
+from brisk.kv_cache import KVCache, fill
 from brisk.memory import expected_memory
 from brisk.scoring import token_nats
 from brisk.starting import MODEL_SHAPE
@@ -172,29 +173,71 @@ def test_bfloat16_is_close_to_float32(variant, every_warning, recwarn):
 # ----------------------------------------------------------------------------- the cache
 
 
-@pytest.mark.parametrize("first", [1, 7])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_the_cache_does_not_change_the_logits_at_any_position(variant, first):
-    model, idx = random_model(**variant), random_ids()
-    with torch.no_grad():
-        cache = new_cache(model, 24)
-        logits, _ = model(idx[:, :first], targets=idx[:, :first], cache=cache)
-        found = [logits, *(model(idx[:, i : i + 1], cache=cache)[0] for i in range(first, 24))]
-    assert torch.allclose(torch.cat(found, dim=1), model.predict(idx), atol=1e-5)
-    heads = variant.get("n_kv_head") or 4
-    assert cache[0].values.shape == (2, heads, 24, 8)
-
-
-@pytest.mark.parametrize("first", [1, 7])
+@pytest.mark.parametrize("first", [0, 1, 7])
 @pytest.mark.parametrize("variant", [*VARIANTS, {"bias": True, "gelu": "tanh"}], ids=str)
-def test_the_decoder_computes_what_the_network_does(variant, first):
+@pytest.mark.parametrize("decoding", [False, True])
+def test_the_cache_does_not_change_the_logits_at_any_position(variant, first, decoding):
+    """Of two rows, one five positions behind the other."""
     model, idx = random_model(**variant), random_ids()
-    decoder, cache = Decoder.of(model, idx.device), new_cache(model, 24)
+    decoder, cache = Decoder.of(model, idx.device), KVCache(model, 2, 24)
+    found = []
     with torch.no_grad():
-        model(idx[:, :first], cache=cache)
-        found = [decoder.logits_after(idx[:, i], cache) for i in range(first, 24)]
-    assert torch.allclose(torch.stack(found, dim=1), model.predict(idx)[:, first:], atol=1e-5)
-    assert cache[0].length == 24
+        fill(model, [idx[0, : first + 5], idx[1, :first]], cache, [0, 1])
+        for i in range(first, 19):
+            new = torch.stack((idx[0, i + 5], idx[1, i]))[:, None]
+            step = decoder.logits_after if decoding else lambda *a: model(a[0], cache=a[1])[0][:, 0]
+            found.append(step(new, cache))
+    found, expected = torch.stack(found, dim=1), model.predict(idx)
+    assert torch.allclose(found[0], expected[0, first + 5 :], atol=1e-5)
+    assert torch.allclose(found[1], expected[1, first:19], atol=1e-5)
+    heads = variant.get("n_kv_head") or 4
+    assert cache.layers[0].memory.shape == (2, 2, heads, 24, 8) and cache.lengths == [24, 19]
+
+
+UNLIKE_PROMPTS = [[7], [3, 1, 4, 1, 5], [*range(23)], [*range(24)], [*range(2, 60)]]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 5, "temperature": 0.9}], ids=str)
+@pytest.mark.parametrize("exact_window", [False, True])
+@pytest.mark.parametrize("variant", [{}, *VARIANTS[:4], VARIANTS[5], *VARIANTS[-2:]], ids=str)
+def test_each_prompt_of_a_batch_goes_on_as_it_does_alone(variant, exact_window, options):
+    """For 50 tokens, into a window of 24."""
+    model = random_model(**variant)
+    options = {**options, "exact_window": exact_window}
+    together = generate(model, UNLIKE_PROMPTS, 50, samples=range(3, 8), **options)
+    for number, (ids, found) in enumerate(zip(UNLIKE_PROMPTS, together, strict=True), 3):
+        alone = generate(model, torch.tensor([ids]), 50, samples=[number], **options)
+        assert found.equal(alone[0]) and len(found) == len(ids) + 50
+
+
+@pytest.mark.parametrize("variant", [{}, {**MODERN, "n_kv_head": 2}], ids=str)
+def test_so_it_does_under_autocast(variant):
+    """There the Decoder is not used. Near ties differ in bfloat16, so logits are compared."""
+    model = random_model(**variant)
+    expected = [model.predict(torch.tensor([ids[-24:]])) for ids in UNLIKE_PROMPTS]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cache = KVCache(model, 5, 24)
+        fill(model, [torch.tensor(ids)[-24:-1] for ids in UNLIKE_PROMPTS], cache, range(5))
+        last = torch.tensor([ids[-1] for ids in UNLIKE_PROMPTS])[:, None]
+        found = model(last, cache=cache)[0]
+        assert len(generate(model, UNLIKE_PROMPTS, 40)[0]) == 41
+    for row, logits in zip(found, expected, strict=True):
+        assert (row[0] - logits[0, -1]).abs().max() < 0.05 * logits.abs().max()
+
+
+def test_rows_stop_each_at_their_own_stop_id():
+    model, stops = random_model(), {1, 2, 3}
+    options = {"temperature": 2.0, "seed": 0}
+    free = generate(model, UNLIKE_PROMPTS, 60, **options)
+    stopped = generate(model, UNLIKE_PROMPTS, 60, stop_ids=stops, **options)
+    ends = set()
+    for ids, row, expected in zip(UNLIKE_PROMPTS, stopped, free, strict=True):
+        drawn, whole = row[len(ids) :].tolist(), expected[len(ids) :].tolist()
+        end = min((i for i, token in enumerate(whole) if token in stops), default=len(whole))
+        assert drawn[: end + 1] == whole[: end + 1][: len(drawn)]
+        assert set(drawn[end:]) <= {whole[end]} if end < len(whole) else True
+        ends.add(end)
+    assert len(ends) > 2
 
 
 def test_the_decoder_leaves_bfloat16_to_the_network():

@@ -141,6 +141,31 @@ def test_text_depends_on_the_seed_and_the_number_only(run, monkeypatch):
     assert texts(run(samples=5)) == found
 
 
+def test_prompts_share_batches_that_have_room_for_all(run, folder, monkeypatch):
+    lines = ["a", "bb the", "语", "long " * 8, "c", "d"]
+    (folder / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    found = texts(run("--prompts=prompts.txt", "--max_words=4", samples=2, tokens=20))
+    sizes, generate = [], GPT.generate
+
+    def counting_generate(model, prompts, *args, **options):
+        sizes.append([len(prompt) for prompt in prompts])
+        return generate(model, prompts, *args, **options)
+
+    monkeypatch.setattr(GPT, "generate", counting_generate)
+    for room, expected in (
+        (9999, [[1, 1, 6, 6, 1, 1, 40, 40, 1, 1, 1, 1]]),
+        (
+            4 * 26,
+            [[1, 1, 6, 6], [1, 1, 40], [40, 1, 1], [1, 1]],
+        ),  # windows of 21, 26, 21, 32, 21, 21
+        (1, [[n] for n in (1, 1, 6, 6, 1, 1, 40, 40, 1, 1, 1, 1)]),
+    ):
+        monkeypatch.setattr(sample, "TOKENS_AT_ONCE", room)
+        sizes.clear()
+        assert texts(run("--prompts=prompts.txt", "--max_words=4", samples=2, tokens=20)) == found
+        assert sizes == expected
+
+
 def test_temperature_top_k_and_top_p_reach_the_generation(run):
     greedy = texts(run("--temperature=0"))
     assert len(set(greedy)) == 1
@@ -303,13 +328,13 @@ def test_a_recorded_sample_can_be_drawn_again(run):
 
 def test_samples_are_on_the_disk_while_the_next_are_drawn(run, monkeypatch):
     monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 1)
-    counts, forward = set(), GPT.forward
+    counts, draw = set(), generation.draw
 
-    def counting_forward(*args, **more):
+    def counting_draw(*args):
         counts.add(len(records("samples.jsonl")))
-        return forward(*args, **more)
+        return draw(*args)
 
-    monkeypatch.setattr(GPT, "forward", counting_forward)
+    monkeypatch.setattr(generation, "draw", counting_draw)
     run("--out=samples.jsonl")
     assert counts == {0, 1, 2}
 
@@ -342,6 +367,9 @@ def test_prompts_are_lines_of_a_file(run, folder):
     ]
     order = [(one["prompt"], one["sample"]) for one in records("samples.jsonl")]
     assert order == [("语 ab", 0), ("语 ab", 1), (" the ", 0), (" the ", 1)]
+    together = texts(run("--prompts=prompts.txt", samples=2, tokens=100))  # past the window of 32
+    alone = [texts(run(f"--start={start}", samples=2, tokens=100)) for start in ("语 ab", " the ")]
+    assert together == [*alone[0], *alone[1]]
     (folder / "blank.txt").write_text("\n\n")
     with pytest.raises(UserError, match=r"blank\.txt has no prompt"):
         run("--prompts=blank.txt")
