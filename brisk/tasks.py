@@ -94,26 +94,25 @@ def lambada(model, tokenizer, path, batch_size, device, documents=False):
 def addition(model, tokenizer, tokens, batch_size, device):
     """The share of the sums in `tokens` (documents such as 12+34=46) that the likeliest tokens
     answer to the last digit and the end of the document."""
-    by_length = {}  # prompts of one length make a batch
+    sums = []
     for document in tokenizer.decode(tokens).split(EOT):
         question, equals, answer = document.partition("=")
         if equals:
-            sums = by_length.setdefault(len(question), [])
             sums.append((EOT + question + equals, answer + EOT))
-    if not by_length:
+    if not sums:
         raise UserError("task=addition: there are no sums in this data set; see data/addition")
-    right = total = 0
-    for sums in tqdm(by_length.values(), unit="length", disable=None):
-        for first in range(0, len(sums), batch_size):
-            batch = sums[first : first + batch_size]
-            prompts = np.stack([tokenizer.encode(question, True) for question, _ in batch])
-            ids = torch.from_numpy(prompts.astype(np.int64)).to(device.device)
-            longest = max(len(tokenizer.encode(answer, True)) for _, answer in batch)
-            drawn = model.generate(ids, longest, temperature=0, vocab_size=tokenizer.vocab_size)
-            for row, (_, answer) in zip(drawn[:, ids.size(1) :].cpu(), batch, strict=True):
-                right += tokenizer.decode(row).startswith(answer)
-                total += 1
-    return {"sums": total, "right": right, "accuracy": right / total}
+    right = 0
+    for first in tqdm(range(0, len(sums), batch_size), unit="batch", disable=None):
+        batch = sums[first : first + batch_size]
+        prompts = [
+            torch.from_numpy(tokenizer.encode(question, True).astype(np.int64)).to(device.device)
+            for question, _ in batch
+        ]
+        longest = max(len(tokenizer.encode(answer, True)) for _, answer in batch)
+        drawn = model.generate(prompts, longest, temperature=0, vocab_size=tokenizer.vocab_size)
+        for row, prompt, (_, answer) in zip(drawn, prompts, batch, strict=True):
+            right += tokenizer.decode(row[len(prompt) :].cpu()).startswith(answer)
+    return {"sums": len(sums), "right": right, "accuracy": right / len(sums)}
 
 
 def score(model, pairs, batch_size, device):

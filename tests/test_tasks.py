@@ -296,8 +296,8 @@ class Calculator:
             a, b = map(int, self.tokenizer.decode(row[1:-1]).split("+"))
             answer = self.tokenizer.encode(f"{a + b + 10 * (a == 7)}{EOT}", allow_eot=True)
             padded = [*answer.tolist(), *[0] * max_new_tokens][:max_new_tokens]
-            rows.append([*row.tolist(), *padded])
-        return torch.tensor(rows)
+            rows.append(torch.tensor([*row.tolist(), *padded]))
+        return rows
 
 
 def test_a_sum_is_right_to_its_last_digit_or_wrong():
