@@ -28,6 +28,7 @@ from brisk.lock import FolderLock
 from brisk.memory import check_fits, expected_memory, in_bytes, peak_memory
 from brisk.optim import learning_rate_at, load_optimizer, load_scaler, step_unless
 from brisk.preview import draw_samples, sample_prompt
+from brisk.recompute import recompute_in_backward
 from brisk.runlog import Forecast, RunLog
 from brisk.saving import Saver
 from brisk.spikes import SpikeWatch
@@ -117,6 +118,7 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, mps, or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
     compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
+    activation_checkpointing: bool = False  # compute blocks again in backward: less memory
 
 
 RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "wandb", "step-*.pt")
@@ -201,7 +203,7 @@ def train(config, stop, at_end):
     # --- say what is about to happen
     steps, seen = config.max_iters + 1, tokens_per_step * (config.max_iters + 1)
     epochs = global_batch * steps / train_data.rows
-    memory = expected_memory(model, largest, device)
+    memory = expected_memory(model, largest, device, config.activation_checkpointing)
     log.say(f"tokens per iteration will be: {tokens_per_step:,}")
     log.say(f"data: {data_dir}, {len(train_data.tokens):,} training tokens")
     log.say(f"plan: {steps:,} steps, {seen:,} tokens, {epochs:.3g} epochs")
@@ -242,8 +244,10 @@ def train(config, stop, at_end):
     checkpoint = None  # its memory is wanted
     first_step = step
 
-    if compiling:
-        for block in model.transformer.h:
+    for block in model.transformer.h:
+        if config.activation_checkpointing:
+            recompute_in_backward(block, config.dropout > 0)
+        if compiling:
             block.compile()  # in place: names of weights stay as they are
     trained = ranks.wrap(model, device)
 

@@ -34,37 +34,56 @@ def machine_memory():
         return 2**45
 
 
-def expected_memory(model, batch_size, device):
+def expected_memory(model, batch_size, device, recomputed=False):
     """Bytes that training `model`, which is on the CPU still, takes at its peak on `device`.
 
-    One of its blocks runs on one sequence of zeros, and what autograd keeps of it for the backward
-    pass is added up; all blocks keep as much for every sequence. On top come the weights with
-    gradient and two AdamW moments (16 bytes a parameter), and around the head the logits that are
-    in memory at a time, twice, and four tensors as large as its input. What PyTorch itself
-    occupies, and what the allocator loses between tensors, is not counted.
+    All blocks keep for the backward pass what one does (`kept_by_block`), or, `recomputed` there,
+    their input, and one of them the rest. On top come the weights with gradient and two AdamW
+    moments (16 bytes a parameter), and around the head the logits that are in memory at a time,
+    twice, and four tensors as large as its input. What PyTorch itself occupies, and what the
+    allocator loses between tensors, is not counted.
     """
-    kept = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    config, block = model.config, copy.deepcopy(model.transformer.h[0]).to(device.device).train()
-    idx = torch.zeros(1, config.block_size, dtype=torch.int64)
-    with torch.random.fork_rng(), torch.no_grad():
-        x, angles = model.embed(idx)
-    x = x.to(device.device).requires_grad_()
-    angles = angles and tuple(t.to(device.device) for t in angles)
-    with torch.random.fork_rng():  # dropout draws here must not move the run's
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
-            _graph = block(x, None, angles)  # what it keeps stays apart in memory while it lives
-    mine = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
-    activations = config.n_layer * sum(size for key, size in kept.items() if key not in mine)
-    around_head = 4 * x.nbytes
+    config = model.config
+    each, once, x = kept_by_block(model, device)
+    blocks = config.n_layer * (once + batch_size * each)
+    if recomputed:
+        blocks = config.n_layer * (once + batch_size * x) + batch_size * each
+    around_head = 4 * batch_size * x
     logits = min(CHUNK, batch_size * config.block_size * config.vocab_size)
     parameters = sum(weight.numel() for weight in model.parameters())
-    return 16 * parameters + batch_size * (activations + around_head) + 8 * logits
+    return 16 * parameters + blocks + around_head + 8 * logits
+
+
+def kept_by_block(model, device):
+    """(bytes for each sequence, bytes whatever their number, bytes of a sequence going in): what
+    autograd keeps of a block of `model` from the forward pass for the backward pass, added up while
+    it runs on one sequence of zeros, and on two. What is there once is copies of its weights in
+    autocast's precision."""
+    block = copy.deepcopy(model.transformer.h[0]).to(device.device).train()
+    mine = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
+
+    def kept_of(sequences):
+        kept = {}
+
+        def count(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        idx = torch.zeros(sequences, model.config.block_size, dtype=torch.int64)
+        with torch.random.fork_rng(), torch.no_grad():
+            x, angles = model.embed(idx)
+        x = x.to(device.device).requires_grad_()
+        angles = angles and tuple(t.to(device.device) for t in angles)
+        with torch.random.fork_rng():  # dropout draws here must not move the run's
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
+                _graph = block(
+                    x, None, angles
+                )  # what it keeps stays apart in memory while it lives
+        return sum(size for key, size in kept.items() if key not in mine), x.nbytes
+
+    (one, x), (two, _) = kept_of(1), kept_of(2)
+    return two - one, max(0, 2 * one - two), x
 
 
 def peak_memory(device):
