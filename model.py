@@ -447,7 +447,8 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=None):
         """AdamW in nanoGPT's two groups: matrices and embeddings decay, vectors do not. With
-        `muon`, its (learning rate, momentum), Muon for the matrices in the blocks."""
+        `muon`, its (learning rate, momentum), Muon for the matrices in the blocks; a third entry
+        is the processes that share its work, a `brisk.distributed.Ranks`."""
         from brisk.optim import adamw, muon_adamw
 
         if muon:

@@ -3,6 +3,7 @@
 On one device:           python train.py config/train_shakespeare_char.py
 With keys overridden:    python train.py config/train_shakespeare_char.py --batch_size=32
 On the GPUs of a node:   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+Weights shared out too:  torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py
 On two nodes, on each:   torchrun --nnodes=2 --node_rank=<0 or 1> --master_addr=<address of node 0>
                          --master_port=1234 --nproc_per_node=8 train.py config/train_gpt2.py
 What a run would do:     python train.py config/train_gpt2.py --dry_run=True
@@ -61,6 +62,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
     keep_checkpoints: NonNegativeInt = 0  # newest saves kept as step-<step>.pt too; 0 for none
     dry_run: bool = False  # say what the run would do and stop
+    dry_run_ranks: NonNegativeInt = 0  # on so many GPUs, say; 0: as many as there are processes
     seed: Seed = 1337  # of the weights, the order of the data, and dropout
     wandb_log: bool = False  # log to Weights & Biases
     wandb_project: str = "owt"  # its project
@@ -118,6 +120,8 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, mps, or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
     compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole state, or a part of it
+    cpu_offload: bool = False  # with fsdp: keep the parts on the host, less memory and slower
     activation_checkpointing: bool = False  # compute blocks again in backward: less memory
 
 
@@ -134,8 +138,10 @@ def train(config, stop, at_end):
     # --- who and where we are
     if not config.out_dir:
         raise UserError("--out_dir= is empty; name a folder for the run")
-    ranks = Ranks.from_environment()
+    ranks = Ranks.from_environment(config.parallel)
     device = open_device(config.device, config.dtype, None if ranks.is_alone else ranks.local_rank)
+    if config.cpu_offload:
+        ranks.check_offload(device)
     ranks.join(config.backend, device)
     log = RunLog(active=ranks.is_main)
     lock = at_end.enter_context(FolderLock(config.out_dir, ranks))
@@ -143,7 +149,7 @@ def train(config, stop, at_end):
         lock.take()  # before anything is read that another run may be writing
 
     # --- where we start: nothing, a checkpoint (its settings hold unless given anew), or GPT-2
-    checkpoint, resuming = starting_point(config)
+    checkpoint, resuming = starting_point(config, mmap=not ranks.has_weights)
     if resuming:
         take_over_settings(config, checkpoint, log)
         check_values(config, "in the checkpoint")
@@ -161,7 +167,7 @@ def train(config, stop, at_end):
 
     # --- model
     torch.manual_seed(config.seed)
-    model = build_model(config, checkpoint, vocabulary_rows(tokenizer))
+    model = ranks.build(lambda: build_model(config, checkpoint, vocabulary_rows(tokenizer)))
     for key in MODEL_SHAPE:
         setattr(config, key, getattr(model.config, key))
     log.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
@@ -212,10 +218,15 @@ def train(config, stop, at_end):
     if config.dry_run:
         return ranks.leave()
 
-    # --- optimizer
-    model.to(device.device)
+    # --- on the device, as it is trained, and its optimizer
+    for block in model.transformer.h:
+        if config.activation_checkpointing:
+            recompute_in_backward(block, config.dropout > 0)
+        if compiling:
+            block.compile()  # in place: names of weights stay as they are
+    trained = ranks.wrap(model, device, config.cpu_offload)
     betas = (config.beta1, config.beta2)
-    muon = (config.muon_learning_rate, config.muon_momentum)
+    muon = (config.muon_learning_rate, config.muon_momentum, ranks)
     optimizer = model.configure_optimizers(
         config.weight_decay,
         config.learning_rate,
@@ -244,15 +255,8 @@ def train(config, stop, at_end):
     checkpoint = None  # its memory is wanted
     first_step = step
 
-    for block in model.transformer.h:
-        if config.activation_checkpointing:
-            recompute_in_backward(block, config.dropout > 0)
-        if compiling:
-            block.compile()  # in place: names of weights stay as they are
-    trained = ranks.wrap(model, device)
-
     # --- from here on there is something to keep
-    saver = at_end.enter_context(Saver(config.out_dir, log.say))
+    saver = at_end.enter_context(Saver(config.out_dir, log.say, ranks.is_main))
     if not config.eval_only:
         lock.take(make=True)
     if ranks.is_main and not config.eval_only:
@@ -275,7 +279,7 @@ def train(config, stop, at_end):
     def save(step, is_best, losses=()):
         """`last.pt` always; `ckpt.pt` too where this is the best so far, or always."""
         state = {
-            "model": model.state_dict(),
+            "model": model.state_dict(keep_vars=True),  # a weight of two names is one
             "optimizer": optimizer.state_dict(),
             "model_args": model.config.to_args(),
             "iter_num": step,
@@ -301,15 +305,15 @@ def train(config, stop, at_end):
         # steps that would spoil the run are read where the device is waited for anyway
         if evaluating or stopping or device.type == "cpu" or (step - 1) % config.log_interval == 0:
             if path := watch.way_back(saver, ranks, log):
-                checkpoint = load_checkpoint(path)
-                model.load_state_dict(checkpoint["model"])
+                checkpoint = load_checkpoint(path, mmap=not ranks.has_weights)
+                ranks.load_weights(model, checkpoint["model"])
                 step, best_val_loss = load_state(checkpoint)  # but position moves on
                 log.back_to(step)
                 clipped.zero_()
                 continue
 
         if stopping:
-            if step > first_step and ranks.is_main:
+            if step > first_step:
                 save(step, is_best=False)
             log.close()
             saver.leave(ranks)
@@ -326,13 +330,15 @@ def train(config, stop, at_end):
                 continue
             record = {"train_loss": train_loss, "val_loss": val_loss}
             record["tokens"] = position * config.block_size
-            if prompt and ranks.is_main:
-                record["samples"] = draw_samples(model, tokenizer, prompt, config, device)
+            if prompt:
+                with ranks.whole_weights(model):
+                    if ranks.is_main:
+                        record["samples"] = draw_samples(model, tokenizer, prompt, config, device)
             log.evaluation(step, record)
             model.train()
             is_best = val_loss < best_val_loss
             best_val_loss = min(best_val_loss, val_loss)
-            if step > first_step and ranks.is_main:
+            if step > first_step:
                 log.say(f"saving checkpoint to {config.out_dir}")
                 save(step, is_best, (train_loss, val_loss))
             lap, lap_steps = time.perf_counter(), 0
@@ -351,8 +357,7 @@ def train(config, stop, at_end):
             batch = to_device(train_data.batch(position + first, count), device)
             weight = train_data.targets(position + first, count) / step_targets
             torch.manual_seed(hash64(config.seed, step, index))  # of dropout
-            if not ranks.is_alone:  # gradients meet in the last backward pass only
-                trained.require_backward_grad_sync = number == len(share) - 1
+            ranks.average_gradients(trained, now=number == len(share) - 1)
             with device.autocast():
                 _, loss = trained(*batch, return_logits=False)
             step_loss += loss.detach() * weight
@@ -364,7 +369,7 @@ def train(config, stop, at_end):
 
         scaler.unscale_(optimizer)
         limit = config.grad_clip or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        grad_norm = ranks.clip_gradients(model, limit, device)
         clipped += grad_norm > limit  # on the device, which need not wait
         broken = watch.look(step, position, step_loss, grad_norm)
         if config.on_spike == "skip":
@@ -418,13 +423,16 @@ def estimate_loss(model, data, config, ranks, device, forecast, stop=None):
     to stop cuts it short."""
     precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     nats, tokens = torch.zeros(2, dtype=precise, device=device.device).unbind()
-    for k in range(ranks.rank, config.eval_iters, ranks.world_size):
-        if stop and stop.number:
+    for first in range(0, config.eval_iters, ranks.world_size):
+        if stop and ranks.largest(stop.number or 0):
             break
         began = time.perf_counter()
-        position = k * config.batch_size
+        k = (
+            first + ranks.rank
+        )  # the last ones may have none left: they run along, and count nothing
+        position = k % config.eval_iters * config.batch_size
         batch = to_device(data.batch(position, config.batch_size), device)
-        targets = data.targets(position, config.batch_size)
+        targets = data.targets(position, config.batch_size) * (k < config.eval_iters)
         with device.autocast():
             _, loss = model(*batch, return_logits=False)
         nats += loss * targets

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,14 @@ class Ranks:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    parallel: str = "ddp"  # or "fsdp": each process keeps a part of the weights (brisk/sharding.py)
 
     @classmethod
-    def from_environment(cls):
+    def from_environment(cls, parallel="ddp"):
         """What torchrun says in the environment."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        return cls(*(int(os.environ.get(n, d)) for n, d in zip(names, (0, 0, 1), strict=True)))
+        numbers = (int(os.environ.get(n, d)) for n, d in zip(names, (0, 0, 1), strict=True))
+        return cls(*numbers, parallel)
 
     @property
     def is_main(self):
@@ -32,6 +35,16 @@ class Ranks:
     @property
     def is_alone(self):
         return self.world_size == 1
+
+    @property
+    def shards(self):
+        return self.parallel == "fsdp" and not self.is_alone
+
+    @property
+    def has_weights(self):
+        """Whether this process reads or makes weights: under FSDP the main one does it, and hands
+        the others their parts."""
+        return self.is_main or not self.shards
 
     def join(self, backend, device):
         """Start the process group: NCCL between GPUs, gloo between CPUs, or as `backend` says."""
@@ -79,12 +92,80 @@ class Ranks:
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
-    def wrap(self, model, device):
-        """`model` with its gradients averaged over the processes in the backward pass."""
+    def check_offload(self, device):
+        """Raise `UserError` where the shards of the weights cannot be kept on the host."""
+        if not self.shards:
+            raise UserError("--cpu_offload needs --parallel=fsdp, and several processes (torchrun)")
+        if device.type != "cuda":
+            raise UserError(f"--cpu_offload spares memory of GPUs, the device is {device.type}")
+        if device.dtype_name == "float16":
+            raise UserError("--cpu_offload does not go with the gradient scaler of --dtype=float16")
+
+    def build(self, build_model):
+        """The model of `build_model()` on the CPU. Under FSDP only the main process calls it; the
+        others get one of its shape with nothing in it, and its `UserError`."""
+        if not self.shards:
+            return build_model()
+        model = mistake = None
+        if self.is_main:
+            try:
+                model = build_model()
+            except UserError as error:
+                mistake = str(error)
+        kind, mistake = self.agree((model and (type(model), model.config), mistake))
+        if mistake:
+            raise UserError(mistake)
+        return model if self.is_main else kind[0].empty(kind[1])
+
+    def wrap(self, model, device, offload=False):
+        """`model`, so far on the CPU, as it is to be trained: on its device, with its gradients
+        averaged over the processes in the backward pass, under FSDP sharded. All processes begin
+        with the main one's weights."""
+        if self.shards:
+            from brisk.sharding import shard
+
+            shard(model, device, self.world_size, offload)
+            return model
+        model.to(device.device)
         if self.is_alone:
             return model
         ids = [device.device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def average_gradients(self, trained, now):
+        """Whether the gradients of the processes meet in the next backward pass."""
+        if self.shards:
+            trained.set_requires_gradient_sync(now)
+        elif not self.is_alone:
+            trained.require_backward_grad_sync = now
+
+    def clip_gradients(self, model, limit, device):
+        """Shorten the gradient to a norm of `limit`; its norm before, a tensor () on the device."""
+        if not self.shards:
+            return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        from brisk.sharding import gathered
+
+        weights = [p for p in model.parameters() if p.grad is not None]
+        norm = gathered(torch.nn.utils.get_total_norm([p.grad for p in weights]))
+        torch.nn.utils.clip_grads_with_norm_(weights, limit, norm.to(weights[0].device))
+        return norm.to(device.device)
+
+    def load_weights(self, model, weights):
+        """Give `model`, which may be sharded, the main process's `weights`, a state dict."""
+        if not self.shards:
+            model.load_state_dict(weights)
+            return
+        from brisk.sharding import load_weights
+
+        load_weights(model, weights)
+
+    def whole_weights(self, model):
+        """A context in which the main process may use `model` without the others."""
+        if not self.shards:
+            return nullcontext()
+        from brisk.sharding import whole_weights
+
+        return whole_weights(model)
 
     def share(self, gradient_accumulation_steps, batch_size):
         """This process's micro-batches of a global batch: a list of (index, first, count).
@@ -111,3 +192,13 @@ class Ranks:
             (self.rank * number + k, self.rank * mine + edges[k], edges[k + 1] - edges[k])
             for k in range(number)
         ]
+
+
+def is_sharded(tensor):
+    """Whether it is a `DTensor`; importing the class would take a second of every start."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor):
+    """This process's rows of a tensor that is sharded; all of any other."""
+    return tensor.to_local() if is_sharded(tensor) else tensor

@@ -39,7 +39,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             inputs, head = x.to(dtype), weight.to(dtype)
             nats = torch.zeros((), device=x.device, dtype=torch.float32)
             grad_x = torch.empty_like(inputs) if wants_x else None
-            grad_weight = torch.zeros_like(weight) if wants_weight else None
+            summed = torch.promote_types(weight.dtype, torch.float32)  # FSDP's are in bfloat16
+            grad_weight = torch.zeros_like(weight, dtype=summed) if wants_weight else None
             rows = max(1, chunk // len(weight))
             for start in range(0, len(x), rows):
                 part, target = inputs[start : start + rows], targets[start : start + rows]
@@ -61,12 +62,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(grad, head, out=grad_x[start : start + rows]).mul_(valid)
                 if wants_weight:
                     part = part * valid
-                    if dtype == weight.dtype:
+                    if dtype == summed:
                         grad_weight.addmm_(grad.T, part)
                     else:
                         grad_weight += grad.T @ part
             count = (targets >= 0).sum()
         ctx.save_for_backward(grad_x, grad_weight, count)
+        ctx.weight_dtype = weight.dtype
         return nats / count
 
     @staticmethod
@@ -74,5 +76,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight, count = ctx.saved_tensors
         scale = grad / count
         grad_x = grad_x * scale if grad_x is not None else None
-        grad_weight = grad_weight.mul_(scale) if grad_weight is not None else None
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None, None

@@ -5,7 +5,9 @@ import math
 import torch
 
 from brisk.checkpoint import is_weight
+from brisk.distributed import Ranks, is_sharded, local
 from brisk.errors import UserError, is_out_of_memory
+from brisk.turns import by_turns
 
 # What PyTorch raises on loading a state that is none, or of other weights.
 ODD_STATE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
@@ -35,11 +37,14 @@ def adamw(named_parameters, weight_decay, learning_rate, betas, device_type):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def muon_adamw(model, weight_decay, learning_rate, betas, device_type, muon_rate, momentum):
+def muon_adamw(
+    model, weight_decay, learning_rate, betas, device_type, muon_rate, momentum, ranks=None
+):
     """Muon for the matrices in the model's blocks, AdamW for embeddings, head and vectors.
 
     `muon_rate` is the matrices' learning rate, which is of another kind than AdamW's; both follow
-    one schedule, and `lr_ratio` in the matrices' group is the one over the other.
+    one schedule, and `lr_ratio` in the matrices' group is the one over the other. `ranks` are the
+    processes that share Muon's work, a `Ranks`.
     """
     blocks = model.transformer.h
     matrices = [p for p in blocks.parameters() if p.dim() == 2 and p.requires_grad]
@@ -59,7 +64,7 @@ def muon_adamw(model, weight_decay, learning_rate, betas, device_type, muon_rate
     hidden = {id(p) for p in matrices}
     others = [(name, p) for name, p in model.named_parameters() if id(p) not in hidden]
     inner = adamw(others, weight_decay, learning_rate, betas, device_type)
-    return MuonAdamW(group, inner, product_dtype(device_type))
+    return MuonAdamW(group, inner, product_dtype(device_type), torch.device(device_type), ranks)
 
 
 def product_dtype(device_type):
@@ -75,7 +80,7 @@ class MuonAdamW(torch.optim.Optimizer):
     The first group, of rule "muon", has the matrices and, in `rows`, the heights of the maps that
     each is made of: a map is orthogonalised by itself. The groups after it are those of `adamw`, a
     `torch.optim.AdamW`, and stay shared with it. Maps of one shape, turned or not, are one batched
-    product in `dtype`.
+    product in `dtype` on `device`, and each of the `ranks` does it for its share of the matrices.
 
     The update of a map is its orthogonal factor times sqrt(max(1, rows / columns)), Jordan's scale:
     it changes the map's outputs by as much at every width (Yang et al. 2023, A Spectral Condition),
@@ -84,9 +89,9 @@ class MuonAdamW(torch.optim.Optimizer):
     Shakespeare they still learned far more slowly than at twice that.)
     """
 
-    def __init__(self, group, adamw, dtype):
+    def __init__(self, group, adamw, dtype, device, ranks=None):
         super().__init__([group, *adamw.param_groups], {})
-        self.adamw, self.dtype = adamw, dtype
+        self.adamw, self.dtype, self.device, self.ranks = adamw, dtype, device, ranks or Ranks()
         self.share_with_adamw()
 
     def share_with_adamw(self):
@@ -113,18 +118,17 @@ class MuonAdamW(torch.optim.Optimizer):
         """Nesterov momentum, orthogonalised map by map; decoupled weight decay.
 
         `skipped` is that of `step_unless`: a gradient equal to the mean leaves the mean as it is.
-        Under DDP every rank computes all of it. To share the work, let rank r take every
-        world_size-th entry of a stack and gather the results.
+        Of sharded weights (FSDP) all is done to this process's rows, but for the orthogonalising.
         """
         pairs = zip(group["params"], group["rows"], strict=True)
         trained = [(p, rows) for p, rows in pairs if p.grad is not None]
         if not trained:
             return
-        weights, gradients = [p for p, _ in trained], [p.grad for p, _ in trained]
-        for p in weights:
+        for p, _ in trained:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        means = [self.state[p]["momentum"] for p in weights]
+        weights, gradients = [local(p) for p, _ in trained], [local(p.grad) for p, _ in trained]
+        means = [local(self.state[p]["momentum"]) for p, _ in trained]
         decay = 1 - group["lr"] * group["weight_decay"]
         if skipped is not None:
             pairs = zip(means, gradients, strict=True)
@@ -134,20 +138,38 @@ class MuonAdamW(torch.optim.Optimizer):
         updates = torch._foreach_lerp(gradients, means, group["momentum"])
         torch._foreach_mul_(weights, decay)
 
-        stacks = {}  # (rows, columns), no more rows than columns: [(map, its update, its rate)]
-        for (p, rows), update in zip(trained, updates, strict=True):
-            for weight, part in zip(p.split(rows), update.split(rows), strict=True):
-                rate = group["lr"] * max(1, weight.size(0) / weight.size(1)) ** 0.5
-                if weight.size(0) > weight.size(1):
-                    weight, part = weight.mT, part.mT
-                stacks.setdefault(part.shape, []).append((weight, part, rate))
-        for stack in stacks.values():
-            parts = torch.stack([part for _, part, _ in stack])
-            directions = orthogonalize(parts.to(self.dtype))
+        shapes = [tuple(p.shape) for p, _ in trained]
+        parts = [update.to(self.device, self.dtype) for update in updates]
+        directions = by_turns(
+            self.ranks,
+            parts,
+            shapes,
+            lambda numbers, wholes: orthogonal_maps(wholes, [trained[i][1] for i in numbers]),
+        )
+        for weight, (p, rows), direction in zip(weights, trained, directions, strict=True):
             if skipped is not None:
-                directions = directions * (1 - skipped)
-            for (weight, _, rate), direction in zip(stack, directions, strict=True):
-                weight.add_(direction, alpha=-rate)
+                direction = direction * (1 - skipped).to(direction)
+            scale = (
+                max(1, max(rows) / p.size(1)) ** 0.5
+            )  # several maps in one are no higher than wide
+            weight.add_(direction.to(weight.device), alpha=-group["lr"] * scale)
+
+
+def orthogonal_maps(matrices, rows):
+    """The orthogonal factor of every map in `matrices`, of as many rows each as `rows` says for
+    its matrix; laid out as they are."""
+    results = [torch.empty_like(matrix) for matrix in matrices]
+    stacks = {}  # (rows, columns), no more rows than columns: [(map, where its factor goes)]
+    for matrix, result, heights in zip(matrices, results, rows, strict=True):
+        for part, factor in zip(matrix.split(heights), result.split(heights), strict=True):
+            if part.size(0) > part.size(1):
+                part, factor = part.mT, factor.mT
+            stacks.setdefault(part.shape, []).append((part, factor))
+    for stack in stacks.values():
+        found = orthogonalize(torch.stack([part for part, _ in stack]))
+        for (_, factor), direction in zip(stack, found, strict=True):
+            factor.copy_(direction)
+    return results
 
 
 def step_unless(skipped, optimizer):
@@ -158,7 +180,8 @@ def step_unless(skipped, optimizer):
     wait for the device; without them it does.
     """
     if optimizer.param_groups[-1].get("fused"):
-        optimizer.found_inf = skipped
+        weight = optimizer.param_groups[-1]["params"][0]  # on the host, where FSDP keeps them there
+        optimizer.found_inf = skipped.to(weight.device)
         optimizer.step()
         del optimizer.found_inf
     elif not skipped.item():
@@ -192,15 +215,8 @@ def load_optimizer(optimizer, state):
         given = [{**group} for group in optimizer.param_groups]
         for group, before in zip(given, state["param_groups"], strict=True):
             group["params"] = before["params"]
-        optimizer.load_state_dict({**state, "param_groups": given})
-        for weight, kept in optimizer.state.items():
-            for key in kept.keys() - {"step"}:
-                if len(kept[key]) > len(weight):  # of positions that a shorter block_size cut off
-                    kept[key] = kept[key][: len(weight)].clone()
-            moments = [kept[key] for key in kept if key != "step"]
-            fit = all(is_weight(moment) and moment.shape == weight.shape for moment in moments)
-            if not fit or {*kept} not in STATES:
-                raise ValueError(f"odd state of a weight of shape {tuple(weight.shape)}")
+        moments = fitted_moments(optimizer, state)
+        optimizer.load_state_dict({"state": moments, "param_groups": given})
     except ODD_STATE as error:
         if is_out_of_memory(error):
             raise
@@ -208,6 +224,27 @@ def load_optimizer(optimizer, state):
             f"the checkpoint's optimizer cannot go on with this model ({error!r}); "
             "start anew from the weights: --init_from=<the checkpoint's path>"
         ) from error
+
+
+def fitted_moments(optimizer, state):
+    """The moments in a saved `state`, cut to the positions that a shorter block_size left, and
+    sharded where the weights are. Raises ValueError for those of other weights."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights, fitted = dict(zip(numbers, weights, strict=True)), {}
+    for number, kept in state["state"].items():
+        weight, moments = weights[number], {key: kept[key] for key in kept.keys() - {"step"}}
+        for key, moment in sorted(moments.items()):
+            if len(moment) > len(weight):
+                moments[key] = moment = moment[: len(weight)].clone()
+            if not is_weight(moment) or moment.shape != weight.shape or {*kept} not in STATES:
+                raise ValueError(f"odd state of a weight of shape {tuple(weight.shape)}")
+            if is_sharded(weight):
+                from brisk.sharding import scattered
+
+                moments[key] = scattered(moment, weight)
+        fitted[number] = {**kept, **moments}
+    return fitted
 
 
 def load_scaler(scaler, state):

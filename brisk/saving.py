@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from brisk.checkpoint import latest_checkpoint, save_checkpoint
+from brisk.distributed import is_sharded
 from brisk.errors import RunError, UserError
 
 
@@ -15,11 +16,11 @@ class Saver:
 
     One write is under way at a time, a save waits for the one before. A save that fails leaves what
     is there as it is and says why; the next one is another try. Leaving it as a context manager
-    waits for the last write.
+    waits for the last write. All processes have one; the main one's `writes`.
     """
 
-    def __init__(self, out_dir, say=print):
-        self.out_dir, self.say = Path(out_dir), say
+    def __init__(self, out_dir, say=print, writes=True):
+        self.out_dir, self.say, self.writes = Path(out_dir), say, writes
         self.thread = None
         self.failure = None  # why the newest save failed, in a line
         self.mistake = None  # an error of ours on the thread, for the one who waits for it
@@ -36,9 +37,13 @@ class Saver:
 
         `losses` are those measured on this state. Where one of them, a weight or a moment is not
         finite, nothing is written.
+
+        Under FSDP all processes call it together, and give their shards.
         """
         self.wait()
-        todo = (on_host(state), as_best, keep, losses)
+        todo = (on_host(state, self.writes), as_best, keep, losses)
+        if not self.writes:
+            return
         self.thread = threading.Thread(target=self.write, args=todo, name="saver")
         self.thread.start()
 
@@ -86,17 +91,25 @@ class Saver:
             return None
 
 
-def on_host(value, copies=None):
-    """`value` with each tensor in it, or in dicts in it, copied to the host's memory. Two names of
-    one tensor stay two names of one; what is no tensor is shared."""
+def on_host(value, keeps=True, copies=None):
+    """`value` with each tensor in it, or in dicts in it, copied to the host's memory, those that
+    are sharded put together. Two names of one tensor stay two names of one; what is no tensor is
+    shared. A process that `keeps` none of it only gives its shards, one tensor after another."""
     copies = {} if copies is None else copies
     if isinstance(value, dict):
-        return {key: on_host(part, copies) for key, part in value.items()}
+        return {key: on_host(part, keeps, copies) for key, part in value.items()}
     if not isinstance(value, torch.Tensor):
         return value
-    key = (value.data_ptr(), value.shape)
+    sharded = is_sharded(value)
+    key = id(value) if sharded else (value.data_ptr(), value.shape)
     if key not in copies:
-        copies[key] = value.detach().to("cpu", copy=True)
+        if sharded:
+            from brisk.sharding import gathered
+
+            whole = gathered(value)
+            copies[key] = whole.to("cpu") if keeps else None
+        else:
+            copies[key] = value.detach().to("cpu", copy=True) if keeps else None
     return copies[key]
 
 

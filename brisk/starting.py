@@ -19,6 +19,9 @@ OF_THIS_START = {
     "device",
     "dtype",
     "compile",
+    "parallel",
+    "cpu_offload",
+    "dry_run_ranks",
 }
 # Keys that are also fields of a GPTConfig: a checkpoint's stay, only block_size may get smaller.
 MODEL_SHAPE = (
@@ -40,8 +43,8 @@ MODEL_SHAPE = (
 )
 
 
-def starting_point(config):
-    """(checkpoint or None, whether to resume it) for `init_from`."""
+def starting_point(config, mmap=False):
+    """(checkpoint or None, whether to resume it) for `init_from`; `mmap` is `load_checkpoint`'s."""
     known = ["scratch", "resume", "auto", *GPT2_NAMES]
     start = config.init_from
     if start not in known and not Path(start).exists():
@@ -53,13 +56,13 @@ def starting_point(config):
         start = "resume" if saved else start
     if start == "resume":
         path = latest_checkpoint(config.out_dir)
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, mmap)
         if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():
             what = f"{path} has no {' and no '.join(sorted(missing))} to resume with"
             raise UserError(f"{what}; start anew from its weights: --init_from={path}")
         return checkpoint, True
     if Path(start).is_file():
-        return load_checkpoint(start), False
+        return load_checkpoint(start, mmap), False
     return None, False
 
 
