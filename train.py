@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from brisk.distributed import Ranks
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, find_data_dir, hash64, to_device
 from brisk.lock import FolderLock
-from brisk.memory import check_fits, expected_memory, in_bytes, peak_memory
+from brisk.memory import check_fits, expected_memory, in_bytes, peak_memory, shared_state
 from brisk.optim import learning_rate_at, load_optimizer, load_scaler, step_unless
 from brisk.preview import draw_samples, sample_prompt
 from brisk.recompute import recompute_in_backward
@@ -136,11 +136,13 @@ def main(config, stop=None):
 
 def train(config, stop, at_end):
     # --- who and where we are
+    if config.dry_run_ranks and not config.dry_run:
+        raise UserError("--dry_run_ranks goes with --dry_run=True; torchrun starts processes")
     if not config.out_dir:
         raise UserError("--out_dir= is empty; name a folder for the run")
     ranks = Ranks.from_environment(config.parallel)
     device = open_device(config.device, config.dtype, None if ranks.is_alone else ranks.local_rank)
-    if config.cpu_offload:
+    if config.cpu_offload and not config.dry_run:
         ranks.check_offload(device)
     ranks.join(config.backend, device)
     log = RunLog(active=ranks.is_main)
@@ -209,12 +211,26 @@ def train(config, stop, at_end):
     # --- say what is about to happen
     steps, seen = config.max_iters + 1, tokens_per_step * (config.max_iters + 1)
     epochs = global_batch * steps / train_data.rows
-    memory = expected_memory(model, largest, device, config.activation_checkpointing)
+    planned = replace(ranks, world_size=config.dry_run_ranks or ranks.world_size)
+    batches = planned.share(config.gradient_accumulation_steps, config.batch_size)
+    memory = expected_memory(
+        model,
+        max(count for _, _, count in batches),
+        device,
+        config.activation_checkpointing,
+        planned,
+        len(batches) > 1,
+        config.cpu_offload,
+    )
     log.say(f"tokens per iteration will be: {tokens_per_step:,}")
     log.say(f"data: {data_dir}, {len(train_data.tokens):,} training tokens")
     log.say(f"plan: {steps:,} steps, {seen:,} tokens, {epochs:.3g} epochs")
-    each = "" if ranks.is_alone else f"{ranks.world_size} processes, each on "
+    each = f"{planned.world_size} processes ({config.parallel}), each on "
+    each = "" if planned.is_alone else each
     log.say(f"device: {each}{device}, {compiled}; about {in_bytes(memory)} of memory for training")
+    if config.cpu_offload:
+        parameters = model.get_num_params(non_embedding=False)
+        log.say(f"and {in_bytes(shared_state(parameters, planned))} of the host's for each process")
     if config.dry_run:
         return ranks.leave()
 

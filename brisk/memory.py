@@ -34,32 +34,68 @@ def machine_memory():
         return 2**45
 
 
-def expected_memory(model, batch_size, device, recomputed=False):
+def expected_memory(
+    model, batch_size, device, recomputed=False, ranks=None, accumulates=False, offload=False
+):
     """Bytes that training `model`, which is on the CPU still, takes at its peak on `device`.
 
     All blocks keep for the backward pass what one does (`kept_by_block`), or, `recomputed` there,
-    their input, and one of them the rest. On top come the weights with gradient and two AdamW
-    moments (16 bytes a parameter), and around the head the logits that are in memory at a time,
-    twice, and four tensors as large as its input. What PyTorch itself occupies, and what the
-    allocator loses between tensors, is not counted.
+    their input, and one of them the rest. Around the head come the logits that are in memory at a
+    time, twice, and four tensors as large as its input. And there is the state (`state_memory`).
+    What PyTorch itself occupies, and what the allocator loses between tensors, is not counted.
+
+    Args:
+        batch_size: sequences in a micro-batch, on this device.
+        recomputed: whether with activation checkpointing.
+        ranks: the processes that train together, a `Ranks`; None for one.
+        accumulates: whether a step is of several micro-batches in a process.
+        offload: whether under FSDP the state is on the host.
     """
     config = model.config
-    each, once, x = kept_by_block(model, device)
+    low = torch.bfloat16 if ranks and ranks.shards and device.dtype is torch.bfloat16 else None
+    each, once, x = kept_by_block(model, device, low)
     blocks = config.n_layer * (once + batch_size * each)
     if recomputed:
         blocks = config.n_layer * (once + batch_size * x) + batch_size * each
     around_head = 4 * batch_size * x
     logits = min(CHUNK, batch_size * config.block_size * config.vocab_size)
+    state = state_memory(model, ranks, accumulates, offload, 2 if low else 4)
+    return state + blocks + around_head + 8 * logits
+
+
+def state_memory(model, ranks, accumulates, offload, width):
+    """Bytes on a device of weights, gradients and AdamW's two moments: 16 a parameter.
+
+    DDP holds the gradients of several micro-batches beside the buckets in which they meet. Under
+    FSDP a device has its share; of whole tensors, in `width` bytes, what is around the blocks, a
+    block at work, the next one, and that one again as it arrives; gradients on their way of two
+    blocks, or of what is around them, in `width` bytes and in float32; and, of several
+    micro-batches, the sum of all gradients, which are shared out with the last.
+    """
     parameters = sum(weight.numel() for weight in model.parameters())
-    return 16 * parameters + blocks + around_head + 8 * logits
+    if ranks is None or ranks.is_alone:
+        return 16 * parameters
+    if not ranks.shards:
+        return (20 if accumulates else 16) * parameters
+    block = sum(weight.numel() for weight in model.transformer.h[0].parameters())
+    around = parameters - model.config.n_layer * block
+    on_their_way = (width + 4) * max(2 * block, around)
+    share = 0 if offload else shared_state(parameters, ranks)
+    summed = 4 * parameters if accumulates else 0
+    return share + width * (around + 3 * block) + on_their_way + summed
 
 
-def kept_by_block(model, device):
+def shared_state(parameters, ranks):
+    """Bytes of the part of the state that a process has under FSDP."""
+    return 16 * parameters / ranks.world_size
+
+
+def kept_by_block(model, device, low=None):
     """(bytes for each sequence, bytes whatever their number, bytes of a sequence going in): what
     autograd keeps of a block of `model` from the forward pass for the backward pass, added up while
     it runs on one sequence of zeros, and on two. What is there once is copies of its weights in
-    autocast's precision."""
-    block = copy.deepcopy(model.transformer.h[0]).to(device.device).train()
+    autocast's precision. With `low` weights and what goes in are of that type."""
+    block = copy.deepcopy(model.transformer.h[0]).to(device.device, low).train()
     mine = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
 
     def kept_of(sequences):
@@ -73,7 +109,7 @@ def kept_by_block(model, device):
         idx = torch.zeros(sequences, model.config.block_size, dtype=torch.int64)
         with torch.random.fork_rng(), torch.no_grad():
             x, angles = model.embed(idx)
-        x = x.to(device.device).requires_grad_()
+        x = x.to(device.device, low).requires_grad_()
         angles = angles and tuple(t.to(device.device) for t in angles)
         with torch.random.fork_rng():  # dropout draws here must not move the run's
             with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():

@@ -308,6 +308,10 @@ def script():
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """`torchrun("train.py", *argv)`: the same in two processes on this machine."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return lambda name, *argv, **more: run_script(name, *argv, launcher=launcher, **more)
+    """`torchrun("train.py", *argv)`: the same in two processes on this machine, or more."""
+
+    def run(name, *argv, processes=2, **more):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return run_script(name, *argv, launcher=launcher, **more)
+
+    return run

@@ -1,0 +1,313 @@
+"""Sharded training: the run that one process makes, in parts, and the same file at its end."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from brisk.checkpoint import load_checkpoint
+from brisk.device import Device
+from brisk.distributed import Ranks
+from brisk.errors import UserError
+from brisk.memory import expected_memory, shared_state, state_memory
+from brisk.turns import rows_of
+from configurator import configure
+from model import GPT, GPTConfig
+
+# Micro-batches that 2 and 4 processes split as one does, so that dropout draws the same numbers;
+# evaluations of 3 batches, which neither can share evenly.
+CLASSIC = {"dropout": 0.2, "bias": True}
+MODERN = {"position": "rotary", "norm": "rms", "qk_norm": True, "mlp": "swiglu", "tied": False}
+MODERN |= {"n_kv_head": 1, "logit_cap": 15.0, "zero_init": True}
+SIZES = {"n_layer": 2, "gradient_accumulation_steps": 8, "batch_size": 2, "eval_iters": 3}
+SIZES |= {"max_iters": 11, "lr_decay_iters": 11}
+RUNS = {
+    "adamw-classic": CLASSIC | {"optimizer": "adamw"},
+    "muon-modern": MODERN | {"optimizer": "muon"},
+}
+MORE_RUNS = {
+    "adamw-modern": MODERN | {"optimizer": "adamw"},
+    "muon-classic": CLASSIC | {"optimizer": "muon"},
+}
+
+
+def metrics(out_dir, key):
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def assert_same_run(run, whole):
+    """The losses of `whole`, from the first step to the last, and its state at the end."""
+    for key in ("loss", "grad_norm"):
+        losses, expected = metrics(run, key), metrics(whole, key)
+        assert losses == pytest.approx(expected, abs=1e-4) and len(losses) == 12
+    losses, expected = metrics(run, "val_loss"), metrics(whole, "val_loss")
+    assert losses.items() and {s: expected[s] for s in losses if s in expected} == pytest.approx(
+        {s: losses[s] for s in losses if s in expected}, abs=1e-4
+    )
+    state, expected = (load_checkpoint(out / "last.pt") for out in (run, whole))
+    assert state.keys() == expected.keys() and state["model"].keys() == expected["model"].keys()
+    for name, weight in expected["model"].items():
+        torch.testing.assert_close(state["model"][name], weight, atol=1e-4, rtol=0)
+    moments, expected = state["optimizer"]["state"], expected["optimizer"]["state"]
+    assert moments.keys() == expected.keys()
+    for number, kept in expected.items():
+        for key, moment in kept.items():
+            assert type(moments[number][key]) is torch.Tensor  # no DTensor is in the file
+            torch.testing.assert_close(moments[number][key], moment, atol=1e-4, rtol=1e-3)
+
+
+def succeed(result):
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+def test_two_processes_train_as_one(train_tiny, settings, torchrun, tmp_path, changes, parallel):
+    """DDP beside it for the sake of Muon, whose work is shared there too."""
+    changes = {**SIZES, **changes}
+    whole = train_tiny(tmp_path / "whole", **changes).out_dir
+    two = tmp_path / "two"
+    console = succeed(torchrun("train.py", *settings(two, **changes, parallel=parallel)))
+    assert_same_run(two, whole)
+    assert f"2 processes ({parallel}), each on cpu" in console
+    assert len(re.findall(r"^iter 2: ", console, re.MULTILINE)) == 1  # one of them speaks
+    assert (two / "last.pt").stat().st_size < 1.02 * (whole / "last.pt").stat().st_size
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+def test_runs_go_on_with_each_others_checkpoints(
+    train_tiny, resume, settings, resumed_settings, torchrun, tmp_path, script, changes
+):
+    changes = {**SIZES, **changes}
+    whole = train_tiny(tmp_path / "whole", **changes).out_dir
+    shared = tmp_path / "shared"
+    argv = settings(shared, **{**changes, "max_iters": 5, "parallel": "fsdp"})
+    succeed(torchrun("train.py", *argv, processes=4))
+    shutil.copytree(shared, tmp_path / "alone")
+    assert_same_run(resume(tmp_path / "alone", max_iters=11).out_dir, whole)
+    argv = [f"--out_dir={shared}", "--device=cpu", "--num_samples=1", "--max_new_tokens=5"]
+    assert succeed(script("sample.py", *argv))
+    succeed(torchrun("train.py", *resumed_settings(shared, max_iters=11)))  # under DDP
+    assert_same_run(shared, whole)
+
+    train_tiny(tmp_path / "back", **{**changes, "max_iters": 5})
+    argv = resumed_settings(tmp_path / "back", max_iters=11, parallel="fsdp")
+    succeed(torchrun("train.py", *argv))
+    assert_same_run(tmp_path / "back", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, parallel", [(4, "fsdp"), (4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize("changes", [*RUNS.values(), *MORE_RUNS.values()], ids=RUNS | MORE_RUNS)
+def test_more_processes_train_as_one(
+    train_tiny, settings, torchrun, tmp_path, changes, processes, parallel
+):
+    changes = {**SIZES, **changes}
+    whole = train_tiny(tmp_path / "whole", **changes).out_dir
+    argv = settings(tmp_path / "out", **changes, parallel=parallel)
+    succeed(torchrun("train.py", *argv, processes=processes))
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_what_goes_with_a_run_goes_with_a_sharded_one(train_tiny, settings, torchrun, tmp_path):
+    """Texts drawn at evaluations, steps that may be left out, blocks computed again."""
+    changes = {**SIZES, **CLASSIC, "eval_samples": 2, "on_spike": "skip", "spike_factor": 20}
+    whole = train_tiny(tmp_path / "whole", **changes).out_dir
+    more = {"parallel": "fsdp", "activation_checkpointing": True}
+    succeed(torchrun("train.py", *settings(tmp_path / "out", **changes, **more)))
+    assert_same_run(tmp_path / "out", whole)
+    texts, expected = (metrics(out, "samples") for out in (tmp_path / "out", whole))
+    assert texts == expected and len(texts) == 4
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_sharded(train_tiny, settings, torchrun, tmp_path):
+    changes = {**SIZES, **MODERN, "compile": True, "optimizer": "muon"}
+    whole = train_tiny(tmp_path / "whole", **changes).out_dir
+    succeed(torchrun("train.py", *settings(tmp_path / "out", **changes, parallel="fsdp")))
+    assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+def test_float16_and_its_scaler(train_tiny, settings, torchrun, tmp_path):
+    """The scaler begins at 65536 and leaves out the steps whose gradients overflow: the same ones
+    in all processes."""
+    changes = {**SIZES, **CLASSIC, "dtype": "float16"}
+    whole = train_tiny(tmp_path / "whole", **changes).out_dir
+    succeed(torchrun("train.py", *settings(tmp_path / "out", **changes, parallel="fsdp")))
+    for key in ("loss", "val_loss"):
+        expected = metrics(whole, key)
+        assert metrics(tmp_path / "out", key) == pytest.approx(expected, abs=2e-3)
+    scaled, expected = (load_checkpoint(o / "last.pt")["scaler"] for o in (tmp_path / "out", whole))
+    assert scaled == expected
+
+
+# A run whose loss is no number at step 6, once.
+POISONED = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from brisk.errors import one_line_errors
+from brisk.spikes import SpikeWatch
+import train
+
+look, poisoned = SpikeWatch.look, []
+
+def poison(self, step, position, loss, grad_norm):
+    if step == 6 and not poisoned:
+        poisoned.append(step)
+        loss = loss * float("nan")
+    return look(self, step, position, loss, grad_norm)
+
+SpikeWatch.look = poison
+with one_line_errors():
+    train.main(train.configure(train.TrainConfig, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("on_spike", ["rewind", "skip", "stop"])
+def test_spikes_are_answered_by_all_processes(settings, torchrun, script, tmp_path, on_spike):
+    poisoned = tmp_path / "poisoned.py"
+    poisoned.write_text(POISONED)
+    changes = {**SIZES, **CLASSIC, "on_spike": on_spike, "parallel": "fsdp"}
+    one = script(poisoned, *settings(tmp_path / "one", **changes))
+    two = torchrun(poisoned, *settings(tmp_path / "two", **changes))
+    said = {"rewind": "and on with other batches", "skip": "left out", "stop": ""}[on_spike]
+    assert said in one.stdout and said in two.stdout
+    if on_spike == "stop":
+        assert one.returncode == 1 and two.returncode != 0
+        assert "step 6: the loss is nan" in one.stderr and "step 6: the loss is nan" in two.stderr
+        assert load_checkpoint(tmp_path / "two" / "last.pt")["iter_num"] == 4
+        return
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_stop_is_one_of_all_processes(settings, resume, torchrun, train_tiny, tmp_path):
+    """Every process gets the signal, and at another step than the others."""
+    stopped = tmp_path / "stopped.py"
+    stopped.write_text(
+        POISONED.replace("step == 6", "step == 2 + int(train.os.environ['RANK'])")
+        .replace('loss = loss * float("nan")', "stop.number = 15")
+        .replace("import train\n", "import os, train\ntrain.os = os\nstop = train.StopRequest()\n")
+        .replace("sys.argv[1:])", "sys.argv[1:]), stop")
+    )
+    changes = {**SIZES, **CLASSIC}
+    result = torchrun(stopped, *settings(tmp_path / "out", **changes, parallel="fsdp"))
+    assert result.returncode != 0 and "saved step 3 to" in result.stdout, result.stderr
+    whole = train_tiny(tmp_path / "whole", **changes).out_dir
+    assert_same_run(resume(tmp_path / "out").out_dir, whole)
+
+
+def test_a_mistake_in_the_model_is_one_line(settings, torchrun, tmp_path):
+    """Only the main process builds it."""
+    argv = settings(tmp_path / "out", n_head=3, parallel="fsdp")
+    result = torchrun("train.py", *argv)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and len(errors) == 1 and "n_head=3" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"cpu_offload": True}, "--cpu_offload needs --parallel=fsdp"),
+        ({"cpu_offload": True, "parallel": "fsdp"}, "--cpu_offload needs --parallel=fsdp, and"),
+        ({"dry_run_ranks": 8}, "--dry_run_ranks goes with --dry_run=True"),
+    ],
+)
+def test_what_cannot_be_is_refused(train_tiny, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_tiny(tmp_path / "out", **changes)
+
+
+@given(rows=st.integers(1, 100), world_size=st.integers(1, 20))
+def test_rows_are_cut_as_fsdp_cuts_them(rows, world_size):
+    chunks = [len(chunk) for chunk in torch.arange(rows).chunk(world_size)]
+    chunks += [0] * (world_size - len(chunks))
+    edges = [rows_of(rank, world_size, rows) for rank in range(world_size)]
+    assert [end - first for first, end in edges] == chunks
+    assert edges[0][0] == 0 and edges[-1][1] == rows
+
+
+# ----------------------------------------------------------------------------- memory
+
+# What a process holds after a step, in bytes.
+HELD = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from brisk.distributed import local
+import train
+
+clip = train.Ranks.clip_gradients
+
+def count(self, model, limit, device):
+    model.counted = sum(local(t).nbytes for p in model.parameters() for t in (p, p.grad))
+    return clip(self, model, limit, device)
+
+def save(self, state, *_):
+    weights = {{id(w): local(w).nbytes for w in state["model"].values()}}
+    moments = [local(m).nbytes for kept in state["optimizer"]["state"].values()
+               for key, m in kept.items() if key != "step"]
+    print("held", 2 * sum(weights.values()) + sum(moments))
+
+train.Saver.save = save
+train.main(train.configure(train.TrainConfig, sys.argv[1:]))
+"""
+
+
+def test_a_process_holds_its_share_of_the_state(settings, torchrun, tmp_path):
+    (tmp_path / "held.py").write_text(HELD)
+    changes = {"parallel": "fsdp", "n_embd": 64, "eval_interval": 100, "max_iters": 1}
+    printed = succeed(torchrun(tmp_path / "held.py", *settings(tmp_path / "out", **changes)))
+    held = [int(number) for number in re.findall(r"^held (\d+)$", printed, re.MULTILINE)]
+    millions = float(re.search(r"number of parameters: ([\d.]+)M", printed)[1])
+    parameters = 1e6 * millions + 16 * 64  # and those of the positions
+    share = shared_state(parameters, Ranks(0, 0, 2, "fsdp"))
+    assert len(held) == 2 and held == pytest.approx([share, share], rel=0.1)
+
+
+def test_what_is_expected_falls_with_the_number_of_processes():
+    sizes = {"block_size": 32, "vocab_size": 64, "n_layer": 6, "n_head": 2, "n_embd": 64}
+    model, cpu = GPT(GPTConfig(**sizes)), Device(torch.device("cpu"), "float32")
+    parameters = sum(weight.numel() for weight in model.parameters())
+
+    def expected(world_size, parallel, **more):
+        return expected_memory(model, 2, cpu, ranks=Ranks(0, 0, world_size, parallel), **more)
+
+    alone = expected_memory(model, 2, cpu)
+    assert expected(1, "fsdp") == expected(1, "ddp") == expected(8, "ddp") == alone
+    assert expected(8, "ddp", accumulates=True) == alone + 4 * parameters
+    two, four = expected(2, "fsdp"), expected(4, "fsdp")
+    assert two - four == pytest.approx(16 * parameters / 4)
+    assert four < alone and expected(4, "fsdp", accumulates=True) == four + 4 * parameters
+    offloaded = expected(4, "fsdp", offload=True)
+    assert four - offloaded == shared_state(parameters, Ranks(0, 0, 4, "fsdp"))
+    state = state_memory(model, Ranks(0, 0, 4, "fsdp"), False, False, 4)
+    assert expected(4, "fsdp", recomputed=True) - state < (four - state) / 2
+
+
+def test_a_dry_run_reckons_with_processes_that_are_not_there(main, settings, tmp_path):
+    def foretold(**changes):
+        console = main(settings(tmp_path / "out", dry_run=True, batch_size=8, **changes)).console
+        return re.search(r"device: (.*)cpu .* about (\S+) MB", console).groups()
+
+    assert foretold()[0] == ""
+    each, memory = foretold(dry_run_ranks=8, parallel="fsdp", n_embd=256)
+    assert each == "8 processes (fsdp), each on "
+    assert float(memory) < float(foretold(n_embd=256)[1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpt2_xl_is_reckoned_for_eight_gpus(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = configure(train.TrainConfig, ["config/train_gpt2_xl.py"])
+    assert config.parallel == "fsdp"
+    tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    assert tokens == 2**19 and len(Ranks(0, 0, 8).share(32, config.batch_size)) == 4
