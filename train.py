@@ -62,7 +62,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
     keep_checkpoints: NonNegativeInt = 0  # newest saves kept as step-<step>.pt too; 0 for none
     dry_run: bool = False  # say what the run would do and stop
-    dry_run_ranks: NonNegativeInt = 0  # on so many GPUs, say; 0: as many as there are processes
+    dry_run_ranks: NonNegativeInt = 0  # as if by so many processes; 0: by those there are
     seed: Seed = 1337  # of the weights, the order of the data, and dropout
     wandb_log: bool = False  # log to Weights & Biases
     wandb_project: str = "owt"  # its project

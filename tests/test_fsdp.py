@@ -298,10 +298,11 @@ def test_a_dry_run_reckons_with_processes_that_are_not_there(main, settings, tmp
         console = main(settings(tmp_path / "out", dry_run=True, batch_size=8, **changes)).console
         return re.search(r"device: (.*)cpu .* about (\S+) MB", console).groups()
 
+    deep = {"n_layer": 12, "n_embd": 64}
     assert foretold()[0] == ""
-    each, memory = foretold(dry_run_ranks=8, parallel="fsdp", n_embd=256)
+    each, memory = foretold(dry_run_ranks=8, parallel="fsdp", **deep)
     assert each == "8 processes (fsdp), each on "
-    assert float(memory) < float(foretold(n_embd=256)[1])
+    assert float(memory) < float(foretold(**deep)[1]) / 2
     assert not (tmp_path / "out").exists()
 
 
