@@ -433,6 +433,15 @@ class GPT(nn.Module):
             wpe = self.transformer.wpe
             wpe.weight = nn.Parameter(wpe.weight[:block_size].detach())
 
+    def freeze_layers(self, count):
+        """Keep the embeddings and the first `count` blocks as they are: they then take neither
+        gradients nor moments, and their activations are not kept. A tied head is kept as well."""
+        if count > len(self.transformer.h):
+            raise ValueError(f"cannot freeze {count} of {len(self.transformer.h)} blocks")
+        lower = [part for name, part in self.transformer.items() if name in ("wte", "wpe")]
+        for part in (*lower, *self.transformer.h[:count]):
+            part.requires_grad_(False)
+
     def get_num_params(self, non_embedding=True):
         """Number of parameters, by default without the position embeddings (the token embeddings
         stay in where they are also the head, and are left out where it has weights of its own)."""
@@ -457,14 +466,17 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations of a forward and backward pass for one token: 6 N + 12 L H Q T
-        (Chowdhery et al. 2022, PaLM, appendix B).
+        (Chowdhery et al. 2022, PaLM, appendix B), a third of it for blocks that are frozen.
 
         N counts the weights that are multiplied: the head, once, and no embedding that is only
         looked up. H is the number of query heads: sharing keys and values spares no product of
         attention, only its memory.
         """
         c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        frozen = [block for block in self.transformer.h if not block.ln_1.weight.requires_grad]
+        spared = sum(parameter.numel() for block in frozen for parameter in block.parameters())
+        layers = c.n_layer - len(frozen) * 2 / 3
+        return 6 * self.get_num_params() - 4 * spared + 12 * layers * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
         """Model FLOPs utilisation: the share of `flops_promised` per second (an A100's in bfloat16

@@ -94,6 +94,9 @@ class TrainConfig:
     zero_init: bool = False  # output projections, and a head of its own, start at zero
     logit_cap: NonNegativeFloat = 0.0  # soft cap on the size of logits; 0 for none
     # optimizer
+    freeze_layers: NonNegativeInt = (
+        0  # first blocks, with the embeddings, that do not learn: finetuning
+    )
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW the rest
     learning_rate: NonNegativeFloat = 6e-4  # the largest
     muon_learning_rate: NonNegativeFloat = 0.02  # of muon's matrices where AdamW's is the largest
@@ -207,6 +210,11 @@ def train(config, stop, at_end):
             device.dtype_name = saved[1]
     compiling = resolve_compile(config.compile, device)
     compiled = "compiled" if compiling else "not compiled"
+
+    if config.freeze_layers > model.config.n_layer:
+        raise UserError(f"--freeze_layers={config.freeze_layers}: there are {model.config.n_layer}")
+    if config.freeze_layers:
+        model.freeze_layers(config.freeze_layers)
 
     # --- say what is about to happen
     steps, seen = config.max_iters + 1, tokens_per_step * (config.max_iters + 1)

@@ -183,3 +183,19 @@ def test_weights_and_logits_are_exchangeable_with_nanogpts(nanogpt, bias):
     greedy = theirs.generate(idx[:1], 40, temperature=1.0, top_k=1)
     found = ours.generate(idx[:1], 40, temperature=1.0, top_k=1, exact_window=True)
     assert found.equal(greedy)
+
+
+def test_frozen_layers_need_no_gradient_and_fewer_operations():
+    model = random_model()
+    whole = model.flops_per_token()
+    model.freeze_layers(2)
+    _, loss = model(random_ids(), random_ids())
+    loss.backward()
+    learned = [name for name, weight in model.named_parameters() if weight.grad is not None]
+    assert all(name.startswith(("transformer.h.2.", "transformer.ln_f.")) for name in learned)
+    assert len(learned) == 2 + len(list(model.transformer.h[2].parameters()))
+    block = sum(weight.numel() for weight in model.transformer.h[0].parameters())
+    attention = 12 * model.config.n_embd * model.config.block_size
+    assert model.flops_per_token() == pytest.approx(whole - 2 * (4 * block + attention * 2 / 3))
+    with pytest.raises(ValueError, match="4 of 3"):
+        model.freeze_layers(4)

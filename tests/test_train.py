@@ -349,6 +349,25 @@ def test_finetuning_with_a_shorter_context(trained, train_tiny, tmp_path):
 # ----------------------------------------------------------------------------- writing or not
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_layers_stay_as_they_are(train_tiny, resume, tmp_path, optimizer):
+    start = train_tiny(tmp_path / "start", n_layer=2)
+    given = {"init_from": start.out_dir / "ckpt.pt", "freeze_layers": 1, "optimizer": optimizer}
+    tuned = train_tiny(tmp_path / "out", dropout=0.1, **given)
+    before, after = start.checkpoint("ckpt.pt")["model"], tuned.checkpoint()["model"]
+    frozen = {name for name in before if torch.equal(before[name], after[name])}
+    lower = ("transformer.wte", "transformer.wpe", "lm_head", "transformer.h.0.")
+    assert frozen == {name for name in before if name.startswith(lower)}
+
+    shorter = train_tiny(tmp_path / "stopped", dropout=0.1, max_iters=3, **given)
+    assert_same_end(resume(shorter.out_dir, max_iters=7), tuned)
+
+
+def test_more_frozen_layers_than_there_are(train_tiny, tmp_path):
+    with pytest.raises(UserError, match="freeze_layers=2: there are 1"):
+        train_tiny(tmp_path / "out", freeze_layers=2)
+
+
 def test_eval_only_evaluates_once_and_saves_nothing(
     trained, finished, train_tiny, resume, tmp_path
 ):
