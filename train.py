@@ -211,9 +211,9 @@ def train(config, stop, at_end):
     compiling = resolve_compile(config.compile, device)
     compiled = "compiled" if compiling else "not compiled"
 
-    if config.freeze_layers > model.config.n_layer:
-        raise UserError(f"--freeze_layers={config.freeze_layers}: there are {model.config.n_layer}")
     if config.freeze_layers:
+        if config.freeze_layers > (layers := model.config.n_layer):
+            raise UserError(f"--freeze_layers={config.freeze_layers}: there are {layers}")
         model.freeze_layers(config.freeze_layers)
 
     # --- say what is about to happen
@@ -237,8 +237,7 @@ def train(config, stop, at_end):
     each = "" if planned.is_alone else each
     log.say(f"device: {each}{device}, {compiled}; about {in_bytes(memory)} of memory for training")
     if config.cpu_offload:
-        parameters = model.get_num_params(non_embedding=False)
-        log.say(f"and {in_bytes(shared_state(parameters, planned))} of the host's for each process")
+        log.say(f"and {in_bytes(shared_state(model, planned))} of the host's for each process")
     if config.dry_run:
         return ranks.leave()
 

@@ -39,10 +39,11 @@ def expected_memory(
 ):
     """Bytes that training `model`, which is on the CPU still, takes at its peak on `device`.
 
-    All blocks keep for the backward pass what one does (`kept_by_block`), or, `recomputed` there,
-    their input, and one of them the rest. Around the head come the logits that are in memory at a
-    time, twice, and four tensors as large as its input. And there is the state (`state_memory`).
-    What PyTorch itself occupies, and what the allocator loses between tensors, is not counted.
+    All blocks that learn keep for the backward pass what one does (`kept_by_block`), or,
+    `recomputed` there, their input, and one of them the rest. Around the head come the logits that
+    are in memory at a time, twice, and four tensors as large as its input. And there is the state
+    (`state_memory`). What PyTorch itself occupies, and what the allocator loses between tensors, is
+    not counted.
 
     Args:
         batch_size: sequences in a micro-batch, on this device.
@@ -51,12 +52,12 @@ def expected_memory(
         accumulates: whether a step is of several micro-batches in a process.
         offload: whether under FSDP the state is on the host.
     """
-    config = model.config
+    config, learning = model.config, sum(map(learns, model.transformer.h))
     low = torch.bfloat16 if ranks and ranks.shards and device.dtype is torch.bfloat16 else None
     each, once, x = kept_by_block(model, device, low)
-    blocks = config.n_layer * (once + batch_size * each)
+    blocks = learning * (once + batch_size * each)
     if recomputed:
-        blocks = config.n_layer * (once + batch_size * x) + batch_size * each
+        blocks = learning * (once + batch_size * x) + batch_size * each
     around_head = 4 * batch_size * x
     logits = min(CHUNK, batch_size * config.block_size * config.vocab_size)
     state = state_memory(model, ranks, accumulates, offload, 2 if low else 4)
@@ -64,7 +65,8 @@ def expected_memory(
 
 
 def state_memory(model, ranks, accumulates, offload, width):
-    """Bytes on a device of weights, gradients and AdamW's two moments: 16 a parameter.
+    """Bytes on a device of weights, gradients and AdamW's two moments: 16 a parameter, or 4 where
+    it is frozen.
 
     DDP holds the gradients of several micro-batches beside the buckets in which they meet. Under
     FSDP a device has its share; of whole tensors, in `width` bytes, what is around the blocks, a
@@ -73,21 +75,26 @@ def state_memory(model, ranks, accumulates, offload, width):
     micro-batches, the sum of all gradients, which are shared out with the last.
     """
     parameters = sum(weight.numel() for weight in model.parameters())
+    learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     if ranks is None or ranks.is_alone:
-        return 16 * parameters
+        return 4 * parameters + 12 * learned
     if not ranks.shards:
-        return (20 if accumulates else 16) * parameters
+        return 4 * parameters + (16 if accumulates else 12) * learned
     block = sum(weight.numel() for weight in model.transformer.h[0].parameters())
     around = parameters - model.config.n_layer * block
     on_their_way = (width + 4) * max(2 * block, around)
-    share = 0 if offload else shared_state(parameters, ranks)
-    summed = 4 * parameters if accumulates else 0
+    share = 0 if offload else shared_state(model, ranks)
+    summed = 4 * learned if accumulates else 0
     return share + width * (around + 3 * block) + on_their_way + summed
 
 
-def shared_state(parameters, ranks):
+def shared_state(model, ranks):
     """Bytes of the part of the state that a process has under FSDP."""
-    return 16 * parameters / ranks.world_size
+    return state_memory(model, None, False, False, 4) / ranks.world_size
+
+
+def learns(block):
+    return any(weight.requires_grad for weight in block.parameters())
 
 
 def kept_by_block(model, device, low=None):
@@ -95,7 +102,7 @@ def kept_by_block(model, device, low=None):
     autograd keeps of a block of `model` from the forward pass for the backward pass, added up while
     it runs on one sequence of zeros, and on two. What is there once is copies of its weights in
     autocast's precision. With `low` weights and what goes in are of that type."""
-    block = copy.deepcopy(model.transformer.h[0]).to(device.device, low).train()
+    block = copy.deepcopy(model.transformer.h[-1]).to(device.device, low).train()
     mine = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
 
     def kept_of(sequences):
@@ -113,9 +120,7 @@ def kept_by_block(model, device, low=None):
         angles = angles and tuple(t.to(device.device) for t in angles)
         with torch.random.fork_rng():  # dropout draws here must not move the run's
             with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
-                _graph = block(
-                    x, None, angles
-                )  # what it keeps stays apart in memory while it lives
+                _graph = block(x, None, angles)  # while it lives what it keeps stays apart
         return sum(size for key, size in kept.items() if key not in mine), x.nbytes
 
     (one, x), (two, _) = kept_of(1), kept_of(2)
