@@ -24,6 +24,8 @@ from brisk.corpus import load_tokenizer, read_meta, verify_data
 from brisk.device import DTYPES, cpu_dtype, open_device, resolve_compile
 from brisk.distributed import Ranks
 from brisk.errors import UserError, one_line_errors
+from brisk.handing import handed_out
+from brisk.joining import lost_peers
 from brisk.loader import TokenFile, find_data_dir, hash64, to_device
 from brisk.lock import FolderLock
 from brisk.memory import check_fits, expected_memory, in_bytes, peak_memory, shared_state
@@ -34,7 +36,7 @@ from brisk.runlog import Forecast, RunLog
 from brisk.saving import Saver
 from brisk.spikes import SpikeWatch
 from brisk.starting import MODEL_SHAPE, describe_tokenizer, starting_point, take_over_settings
-from brisk.stopping import StopRequest, stop_requests
+from brisk.stopping import stop_requests
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -120,6 +122,7 @@ class TrainConfig:
     min_lr: NonNegativeFloat = 6e-5  # the smallest rate, usually learning_rate / 10
     # system
     backend: str = "auto"  # between processes: nccl, gloo, or auto
+    timeout: PositiveInt = 600  # seconds that one of them waits for another, before it gives up
     device: str = "auto"  # cpu, cuda, cuda:1, mps, or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
     compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
@@ -133,8 +136,8 @@ RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "
 
 def main(config, stop=None):
     """One run. However it ends, the last write is finished and the folder given back."""
-    with ExitStack() as at_end:
-        train(config, stop or StopRequest(), at_end)
+    with lost_peers(), ExitStack() as at_end:
+        train(config, stop, at_end)
 
 
 def train(config, stop, at_end):
@@ -147,14 +150,15 @@ def train(config, stop, at_end):
     device = open_device(config.device, config.dtype, None if ranks.is_alone else ranks.local_rank)
     if config.cpu_offload and not config.dry_run:
         ranks.check_offload(device)
-    ranks.join(config.backend, device)
+    ranks.join(config.backend, device, config.timeout)
+    stop = stop or at_end.enter_context(stop_requests())  # up to here there is nothing to finish
     log = RunLog(active=ranks.is_main)
     lock = at_end.enter_context(FolderLock(config.out_dir, ranks))
     if not (config.eval_only or config.dry_run):
         lock.take()  # before anything is read that another run may be writing
 
     # --- where we start: nothing, a checkpoint (its settings hold unless given anew), or GPT-2
-    checkpoint, resuming = starting_point(config, mmap=not ranks.has_weights)
+    checkpoint, resuming = starting_point(config, ranks)
     if resuming:
         take_over_settings(config, checkpoint, log)
         check_values(config, "in the checkpoint")
@@ -328,7 +332,7 @@ def train(config, stop, at_end):
         # steps that would spoil the run are read where the device is waited for anyway
         if evaluating or stopping or device.type == "cpu" or (step - 1) % config.log_interval == 0:
             if path := watch.way_back(saver, ranks, log):
-                checkpoint = load_checkpoint(path, mmap=not ranks.has_weights)
+                checkpoint = handed_out(ranks, load_checkpoint, path)
                 ranks.load_weights(model, checkpoint["model"])
                 step, best_val_loss = load_state(checkpoint)  # but position moves on
                 log.back_to(step)
@@ -499,5 +503,5 @@ def build_model(config, checkpoint, vocab_size):
 
 
 if __name__ == "__main__":
-    with one_line_errors(), stop_requests() as stop:
-        main(configure(TrainConfig, sys.argv[1:]), stop)
+    with one_line_errors():
+        main(configure(TrainConfig, sys.argv[1:]))

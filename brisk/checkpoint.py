@@ -111,9 +111,8 @@ def link_checkpoint(path, name):
     sync_directory(name.parent)
 
 
-def load_checkpoint(path, mmap=False):
-    """The checkpoint at `path` with its tensors on the CPU and its weight names made clean. With
-    `mmap` no number of them is read yet, for one who wants their names and shapes.
+def load_checkpoint(path):
+    """The checkpoint at `path` with its tensors on the CPU and its weight names made clean.
 
     nanoGPT's files are read too: `_orig_mod.` (compiled) and the mask buffers of old versions are
     dropped, and a tied weight is there under both its names.
@@ -121,7 +120,7 @@ def load_checkpoint(path, mmap=False):
     Raises `UserError` for a file that is missing, damaged or no checkpoint.
     """
     verify(path)
-    checkpoint = read(path, mmap)
+    checkpoint = read(path)
     state = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     state = {name: w for name, w in state.items() if not name.endswith(".attn.bias")}
     if checkpoint["model_args"].get("tied", True):

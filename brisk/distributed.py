@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from brisk.errors import UserError
+from brisk.joining import join
 
 
 @dataclass
@@ -46,8 +47,9 @@ class Ranks:
         the others their parts."""
         return self.is_main or not self.shards
 
-    def join(self, backend, device):
-        """Start the process group: NCCL between GPUs, gloo between CPUs, or as `backend` says."""
+    def join(self, backend, device, timeout=600):
+        """Start the process group: NCCL between GPUs, gloo between CPUs, or as `backend` says. A
+        process that waits `timeout` seconds for another gives up."""
         if self.is_alone:
             return
         if backend == "auto":
@@ -59,10 +61,7 @@ class Ranks:
         if device.type == "cpu":  # torchrun gives each process one thread unless told otherwise
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
             torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // local))
-        try:
-            dist.init_process_group(backend)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"--backend={backend}: {str(error).splitlines()[0]}") from error
+        join(backend, self.rank, self.world_size, timeout)
 
     def leave(self):
         """End the process group, all processes together: one that goes first takes gloo's

@@ -71,8 +71,7 @@ class FolderLock:
 
     def give_back(self):
         if self.lock:
-            for path in (self.note, self.path):
-                with suppress(OSError):  # a folder that is gone; Windows keeps an open file
-                    path.unlink(missing_ok=True)
-            self.lock.release()
+            with suppress(OSError):  # a folder that is gone
+                self.note.unlink(missing_ok=True)
+            self.lock.release()  # its file stays: one that waits at a removed file holds nothing
             self.lock = None

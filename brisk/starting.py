@@ -5,6 +5,7 @@ from pathlib import Path
 
 from brisk.checkpoint import latest_checkpoint, load_checkpoint
 from brisk.errors import UserError, nearest
+from brisk.handing import handed_out
 from brisk.huggingface import GPT2_NAMES
 from brisk.tokenizer import from_dict, gpt2
 
@@ -16,6 +17,7 @@ OF_THIS_START = {
     "dry_run",
     "verify_data",
     "backend",
+    "timeout",
     "device",
     "dtype",
     "compile",
@@ -43,8 +45,14 @@ MODEL_SHAPE = (
 )
 
 
-def starting_point(config, mmap=False):
-    """(checkpoint or None, whether to resume it) for `init_from`; `mmap` is `load_checkpoint`'s."""
+def starting_point(config, ranks):
+    """(checkpoint or None, whether to resume it) for `init_from`. The main process reads it, and
+    the others get it from there: they may not have its folder, or have an older state of it."""
+    start = handed_out(ranks, read_starting_point, config)
+    return start["checkpoint"], start["resuming"]
+
+
+def read_starting_point(config):
     known = ["scratch", "resume", "auto", *GPT2_NAMES]
     start = config.init_from
     if start not in known and not Path(start).exists():
@@ -60,10 +68,9 @@ def starting_point(config, mmap=False):
         if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():
             what = f"{path} has no {' and no '.join(sorted(missing))} to resume with"
             raise UserError(f"{what}; start anew from its weights: --init_from={path}")
-        return checkpoint, True
-    if Path(start).is_file():
-        return load_checkpoint(start, mmap), False
-    return None, False
+        return {"checkpoint": checkpoint, "resuming": True}
+    checkpoint = load_checkpoint(start) if Path(start).is_file() else None
+    return {"checkpoint": checkpoint, "resuming": False}
 
 
 def take_over_settings(config, checkpoint, log):

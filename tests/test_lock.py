@@ -56,7 +56,7 @@ def test_the_second_run_is_refused_and_told_of_the_first(
     assert "Resuming" in step  # the lock died with its process
 
 
-def test_a_lock_leaves_nothing_behind_and_can_be_had_again(tmp_path):
+def test_a_lock_leaves_its_empty_file_and_can_be_had_again(tmp_path):
     first, second = (FolderLock(tmp_path, Ranks()) for _ in range(2))
     for _ in range(3):
         with first:
@@ -64,9 +64,20 @@ def test_a_lock_leaves_nothing_behind_and_can_be_had_again(tmp_path):
             first.take()
             with second, pytest.raises(UserError, match=f"process {os.getpid()} "):
                 second.take()
-        assert os.listdir(tmp_path) == []
+        assert os.listdir(tmp_path) == [".lock"] and not (tmp_path / ".lock").stat().st_size
         with second:
             second.take()
+
+
+def test_the_file_of_the_lock_stays_the_same_one(tmp_path):
+    """One who has opened it while another leaves would else hold a lock on a file that is gone,
+    which keeps nobody out."""
+    with FolderLock(tmp_path, Ranks()) as first:
+        first.take()
+        about_to_ask = open(tmp_path / ".lock", "rb")
+    with about_to_ask, FolderLock(tmp_path, Ranks()) as third:
+        third.take()
+        assert os.path.samestat(os.fstat(about_to_ask.fileno()), os.stat(third.path))
 
 
 def test_a_folder_is_made_only_when_it_is_wanted(tmp_path):

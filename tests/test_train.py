@@ -279,7 +279,7 @@ def test_data_of_another_tokenizer(finished, resume, tmp_path, text):
 
 
 def test_scratch_moves_an_earlier_run_out_of_the_way(finished, train_tiny):
-    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    before = {path.name: path.read_bytes() for path in finished.glob("[!.]*")}
     run = train_tiny(finished, max_iters=1)
     assert f"{finished / 'earlier'}" in run.console
     moved = {path.name: path.read_bytes() for path in (finished / "earlier").iterdir()}
@@ -653,6 +653,7 @@ def test_the_checkpoint_takes_no_more_room_than_its_numbers(trained):
 
 def test_a_run_ends_without_leftovers(trained):
     assert sorted(path.name for path in trained.iterdir()) == [
+        ".lock",
         "ckpt.pt",
         "last.pt",
         "loss.png",
