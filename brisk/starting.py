@@ -64,7 +64,7 @@ def read_starting_point(config):
         start = "resume" if saved else start
     if start == "resume":
         path = latest_checkpoint(config.out_dir)
-        checkpoint = load_checkpoint(path, mmap)
+        checkpoint = load_checkpoint(path)
         if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():
             what = f"{path} has no {' and no '.join(sorted(missing))} to resume with"
             raise UserError(f"{what}; start anew from its weights: --init_from={path}")
