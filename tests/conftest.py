@@ -14,10 +14,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
+hypothesis.settings.register_profile("any machine", deadline=None)  # however slow, or shared
+hypothesis.settings.load_profile("any machine")
 torch.set_num_threads(1)  # for models this small more threads are slower, much so side by side
 
 ROOT = Path(__file__).parent.parent

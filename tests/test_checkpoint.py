@@ -126,7 +126,7 @@ def whole(tmp_path_factory):
     return path
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_flipped_bit_in_a_record_is_found(whole, data):
     damaged = whole.with_name("damaged.pt")
@@ -137,7 +137,7 @@ def test_a_flipped_bit_in_a_record_is_found(whole, data):
         load_checkpoint(damaged)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_found_or_harmless(whole, data):
     """Between the records there are names, dates and padding, where damage may go unseen as long
@@ -156,7 +156,7 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(whole, data):
         assert same(loaded["optimizer"], load_checkpoint(whole)["optimizer"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_found(whole, share):
     damaged = whole.with_name("damaged.pt")

@@ -68,6 +68,17 @@ def test_expected_memory_is_weights_and_what_the_batch_keeps():
     assert row > 2 * 10 * 32 * 64 * 4  # two blocks that keep ten float32 tensors (T, n_embd) each
 
 
+def test_frozen_layers_are_expected_to_take_their_weights_alone():
+    whole, frozen = GPT(SMALL), GPT(SMALL)
+    frozen.freeze_layers(1)
+    learned = sum(p.numel() for p in frozen.parameters() if p.requires_grad)
+    spared = 12 * (sum(p.numel() for p in whole.parameters()) - learned)
+    none, one = (expected_memory(model, 2, CPU) for model in (whole, frozen))
+    block = (expected_memory(whole, 4, CPU) - none) / 2  # of a sequence, in all blocks
+    assert none - one > spared
+    assert none - one < spared + 2 * block
+
+
 def test_expected_memory_leaves_the_random_state_alone():
     model = GPT(SMALL)
     before = torch.get_rng_state()

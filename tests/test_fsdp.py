@@ -266,7 +266,7 @@ def test_a_process_holds_its_share_of_the_state(settings, torchrun, tmp_path):
     held = [int(number) for number in re.findall(r"^held (\d+)$", printed, re.MULTILINE)]
     millions = float(re.search(r"number of parameters: ([\d.]+)M", printed)[1])
     parameters = 1e6 * millions + 16 * 64  # and those of the positions
-    share = shared_state(parameters, Ranks(0, 0, 2, "fsdp"))
+    share = 16 * parameters / 2
     assert len(held) == 2 and held == pytest.approx([share, share], rel=0.1)
 
 
@@ -285,7 +285,7 @@ def test_what_is_expected_falls_with_the_number_of_processes():
     assert two - four == pytest.approx(16 * parameters / 4)
     assert four < alone and expected(4, "fsdp", accumulates=True) == four + 4 * parameters
     offloaded = expected(4, "fsdp", offload=True)
-    assert four - offloaded == shared_state(parameters, Ranks(0, 0, 4, "fsdp"))
+    assert four - offloaded == shared_state(model, Ranks(0, 0, 4, "fsdp"))
     state = state_memory(model, Ranks(0, 0, 4, "fsdp"), False, False, 4)
     assert expected(4, "fsdp", recomputed=True) - state < (four - state) / 2
 

@@ -91,7 +91,7 @@ def check_command_line(Config, argv):
 
 @pytest.mark.parametrize("script", CONFIGS)
 def test_a_command_line_is_understood_or_refused(script):
-    @settings(max_examples=20, deadline=None, suppress_health_check=SLOW, derandomize=True)
+    @settings(max_examples=20, suppress_health_check=SLOW, derandomize=True)
     @given(argv=command_lines(CONFIGS[script]))
     def check(argv):
         check_command_line(CONFIGS[script], argv)
@@ -102,7 +102,7 @@ def test_a_command_line_is_understood_or_refused(script):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", CONFIGS)
 def test_two_thousand_command_lines(script):
-    @settings(max_examples=2000, deadline=None, suppress_health_check=SLOW)
+    @settings(max_examples=2000, suppress_health_check=SLOW)
     @given(argv=command_lines(CONFIGS[script]))
     def check(argv):
         check_command_line(CONFIGS[script], argv)
@@ -264,7 +264,7 @@ def check_prompt(model_of, prompt, stop=""):
         assert (error is not None) == bool(unknown), error
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=SLOW, derandomize=True)
+@settings(max_examples=30, suppress_health_check=SLOW, derandomize=True)
 @given(prompt=prompts, stop=any_text | st.just(EOT))
 @example(prompt="\ud800", stop="")
 @example(prompt=EOT, stop=EOT)
@@ -273,7 +273,7 @@ def test_any_prompt_is_continued_or_refused(model_of, prompt, stop):
 
 
 @pytest.mark.slow
-@settings(max_examples=700, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=700, suppress_health_check=SLOW)
 @given(prompt=prompts, stop=any_text | st.just(EOT))
 def test_two_thousand_prompts(model_of, prompt, stop):
     check_prompt(model_of, prompt, stop)
@@ -288,7 +288,7 @@ def test_a_prompt_of_a_megabyte(model_of, tmp_path, piece):
         assert "cannot cut this text" in error and "bpe" in str(model_of) and piece.isspace()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=SLOW, derandomize=True)
+@settings(max_examples=20, suppress_health_check=SLOW, derandomize=True)
 @given(raw=st.binary(max_size=200) | st.text(max_size=50).map(str.encode))
 def test_any_file_of_prompts(model_of, tmp_path, raw):
     path = Path(tmp_path, "prompts.txt")

@@ -191,9 +191,7 @@ def test_characters_of_all_planes_come_back_from_a_file(prepare, tokenizer):
     assert {ord(character) >> 16 for character in made.train} == set(range(17))
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(max_size=30), min_size=2, unique=True), st.sampled_from(["char", "byte"]))
 def test_any_documents_come_back(prepare, documents, tokenizer):
     for number in range(100):

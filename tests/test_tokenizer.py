@@ -74,7 +74,6 @@ def tokenizers():
     ]
 
 
-@settings(deadline=None)
 @given(valid_text)
 def test_any_text_comes_back_from_bytes_and_bpe(text):
     for tokenizer in (ByteTokenizer(), small_bpe()):
@@ -110,7 +109,7 @@ def test_gpt2_is_tiktokens_and_needs_no_files_once_described(gpt2_tokenizer, mon
     assert again.encoding is not gpt2_tokenizer.encoding
     assert (again.vocab_size, again.eot) == (50257, 50256)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(valid_text)
     def check(text):
         ids = gpt2_tokenizer.encoding.encode_ordinary(text)
@@ -147,7 +146,7 @@ LESSON = "def add(a, b):\n    return a + b\n\n\nfor number in range(10):\n    pr
 
 
 @given(st.text(max_size=60) | st.sampled_from([LESSON, "  \n\t x", "数字 and 🎉's"]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_trained_bpe_gives_the_ids_of_the_library_that_trained_it(text):
     learner, tokenizer = learn_pairs([LESSON], 279), train_bpe([LESSON], 280)
     assert tokenizer.encode(text).tolist() == learner.encode(text).ids
