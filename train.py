@@ -22,7 +22,7 @@ import torch
 from brisk.checkpoint import drop_unfinished, load_checkpoint, set_aside
 from brisk.corpus import load_tokenizer, read_meta, verify_data
 from brisk.device import DTYPES, cpu_dtype, open_device, resolve_compile
-from brisk.distributed import Ranks
+from brisk.distributed import Ranks, clean_end
 from brisk.errors import UserError, one_line_errors
 from brisk.handing import handed_out
 from brisk.joining import lost_peers
@@ -503,5 +503,5 @@ def build_model(config, checkpoint, vocab_size):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with clean_end(), one_line_errors():
         main(configure(TrainConfig, sys.argv[1:]))

@@ -2,7 +2,8 @@
 
 import math
 import os
-from contextlib import nullcontext
+import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -191,6 +192,27 @@ class Ranks:
             (self.rank * number + k, self.rank * mine + edges[k], edges[k + 1] - edges[k])
             for k in range(number)
         ]
+
+
+@contextmanager
+def clean_end():
+    """A process of several ends with its status as soon as what is inside has ended.
+
+    gloo's threads outlive `destroy_process_group` where a model was wrapped (PyTorch 2.13), and now
+    and then one of them aborts the process while the interpreter takes itself down.
+    """
+    status = 0
+    try:
+        yield
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        status = end.code
+    if Ranks.from_environment().is_alone:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_sharded(tensor):
