@@ -73,6 +73,7 @@ def test_stop_is_one_line_and_status_1(settings, script, tmp_path):
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert re_all(result.stderr, "error: step ", "nothing is saved yet", "--learning_rate")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".lock",
         "loss.png",
         "metrics.jsonl",
     ]
