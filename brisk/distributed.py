@@ -201,18 +201,17 @@ def clean_end():
     gloo's threads outlive `destroy_process_group` where a model was wrapped (PyTorch 2.13), and now
     and then one of them aborts the process while the interpreter takes itself down.
     """
-    status = 0
+    status, alone = 0, Ranks.from_environment().is_alone
     try:
         yield
     except SystemExit as end:
-        if not isinstance(end.code, int):
+        if alone or not isinstance(end.code, int):
             raise
         status = end.code
-    if Ranks.from_environment().is_alone:
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    if not alone:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def is_sharded(tensor):
