@@ -20,3 +20,12 @@ eval_iters = 200
 log_interval = 10
 
 weight_decay = 1e-1
+
+# If the loss explodes: what small models say helps (benchmarks/RESULTS.md, Stability; at this size
+# nobody has tried it). The network stays GPT-2's with these:
+# learning_rate = 3e-4  # GPT-2's recipe trained well over 2 to 4 times in rates, no more
+# min_lr = 3e-5
+# warmup_iters = 10000  # five times as long: twice the rate was well on the mean
+# on_spike = "rewind"  # where a number is none, on from the last checkpoint instead of an end
+# And this does not; what is lost at too large a rate was half as much with it:
+# qk_norm = True

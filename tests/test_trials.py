@@ -6,16 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablation
+import magnitudes
 import race
+import stability
 import trials
 from brisk.corpus import load_tokenizer, write_dataset
 from brisk.errors import UserError
 from brisk.tokenizer import CharTokenizer
 from configurator import configure
+from model import GPT, GPTConfig
 
 TINY = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=4 --max_iters=2 "
 TINY += "--gradient_accumulation_steps=1 --warmup_iters=0 --device=cpu"
@@ -75,3 +79,126 @@ def test_a_trial_that_fails_says_why_in_one_line(letters):
 def test_a_race_needs_a_peer():
     with pytest.raises(UserError, match="no checkout of nanoGPT"):
         race.main(configure(race.RaceConfig, []))
+
+
+# ---------------------------------------------------------------------------- stability
+
+
+def test_a_good_range_is_around_the_best_rate_and_has_no_gap():
+    losses = {1: 2.09, 2: 2.2, 4: 2.1, 8: 2.0, 16: 2.05, 32: float("inf"), 64: 2.0}
+    assert stability.good_range(losses, 0.05) == (4, 16)
+    assert stability.good_range(losses, 0.1) == (1, 16)
+    assert stability.good_range({1: 2.0, 2: 3.0}, 0.05) == (1, 1)
+
+
+def test_a_row_of_two_seeds():
+    inf = float("inf")
+    by_seed = {1: {1: 3.0, 2: 2.0, 4: 2.1, 8: inf}, 2: {1: 3.0, 2: 2.6, 4: 2.0, 8: 2.05}}
+    of = stability.row(by_seed, tolerance=0.05, worst=3.0)
+    assert of["best"] == 2.0 and of["at"] == pytest.approx(8**0.5)
+    assert of["ranges"] == [2, 2] and of["from"] == pytest.approx(8**0.5)
+    assert of["to"] == pytest.approx(32**0.5) and of["open"]  # 8 is the largest that was tried
+    assert (of["lost"], of["runs"]) == (3, 8)
+    assert of["sensitivity"] == pytest.approx((1 + 0 + 0.1 + 1 + 1 + 0.6 + 0 + 0.05) / 8)
+    assert not stability.row({1: by_seed[1]}, 0.05, 3.0)["open"]
+    line = stability.table({"a recipe": of}).splitlines()[-1]
+    assert line.startswith("| a recipe | 2.000 |") and "| ≥ 2 | 2, 2 |" in line
+
+
+def test_knowing_frequencies_is_worth_their_entropy(letters):
+    # a and b as often in training, and the c of the rest seen once, by the one that is added
+    expected = -np.log(1 / (2 * 1001 + 1))
+    assert stability.loss_of_letters(letters) == pytest.approx(expected)
+
+
+@pytest.fixture
+def study(letters, tmp_path, monkeypatch, capsys):
+    """A tiny study; the lines it prints."""
+    monkeypatch.setattr(stability, "SIZE", TINY)
+    monkeypatch.setattr(stability, "RECIPES", {"plain": "", "normed": "--qk_norm=True"})
+
+    def run(*more):
+        argv = [f"--data_dir={letters}", f"--results={tmp_path / 'found.json'}", "--steps=3"]
+        argv += ["--rates=2", "--warmup=0", *more]
+        capsys.readouterr()
+        stability.main(configure(stability.StabilityConfig, argv))
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_a_study_goes_on_where_it_was_stopped(study, tmp_path, monkeypatch):
+    ran, train = [], stability.loss_of_run
+    monkeypatch.setattr(stability, "loss_of_run", lambda *a: ran.append(a[1:]) or train(*a))
+    lines = study("--only=plain", "--seeds=1")
+    assert len(ran) == 2 and ran[0][1:] == (2**-10, 1) and ran[1][1:] == (2**-9, 1)
+    table = (tmp_path / "found.md").read_text(encoding="utf-8").splitlines()
+    assert lines[-3:] == table and table[-1].startswith("| plain | ")
+    assert study("--only=plain", "--seeds=1")[-3:] == table and len(ran) == 2
+    assert study("--table", "--seeds=2")[-3:] == table and len(ran) == 2
+    study("--seeds=2")
+    assert len(ran) == 8 and len(set(ran)) == 8
+    losses = [record["loss"] for record in json.loads((tmp_path / "found.json").read_text())]
+    assert len(set(losses)) == 8 and all(0 < loss < 5 for loss in losses)
+
+
+def test_a_run_whose_numbers_are_none_is_lost(letters):
+    keys = f"{TINY} --lr_decay_iters=2 --norm=rms"
+    assert stability.loss_of_run(letters, keys, 1e30, 1) == float("inf")
+    assert 0 < stability.loss_of_run(letters, keys, 1e-3, 1) < 20
+
+
+def test_a_recipe_that_is_not_there(study):
+    with pytest.raises(UserError, match="did you mean normed"):
+        study("--only=norned")
+
+
+def test_every_recipe_of_the_study_is_one_of_train_py(letters):
+    for keys in stability.RECIPES.values():
+        argv = stability.keys_of(stability.StabilityConfig(), keys).split()
+        root = Path(__file__).parents[1]
+        configure(stability.train.TrainConfig, [str(root / a) if a[0] != "-" else a for a in argv])
+
+
+# --------------------------------------------------------------------------- magnitudes
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "rotary", "qk_norm": True, "n_kv_head": 1}])
+def test_magnitudes_are_those_of_the_numbers_inside(changes):
+    torch.manual_seed(0)
+    sizes = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig(**sizes, **changes)).eval()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.mul_(100)
+        model.transformer.h[0].attn.c_attn.weight.mul_(20)
+    idx = torch.randint(11, (3, 8))
+    found = magnitudes.magnitudes(model, idx)
+    assert found["logits"] == model.predict(idx).abs().max().item()
+    seen = []
+    block = model.transformer.h[1]
+    block.mlp.c_fc.register_forward_hook(lambda *a: seen.append(a[2]))
+    block.register_forward_hook(lambda *a: seen.append(a[2]))
+    model.predict(idx)
+    assert found["linear"] == seen[0].abs().max() and found["residual"] >= seen[1].abs().max()
+    if not changes:  # by hand, in the first block, whose attention has the larger weights
+        x = model.transformer.wte(idx) + model.transformer.wpe.weight
+        q, k, _ = model.transformer.h[0].attn.c_attn(model.transformer.h[0].ln_1(x)).split(16, 2)
+        heads = [q[..., h] @ k[..., h].mT / 8**0.5 for h in (slice(0, 8), slice(8, 16))]
+        assert found["attention"] == pytest.approx(max(s.tril().abs().max().item() for s in heads))
+    else:  # normed, so that a logit is no more than the root of the heads' width
+        assert 1 < found["attention"] <= 8**0.5 + 1e-4
+
+
+def test_a_line_for_each_checkpoint_of_a_run(letters, tmp_path, capsys):
+    with pytest.raises(UserError, match="--keep_checkpoints"):
+        magnitudes.main(configure(magnitudes.MagnitudesConfig, [f"--out_dir={tmp_path}"]))
+    argv = [*TINY.split(), f"--data_dir={letters}", f"--out_dir={tmp_path}", "--eval_interval=1"]
+    train = stability.train
+    train.main(configure(train.TrainConfig, [*argv, "--eval_iters=1", "--keep_checkpoints=9"]))
+    capsys.readouterr()
+    argv = [f"--out_dir={tmp_path}", "--windows=2"]
+    magnitudes.main(configure(magnitudes.MagnitudesConfig, argv))
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["step", *magnitudes.COLUMNS]
+    assert [line.split()[0] for line in lines] == ["1", "2", "3"]
+    assert all(0 < float(n) < 10 for line in lines for n in line.split()[1:])
