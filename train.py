@@ -179,6 +179,10 @@ def train(config, stop, at_end):
     model = ranks.build(lambda: build_model(config, checkpoint, vocabulary_rows(tokenizer)))
     for key in MODEL_SHAPE:
         setattr(config, key, getattr(model.config, key))
+    if config.freeze_layers > config.n_layer:
+        raise UserError(f"--freeze_layers={config.freeze_layers}: there are {config.n_layer}")
+    if config.freeze_layers:
+        model.freeze_layers(config.freeze_layers)
     log.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
 
     def open_tokens(split, evenly=0):
@@ -191,6 +195,7 @@ def train(config, stop, at_end):
     train_data = open_tokens("train")
     eval_rows = config.eval_iters * config.batch_size
     eval_data = [open_tokens(split, eval_rows) for split in ("train", "val")]
+    log.say(f"data: {data_dir}, {len(train_data.tokens):,} training tokens")
 
     # --- the global batch, and this process's micro-batches of it
     share = ranks.share(config.gradient_accumulation_steps, config.batch_size)
@@ -206,42 +211,14 @@ def train(config, stop, at_end):
     largest = max(count for _, _, count in share)
     if config.dtype == "auto" and device.type == "cpu":
         shape = (min(largest, max(1, 4096 // config.block_size)), config.block_size, config.n_embd)
-        chosen = cpu_dtype(model.transformer.h[0], shape) if ranks.is_main else None
+        chosen = cpu_dtype(model.transformer.h[-1], shape) if ranks.is_main else None
         device.dtype_name = ranks.agree(chosen)
     if resuming and "dtype" not in config.given:  # to the bit means in the same precision
         saved = checkpoint.get("precision", ())
         if saved in [(device.type, name) for name in DTYPES]:
             device.dtype_name = saved[1]
     compiling = resolve_compile(config.compile, device)
-    compiled = "compiled" if compiling else "not compiled"
-
-    if config.freeze_layers:
-        if config.freeze_layers > (layers := model.config.n_layer):
-            raise UserError(f"--freeze_layers={config.freeze_layers}: there are {layers}")
-        model.freeze_layers(config.freeze_layers)
-
-    # --- say what is about to happen
-    steps, seen = config.max_iters + 1, tokens_per_step * (config.max_iters + 1)
-    epochs = global_batch * steps / train_data.rows
-    planned = replace(ranks, world_size=config.dry_run_ranks or ranks.world_size)
-    batches = planned.share(config.gradient_accumulation_steps, config.batch_size)
-    memory = expected_memory(
-        model,
-        max(count for _, _, count in batches),
-        device,
-        config.activation_checkpointing,
-        planned,
-        len(batches) > 1,
-        config.cpu_offload,
-    )
-    log.say(f"tokens per iteration will be: {tokens_per_step:,}")
-    log.say(f"data: {data_dir}, {len(train_data.tokens):,} training tokens")
-    log.say(f"plan: {steps:,} steps, {seen:,} tokens, {epochs:.3g} epochs")
-    each = f"{planned.world_size} processes ({config.parallel}), each on "
-    each = "" if planned.is_alone else each
-    log.say(f"device: {each}{device}, {compiled}; about {in_bytes(memory)} of memory for training")
-    if config.cpu_offload:
-        log.say(f"and {in_bytes(shared_state(model, planned))} of the host's for each process")
+    say_plan(config, model, train_data.rows, ranks, device, compiling, log)
     if config.dry_run:
         return ranks.leave()
 
@@ -442,6 +419,33 @@ def train(config, stop, at_end):
         left = [name for name in RUN_FILES if Path(config.out_dir, name).exists()]
         log.say(f"{config.out_dir} has {', '.join(left)}; read what the model writes:")
         log.say(f"  python sample.py --out_dir={config.out_dir}")
+
+
+def say_plan(config, model, rows, ranks, device, compiling, log):
+    """What is about to happen: steps and tokens, over how many of the data's `rows`, where, and in
+    how much memory."""
+    global_batch = config.gradient_accumulation_steps * config.batch_size
+    tokens, steps = global_batch * config.block_size, config.max_iters + 1
+    epochs = global_batch * steps / rows
+    log.say(f"tokens per iteration will be: {tokens:,}")
+    log.say(f"plan: {steps:,} steps, {steps * tokens:,} tokens, {epochs:.3g} epochs")
+    planned = replace(ranks, world_size=config.dry_run_ranks or ranks.world_size)
+    micro_batches = planned.share(config.gradient_accumulation_steps, config.batch_size)
+    memory = expected_memory(
+        model,
+        max(count for _, _, count in micro_batches),
+        device,
+        recomputed=config.activation_checkpointing,
+        ranks=planned,
+        accumulates=len(micro_batches) > 1,
+        offload=config.cpu_offload,
+    )
+    compiled = "compiled" if compiling else "not compiled"
+    processes = f"{planned.world_size} processes ({config.parallel}), each on "
+    where = f"{'' if planned.is_alone else processes}{device}, {compiled}"
+    log.say(f"device: {where}; about {in_bytes(memory)} of memory for training")
+    if config.cpu_offload:
+        log.say(f"and {in_bytes(shared_state(model, planned))} of the host's for each process")
 
 
 @torch.no_grad()

@@ -172,7 +172,7 @@ def cpu_dtype(block, shape):
     if fast < 1.2 * slow:
         return "float32"
     x = torch.zeros(shape, requires_grad=True)
-    parameters = [x, *block.parameters()]
+    parameters = [x, *(p for p in block.parameters() if p.requires_grad)]
     best = {"float32": float("inf"), "bfloat16": float("inf")}
     with torch.random.fork_rng(devices=[]):  # dropout draws here must not move the run's
         for _ in range(3):
