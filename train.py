@@ -96,9 +96,7 @@ class TrainConfig:
     zero_init: bool = False  # output projections, and a head of its own, start at zero
     logit_cap: NonNegativeFloat = 0.0  # soft cap on the size of logits; 0 for none
     # optimizer
-    freeze_layers: NonNegativeInt = (
-        0  # first blocks, with the embeddings, that do not learn: finetuning
-    )
+    freeze_layers: NonNegativeInt = 0  # first blocks that do not learn, nor do the embeddings then
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW the rest
     learning_rate: NonNegativeFloat = 6e-4  # the largest
     muon_learning_rate: NonNegativeFloat = 0.02  # of muon's matrices where AdamW's is the largest

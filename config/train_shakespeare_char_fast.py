@@ -24,6 +24,7 @@ zero_init = True
 
 optimizer = "muon"
 muon_learning_rate = 0.01
+muon_momentum = 0.9
 learning_rate = 3e-3
 beta2 = 0.99
 weight_decay = 0.1

@@ -119,8 +119,9 @@ def test_more_processes_train_as_one(
 
 
 def test_what_goes_with_a_run_goes_with_a_sharded_one(train_tiny, settings, torchrun, tmp_path):
-    """Texts drawn at evaluations, steps that may be left out, blocks computed again."""
+    """Texts drawn at evaluations, steps that may be left out, blocks computed again or frozen."""
     changes = {**SIZES, **CLASSIC, "eval_samples": 2, "on_spike": "skip", "spike_factor": 20}
+    changes["freeze_layers"] = 1
     whole = train_tiny(tmp_path / "whole", **changes).out_dir
     more = {"parallel": "fsdp", "activation_checkpointing": True}
     succeed(torchrun("train.py", *settings(tmp_path / "out", **changes, **more)))
@@ -199,7 +200,8 @@ def test_a_stop_is_one_of_all_processes(settings, resume, torchrun, train_tiny, 
     stopped.write_text(
         POISONED.replace("step == 6", "step == 2 + int(train.os.environ['RANK'])")
         .replace('loss = loss * float("nan")', "stop.number = 15")
-        .replace("import train\n", "import os, train\ntrain.os = os\nstop = train.StopRequest()\n")
+        .replace("import train\n", "import os, brisk.stopping, train\ntrain.os = os\n")
+        .replace("look, poisoned", "stop = brisk.stopping.StopRequest()\nlook, poisoned")
         .replace("sys.argv[1:])", "sys.argv[1:]), stop")
     )
     changes = {**SIZES, **CLASSIC}
