@@ -1,5 +1,6 @@
 """Parameter groups, AdamW, Muon, and the learning-rate schedules."""
 
+import inspect
 import math
 
 import torch
@@ -25,8 +26,25 @@ POLAR_EXPRESS = (
 )
 
 
+class Plain:
+    """An optimizer's methods without the wrappers that keep torch.compile out of them: on their
+    first call they import its machinery, which takes longer than the rest of a start. No optimizer
+    is compiled here."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(Plain, torch.optim.AdamW):
+    """PyTorch's AdamW (Loshchilov & Hutter 2019)."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def adamw(named_parameters, weight_decay, learning_rate, betas, device_type):
-    """AdamW (Loshchilov & Hutter 2019) in nanoGPT's two groups and order: tensors of two or more
+    """AdamW in nanoGPT's two groups and order: tensors of two or more
     dimensions decay, vectors (biases, norms) do not. Fused where the device has that kernel."""
     parameters = [p for _, p in named_parameters if p.requires_grad]
     groups = [
@@ -34,7 +52,7 @@ def adamw(named_parameters, weight_decay, learning_rate, betas, device_type):
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = device_type in ("cuda", "cpu", "mps")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
 def muon_adamw(
@@ -74,7 +92,7 @@ def product_dtype(device_type):
     return torch.float32
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW(Plain, torch.optim.Optimizer):
     """Momentum, orthogonalised, for matrices (Jordan et al. 2024, Muon); AdamW for the rest.
 
     The first group, of rule "muon", has the matrices and, in `rows`, the heights of the maps that
