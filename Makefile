@@ -10,7 +10,7 @@ demo: .venv/installed
 	.venv/bin/python data/python_source/prepare.py
 	.venv/bin/python train.py config/train_python_source.py --out_dir=$(OUT)
 	.venv/bin/python sample.py --out_dir=$(OUT) --start="    def " \
-		--num_samples=3 --max_new_tokens=200 --temperature=0.6
+		--num_samples=3 --max_new_tokens=200 --temperature=0.8
 	@echo "checkpoint: $(OUT)/ckpt.pt   loss curve: $(OUT)/loss.png   metrics: $(OUT)/metrics.jsonl"
 	@echo "your turn:  .venv/bin/python sample.py --out_dir=$(OUT) --start='class '"
 
