@@ -20,14 +20,12 @@ position = "rotary"
 qk_norm = True
 mlp = "relu2"
 tied = False
-zero_init = True
 
 optimizer = "muon"
 muon_learning_rate = 0.01
 muon_momentum = 0.9
 learning_rate = 3e-3
 beta2 = 0.99
-weight_decay = 0.1
 
 schedule = "wsd"
 decay_share = 0.4
