@@ -42,12 +42,6 @@ class Ranks:
     def shards(self):
         return self.parallel == "fsdp" and not self.is_alone
 
-    @property
-    def has_weights(self):
-        """Whether this process reads or makes weights: under FSDP the main one does it, and hands
-        the others their parts."""
-        return self.is_main or not self.shards
-
     def join(self, backend, device, timeout=600):
         """Start the process group: NCCL between GPUs, gloo between CPUs, or as `backend` says. A
         process that waits `timeout` seconds for another gives up."""
