@@ -200,8 +200,10 @@ def train(config, stop, at_end):
     global_batch = config.gradient_accumulation_steps * config.batch_size
     tokens_per_step = global_batch * config.block_size
     if config.max_epochs:
-        steps = max(1, round(config.max_epochs * train_data.rows / global_batch))
-        config.max_iters = steps - 1
+        steps = config.max_epochs * train_data.rows / global_batch
+        if steps >= 2**63:
+            raise UserError(f"--max_epochs={config.max_epochs:g}: too many steps to count")
+        config.max_iters = max(1, round(steps)) - 1
         if "lr_decay_iters" not in config.given:
             config.lr_decay_iters = config.max_iters
 
