@@ -585,7 +585,7 @@ def test_max_epochs(train_tiny, char_data, tmp_path):
     assert run.series("lr")[steps - 1] == pytest.approx(1e-3)  # min_lr is reached at the end
     given = train_tiny(tmp_path / "given", max_epochs=0.5, lr_decay_iters=1000)
     assert given.series("lr")[len(given.series("lr")) - 1] > 9e-3
-    with pytest.raises(UserError, match="max_epochs=1e.308"):
+    with pytest.raises(UserError, match="max_epochs"):
         train_tiny(tmp_path / "endless", max_epochs=1e308)
 
 
