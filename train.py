@@ -458,9 +458,7 @@ def estimate_loss(model, data, config, ranks, device, forecast, stop=None):
         if stop and ranks.largest(stop.number or 0):
             break
         began = time.perf_counter()
-        k = (
-            first + ranks.rank
-        )  # the last ones may have none left: they run along, and count nothing
+        k = first + ranks.rank  # the last ones may have none left: they run along, uncounted
         position = k % config.eval_iters * config.batch_size
         batch = to_device(data.batch(position, config.batch_size), device)
         targets = data.targets(position, config.batch_size) * (k < config.eval_iters)

@@ -44,8 +44,8 @@ class AdamW(Plain, torch.optim.AdamW):
 
 
 def adamw(named_parameters, weight_decay, learning_rate, betas, device_type):
-    """AdamW in nanoGPT's two groups and order: tensors of two or more
-    dimensions decay, vectors (biases, norms) do not. Fused where the device has that kernel."""
+    """AdamW in nanoGPT's two groups and order: tensors of two or more dimensions decay, vectors
+    (biases, norms) do not. Fused where the device has that kernel."""
     parameters = [p for _, p in named_parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -167,9 +167,8 @@ class MuonAdamW(Plain, torch.optim.Optimizer):
         for weight, (p, rows), direction in zip(weights, trained, directions, strict=True):
             if skipped is not None:
                 direction = direction * (1 - skipped).to(direction)
-            scale = (
-                max(1, max(rows) / p.size(1)) ** 0.5
-            )  # several maps in one are no higher than wide
+            # several maps in one matrix are no higher than wide
+            scale = max(1, max(rows) / p.size(1)) ** 0.5
             weight.add_(direction.to(weight.device), alpha=-group["lr"] * scale)
 
 
