@@ -72,6 +72,20 @@ class Ranks:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def told(self, work):
+        """What `work()` returns in the main process (plain Python), in every process; or its
+        `UserError`, in all of them."""
+        result = mistake = None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as error:
+                mistake = str(error)
+        result, mistake = self.agree((result, mistake))
+        if mistake:
+            raise UserError(mistake)
+        return result
+
     def sum(self, tensor):
         """`tensor` added up over all processes, in place."""
         if not self.is_alone:
@@ -100,16 +114,14 @@ class Ranks:
         others get one of its shape with nothing in it, and its `UserError`."""
         if not self.shards:
             return build_model()
-        model = mistake = None
-        if self.is_main:
-            try:
-                model = build_model()
-            except UserError as error:
-                mistake = str(error)
-        kind, mistake = self.agree((model and (type(model), model.config), mistake))
-        if mistake:
-            raise UserError(mistake)
-        return model if self.is_main else kind[0].empty(kind[1])
+        built = []
+
+        def build():
+            built.append(build_model())
+            return type(built[0]), built[0].config
+
+        kind, config = self.told(build)
+        return built[0] if self.is_main else kind.empty(config)
 
     def wrap(self, model, device, offload=False):
         """`model`, so far on the CPU, as it is to be trained: on its device, with its gradients

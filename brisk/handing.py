@@ -3,8 +3,6 @@
 import torch
 import torch.distributed as dist
 
-from brisk.errors import UserError
-
 
 def handed_out(ranks, read, *arguments):
     """What `read(*arguments)` returns in the main process, dicts of tensors on the CPU and plain
@@ -17,16 +15,8 @@ def handed_out(ranks, read, *arguments):
     """
     if ranks.is_alone:
         return read(*arguments)
-    value = mistake = None
-    if ranks.is_main:
-        try:
-            value = read(*arguments)
-        except UserError as error:
-            mistake = str(error)
     tensors = {}  # by where they are in memory: one of two names is sent once
-    plan, mistake = ranks.agree((planned(value, tensors), mistake))
-    if mistake:
-        raise UserError(mistake)
+    plan = ranks.told(lambda: planned(read(*arguments), tensors))
     mine = (tensor for _, tensor in tensors.values())
     return filled(plan, mine, [], scalars_only=ranks.shards)
 
