@@ -23,7 +23,7 @@ from brisk.device import cpu_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, to_device
 from brisk.memory import check_fits, in_bytes, peak_memory
-from brisk.starting import MODEL_SHAPE
+from brisk.starting import DROPOUTS, MODEL_SHAPE
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -54,7 +54,9 @@ class BenchConfig:
     mlp_width: NonNegativeInt = 0  # channels there; 0: 4 n_embd, for swiglu about 8/3 n_embd
     tied: bool = True  # the head is the token embedding
     zero_init: bool = False  # output projections, and a head of its own, start at zero
-    logit_cap: NonNegativeFloat = 0.0  # soft cap on the size of logits; 0 for none
+    ngrams: PositiveInt = 1  # runs of 2 to so many tokens have vectors too
+    ngram_rows: PositiveInt = 16384  # vectors for each length, which runs share by hashing
+    ngram_dropout: UnitFloat = 0.0  # share of them that training leaves out
     real_data: bool = True  # batches of data/<dataset> where it is prepared, else random ids
     dataset: str = "openwebtext"  # which
     steps: PositiveInt | Literal["auto"] = "auto"  # timed steps: 20, on a CPU 3
@@ -71,7 +73,7 @@ def main(config):
     batch_size = (1 if on_cpu else 12) if config.batch_size == "auto" else config.batch_size
     steps = (3 if on_cpu else 20) if config.steps == "auto" else config.steps
     torch.manual_seed(config.seed)
-    keys = (*MODEL_SHAPE, "vocab_size", "dropout")
+    keys = (*MODEL_SHAPE, *DROPOUTS, "vocab_size")
     try:
         sizes = GPTConfig(**{key: getattr(config, key) for key in keys})
     except ValueError as error:

@@ -48,10 +48,13 @@ class GPTConfig:
     mlp_width: int = 0  # hidden channels of the MLP; 0: see `hidden_width`
     tied: bool = True  # the head is the token embedding
     zero_init: bool = False  # what adds to the residual stream, and an untied head, start at zero
-    logit_cap: float = 0.0  # logits stay within ±logit_cap; 0: as they are
+    ngrams: int = 1  # runs of 2 to so many tokens have vectors too, which are added
+    ngram_rows: int = 16384  # rows of the table of each length, which runs share by hashing
+    ngram_dropout: float = 0.0  # share of them that training leaves out
 
     def __post_init__(self):
-        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngrams", "ngram_rows")
+        for key in sizes:
             if not isinstance(value := getattr(self, key), Integral) or value < 1:
                 raise ValueError(f"{key}={value} is not a whole number of at least 1")
         if self.n_embd % self.n_head != 0:
@@ -63,8 +66,6 @@ class GPTConfig:
             raise ValueError(f"position=rotary turns channels of a head in pairs, and {odd}")
         if not 0 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta={self.rope_theta} is not positive")
-        if not 0 <= self.logit_cap < math.inf:
-            raise ValueError(f"logit_cap={self.logit_cap} is no bound")
         kinds = dict(
             position=("learned", "rotary"), norm=("layer", "rms"), mlp=("gelu", "relu2", "swiglu")
         )
@@ -247,11 +248,51 @@ def embedding(rows, channels):
     return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
 
 
+class NgramEmbedding(nn.Module):
+    """Vectors of the runs of 2, 3, … `ngrams` tokens that end at each position: their mean.
+
+    What stands next to each other often is known by it at once, and is not for the blocks to put
+    together (Huang et al. 2025, Over-Tokenized Transformer; Cheng et al. 2026, Engram). A run's
+    row is a hash of its ids, so several may share one. All rows begin at zero: a run that was
+    never met says nothing. Training leaves a share of the runs out (`ngram_dropout`), for what is
+    seen a second time is otherwise known by heart.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.lengths, self.rows = config.ngrams - 1, config.ngram_rows  # so many tables, of so many
+        self.weight = nn.Parameter(torch.empty(self.lengths * self.rows, config.n_embd))
+        self.dropout = config.ngram_dropout
+
+    def forward(self, idx, before=None):
+        """Vectors (B, T, n_embd) for ids (B, T) and the `ngrams` - 1 ids before them, -1 where
+        there are none (as everywhere by default)."""
+        rows = self.rows_of(idx, before).flatten(0, 1)
+        shares = self.weight.new_full(rows.shape, 1 / self.lengths)
+        if self.training and self.dropout:
+            shares = F.dropout(shares, self.dropout)
+        x = F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=shares)
+        return x.view(*idx.shape, -1)
+
+    def rows_of(self, idx, before=None):
+        """The rows (B, T, ngrams - 1) of the runs that end at each of the ids (B, T), the pairs'
+        first: polynomials of the ids modulo a prime, which 64 bits hold without overflow."""
+        if before is None:
+            before = idx.new_full((len(idx), self.lengths), -1)
+        ids = torch.cat((before, idx), dim=1) + 1
+        T, key, rows = idx.size(1), idx + 1, []
+        for length in range(self.lengths):
+            earlier = ids.narrow(1, self.lengths - 1 - length, T)
+            key = (key * 1_103_515_245 + earlier) % (2**31 - 1)
+            rows.append(key % self.rows + length * self.rows)
+        return torch.stack(rows, dim=-1)
+
+
 class GPT(nn.Module):
     """Token and position embeddings, `n_layer` blocks, and a head tied to the embeddings.
 
     With position="rotary" there are no position embeddings; with tied=False the head has weights
-    of its own.
+    of its own; with ngrams there are embeddings of runs of tokens besides.
     """
 
     def __init__(self, config):
@@ -260,6 +301,8 @@ class GPT(nn.Module):
         embeddings = dict(wte=embedding(config.vocab_size, config.n_embd))
         if config.position == "learned":
             embeddings["wpe"] = embedding(config.block_size, config.n_embd)
+        if config.ngrams > 1:
+            embeddings["ngrams"] = NgramEmbedding(config)
         self.transformer = nn.ModuleDict(
             dict(
                 **embeddings,
@@ -297,7 +340,8 @@ class GPT(nn.Module):
         """
         for name, parameter in self.named_parameters():
             residual = name.endswith("c_proj.weight")
-            if self.config.zero_init and (residual or name == "lm_head.weight"):
+            zeros = self.config.zero_init and (residual or name == "lm_head.weight")
+            if zeros or ".ngrams." in name:
                 nn.init.zeros_(parameter)
             elif parameter.dim() >= 2:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
@@ -327,13 +371,13 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, cache)
         if targets is None:
-            return self.to_logits(x[:, -1:]), None
+            return self.lm_head(x[:, -1:]), None
         if not return_logits:
             from brisk.loss import linear_cross_entropy
 
-            head, cap = self.lm_head.weight, self.config.logit_cap
-            return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), cap)
-        logits = self.to_logits(x)
+            head = self.lm_head.weight
+            return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+        logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def hidden(self, idx, cache=None):
@@ -342,15 +386,16 @@ class GPT(nn.Module):
         With a `cache` (`brisk.kv_cache.KVCache`) T is 1: `idx` stands at the position after those
         that each row has in it, and is taken in.
         """
-        x, angles = self.embed(idx, start=cache.step() if cache else 0)
+        start, before = cache.step(idx) if cache else (0, None)
+        x, angles = self.embed(idx, start, before)
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache.layers[i] if cache else None, angles)
         return self.transformer.ln_f(x)
 
-    def embed(self, idx, start=0):
+    def embed(self, idx, start=0, before=None):
         """What the first block reads: vectors (B, T, n_embd) of the ids (B, T) at the positions
         from `start` on, an int or one for each row (B, 1), and the angles of rotary positions, or
-        None."""
+        None. `before` is what `NgramEmbedding` takes."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(
@@ -362,20 +407,16 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(positions)
         else:  # once for all blocks, from the positions alone: nothing to store, move or cast
             angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        if self.config.ngrams > 1:
+            x = x + self.transformer.ngrams(idx, before)
         return self.transformer.drop(x), angles
-
-    def to_logits(self, x):
-        """The logits (…, vocab_size) of what `hidden` gives (…, n_embd), kept within `logit_cap`
-        where there is one (Gemma 2, section 2)."""
-        logits, cap = self.lm_head(x), self.config.logit_cap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     @torch.no_grad()
     def predict(self, idx, targets=True):
         """Logits of the next token: after every position (B, T, vocab_size), or, with
         `targets=False`, after the last one only (B, 1, vocab_size)."""
         x = self.hidden(idx)
-        return self.to_logits(x if targets else x[:, -1:])
+        return self.lm_head(x if targets else x[:, -1:])
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """The ids (B, T) with `max_new_tokens` more drawn after them (B, T + max_new_tokens).
@@ -399,7 +440,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint, override_args=None):
         """The model inside a checkpoint, a file (one of nanoGPT's too) or the dict loaded from it,
-        in eval mode. `override_args` may set `dropout`."""
+        in eval mode. `override_args` may set `dropout` and `ngram_dropout`."""
         from brisk.checkpoint import load_checkpoint
         from brisk.errors import UserError
 
@@ -414,8 +455,8 @@ class GPT(nn.Module):
     @classmethod
     def with_weights(cls, config_args, state_dict, override_args=None):
         """A model with these arguments of `GPTConfig` and these weights."""
-        if unknown := (override_args or {}).keys() - {"dropout"}:
-            raise ValueError(f"only dropout can be overridden, not {', '.join(sorted(unknown))}")
+        if unknown := (override_args or {}).keys() - {"dropout", "ngram_dropout"}:
+            raise ValueError(f"only dropouts can be overridden, not {', '.join(sorted(unknown))}")
         config = GPTConfig(**{**config_args, **(override_args or {})})
         layers = sum(name.endswith(".ln_1.weight") for name in state_dict)
         if layers != config.n_layer:  # before a claim of a billion is believed
@@ -438,17 +479,21 @@ class GPT(nn.Module):
         gradients nor moments, and their activations are not kept. A tied head is kept as well."""
         if count > len(self.transformer.h):
             raise ValueError(f"cannot freeze {count} of {len(self.transformer.h)} blocks")
-        lower = [part for name, part in self.transformer.items() if name in ("wte", "wpe")]
+        tables = ("wte", "wpe", "ngrams")
+        lower = [part for name, part in self.transformer.items() if name in tables]
         for part in (*lower, *self.transformer.h[:count]):
             part.requires_grad_(False)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters, by default without the position embeddings (the token embeddings
-        stay in where they are also the head, and are left out where it has weights of its own)."""
+        """Number of parameters, by default without the embeddings of positions and n-grams (those
+        of tokens stay in where they are also the head, and are left out where it has weights of its
+        own)."""
         total = sum(parameter.numel() for parameter in self.parameters())
         looked_up = []
         if self.config.position == "learned":
             looked_up.append(self.transformer.wpe)
+        if self.config.ngrams > 1:
+            looked_up.append(self.transformer.ngrams)
         if not self.config.tied:
             looked_up.append(self.transformer.wte)
         embeddings = sum(embedding.weight.numel() for embedding in looked_up)

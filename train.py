@@ -35,7 +35,13 @@ from brisk.recompute import recompute_in_backward
 from brisk.runlog import Forecast, RunLog
 from brisk.saving import Saver
 from brisk.spikes import SpikeWatch
-from brisk.starting import MODEL_SHAPE, describe_tokenizer, starting_point, take_over_settings
+from brisk.starting import (
+    DROPOUTS,
+    MODEL_SHAPE,
+    describe_tokenizer,
+    starting_point,
+    take_over_settings,
+)
 from brisk.stopping import stop_requests
 from configurator import (
     NonNegativeFloat,
@@ -94,7 +100,9 @@ class TrainConfig:
     mlp_width: NonNegativeInt = 0  # channels there; 0: 4 n_embd, for swiglu about 8/3 n_embd
     tied: bool = True  # the head is the token embedding
     zero_init: bool = False  # output projections, and a head of its own, start at zero
-    logit_cap: NonNegativeFloat = 0.0  # soft cap on the size of logits; 0 for none
+    ngrams: PositiveInt = 1  # runs of 2 to so many tokens have vectors too
+    ngram_rows: PositiveInt = 16384  # vectors for each length, which runs share by hashing
+    ngram_dropout: UnitFloat = 0.0  # share of them that training leaves out
     # optimizer
     freeze_layers: NonNegativeInt = 0  # first blocks that do not learn, nor do the embeddings then
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW the rest
@@ -482,12 +490,13 @@ def vocabulary_rows(tokenizer):
 
 def build_model(config, checkpoint, vocab_size):
     """The model that `init_from` asks for, on the CPU."""
+    dropouts = {key: getattr(config, key) for key in DROPOUTS}
     if checkpoint is not None:
-        model = GPT.from_checkpoint(checkpoint, {"dropout": config.dropout})
+        model = GPT.from_checkpoint(checkpoint, dropouts)
     elif config.init_from in ("scratch", "auto"):
-        keys = (*MODEL_SHAPE, "dropout")
+        shape = {key: getattr(config, key) for key in MODEL_SHAPE}
         try:
-            sizes = GPTConfig(vocab_size=vocab_size, **{key: getattr(config, key) for key in keys})
+            sizes = GPTConfig(vocab_size=vocab_size, **shape, **dropouts)
         except ValueError as error:  # sizes that do not go together
             raise UserError(str(error)) from error
         check_fits(sizes)
@@ -495,7 +504,7 @@ def build_model(config, checkpoint, vocab_size):
         model.init_weights()
         return model
     else:
-        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+        model = GPT.from_pretrained(config.init_from, dropouts)
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     elif config.block_size > model.config.block_size and "block_size" in config.given:

@@ -33,7 +33,8 @@ WITHOUT = {
     "rms": "--norm=layer",
     "zero_init": "--zero_init=False",
     "untied": "--tied=True",
-    "logit_cap": "--logit_cap=0",
+    "ngrams": "--ngrams=1",
+    "ngram_dropout": "--ngram_dropout=0",
     "wsd": "--schedule=cosine",
     "decay": "--weight_decay=0",
 }

@@ -50,7 +50,6 @@ RECIPES = {  # keys and configs over those of nanoGPT's GPT-2, which are the def
     "query/key norms": "--qk_norm=True",
     "modern with Muon": f"{MODERN} --optimizer=muon",
     "modern with AdamW": MODERN,
-    "logits capped at 15": "--logit_cap=15",
     "beta2 0.99": "--beta2=0.99",
     "no clipping": "--grad_clip=0",
     "no warm-up": "--warmup_iters=0",

@@ -75,6 +75,7 @@ class Decoder:
             every = torch.zeros(1, self.config.block_size, dtype=torch.long)
             cos, sin = (part.squeeze(1) for part in model.embed(every)[1])
             self.angles = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        self.ngrams = parts.ngrams if self.config.ngrams > 1 else None
         self.layers = [self.layer(block) for block in parts.h]
         self.norm, self.head = Norm.of(parts.ln_f), Linear(model.lm_head)
 
@@ -96,8 +97,10 @@ class Decoder:
     def logits_after(self, ids, cache):
         """Logits (B, vocab_size) of the token after `ids` (B, 1), which stand at the next position
         of each row of `cache`, a `KVCache` that takes them in."""
-        position = cache.step()  # an int, or (B, 1)
+        position, before = cache.step(ids)
         x = F.embedding(ids, self.wte)
+        if self.ngrams is not None:
+            x += self.ngrams(ids, before)
         if self.wpe is not None:
             x += self.wpe[position]
         x, angles = x.squeeze(1), None
@@ -107,8 +110,7 @@ class Decoder:
         for layer, memory in zip(self.layers, cache.layers, strict=True):
             layer.out.add_to(x, self.attention(layer, layer.norm_1(x), memory, angles, mask))
             layer.down.add_to(x, self.hidden(layer, layer.norm_2(x)))
-        logits, cap = self.head(self.norm(x)), self.config.logit_cap
-        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+        return self.head(self.norm(x))
 
     def mask(self, mask):
         """What is added to the scores: a cache's mask with heads in the place of sequences, and

@@ -21,8 +21,8 @@ GELUS = {  # their name of an activation: our GPTConfig.gelu
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 # What a GPTConfig has to be for theirs to compute the same; the rest of its fields is free.
-CLASSIC = {"position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu", "logit_cap": 0}
-MODERN = {"position": "rotary", "norm": "rms", "qk_norm": True, "mlp": "swiglu", "logit_cap": 0}
+CLASSIC = {"position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu", "ngrams": 1}
+MODERN = {"position": "rotary", "norm": "rms", "qk_norm": True, "mlp": "swiglu", "ngrams": 1}
 MODERN |= {"bias": False}
 QWEN3_BLOCK = {  # our name of a weight: theirs, one above another where ours is one matrix
     "ln_1": ("input_layernorm",),
@@ -106,7 +106,7 @@ def qwen3_config_args(theirs, source):
         mlp_width=theirs["intermediate_size"],
         rope_theta=rope.get("rope_theta", theirs.get("rope_theta", 10000.0)),
         tied=theirs.get("tie_word_embeddings", False),
-        **{key: value for key, value in MODERN.items() if key != "logit_cap"},
+        **{key: value for key, value in MODERN.items() if key != "ngrams"},
     )
 
 

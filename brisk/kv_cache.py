@@ -22,6 +22,8 @@ class KVCache:
         self.positions, self.lengths = positions, [0] * rows
         self.layers = [LayerCache(rows, positions) for _ in range(model.config.n_layer)]
         self.ends = None  # `lengths` on the device, where they differ
+        shape, device = (rows, model.config.ngrams - 1), model.lm_head.weight.device
+        self.newest = torch.full(shape, -1, device=device)  # of the ids read; -1 before the first
 
     def set_lengths(self, rows, lengths, device):
         """These `rows` have so many positions now."""
@@ -30,9 +32,14 @@ class KVCache:
         differ = min(self.lengths) < max(self.lengths)
         self.ends = torch.tensor(self.lengths, device=device)[:, None] if differ else None
 
-    def step(self):
-        """Let each row be one position longer, which `LayerCache.append` of every layer is to
-        fill. The number of that position, an int, or (B, 1) where they differ."""
+    def step(self, idx):
+        """Let each row be one position longer, that of `idx` (B, 1), which `LayerCache.append` of
+        every layer is to fill.
+
+        Returns:
+            The number of that position, an int, or (B, 1) where they differ; and the ids before
+            it, as `NgramEmbedding` takes them.
+        """
         position = longest = max(self.lengths)
         if longest == self.positions:
             raise ValueError(f"a cache of {longest} positions is full")
@@ -44,7 +51,10 @@ class KVCache:
             mask = beyond.float().masked_fill_(beyond, -torch.inf)[:, None, None]
         for layer in self.layers:
             layer.place(position, longest + 1, mask)
-        return position
+        before = self.newest
+        if before.size(1):
+            self.newest = torch.cat((before[:, 1:], idx), dim=1)
+        return position, before
 
 
 class LayerCache:
@@ -117,6 +127,9 @@ def fill(model, prompts, cache, rows):
     lengths = [len(prompt) for prompt in prompts]
     ids = pad_sequence(prompts, batch_first=True)
     cache.set_lengths(rows, lengths, ids.device)
+    if kept := cache.newest.size(1):
+        for row, prompt in zip(rows, prompts, strict=True):
+            cache.newest[row] = pad(prompt[-kept:], (kept - len(prompt[-kept:]), 0), value=-1)
     if ids.size(1) == 0:
         return
     if ids.size(1) == cache.positions - 1:  # attention on 63 takes longer than on 64

@@ -12,26 +12,25 @@ import torch
 CHUNK = 2**25  # logits in memory at a time; a product of so many loses nothing to its smallness
 
 
-def linear_cross_entropy(x, weight, targets, cap=0.0, chunk=CHUNK):
+def linear_cross_entropy(x, weight, targets, chunk=CHUNK):
     """Mean cross-entropy in nats of the logits `x @ weight.T` over the targets that are not -1.
 
     Args:
         x: (N, n_embd), the input of the head.
         weight: (vocab_size, n_embd).
         targets: (N,), ids, or -1 for rows to leave out.
-        cap: soft cap of the logits, `cap * tanh(logits / cap)`; 0 for none.
         chunk: logits that may be in memory at a time.
 
     Returns:
         A float32 scalar, not a number where every target is -1. Products are computed in
         autocast's precision, everything else in float32.
     """
-    return LinearCrossEntropy.apply(x, weight, targets, cap, chunk, torch.is_grad_enabled())
+    return LinearCrossEntropy.apply(x, weight, targets, chunk, torch.is_grad_enabled())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, chunk, wants_grad):
+    def forward(ctx, x, weight, targets, chunk, wants_grad):
         wants_x, wants_weight = (wants_grad and needs for needs in ctx.needs_input_grad[:2])
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -45,19 +44,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(x), rows):
                 part, target = inputs[start : start + rows], targets[start : start + rows]
                 logits = (part @ head.T).float()
-                if cap:
-                    logits.div_(cap).tanh_().mul_(cap)
                 valid, at = (target >= 0)[:, None], target.clamp(min=0)[:, None]
                 of_target, highest = logits.gather(1, at), logits.amax(1, keepdim=True)
-                slope = 1 - (logits / cap).square_() if cap else None
                 probability = torch.softmax(logits, 1, out=logits)
                 log_sum = highest - probability.amax(1, keepdim=True).log()
                 nats += ((log_sum - of_target) * valid).sum()
                 if not (wants_x or wants_weight):
                     continue
                 # the gradient of the losses' sum by the logits: probability less one at the target
-                grad = probability.scatter_add_(1, at, torch.full_like(log_sum, -1.0))
-                grad = (grad.mul_(slope) if cap else grad).to(dtype)
+                grad = probability.scatter_add_(1, at, torch.full_like(log_sum, -1.0)).to(dtype)
                 if wants_x:
                     torch.mm(grad, head, out=grad_x[start : start + rows]).mul_(valid)
                 if wants_weight:
@@ -78,4 +73,4 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x = grad_x * scale if grad_x is not None else None
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None

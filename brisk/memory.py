@@ -20,6 +20,7 @@ def check_fits(config):
     block = C * (2 * C + 2 * kv + matrices * config.hidden_width)
     rows = config.vocab_size * (1 if config.tied else 2)
     rows += config.block_size if config.position == "learned" else 0
+    rows += (config.ngrams - 1) * config.ngram_rows
     needed = config.n_layer * (4 * block + OF_A_BLOCK) + 4 * C * rows
     if needed > machine_memory():
         has = f"this machine has {in_bytes(machine_memory())}"

@@ -33,7 +33,7 @@ def token_nats(model, inputs, targets):
     costs, hits = [], []
     step = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     for part, ids in zip(x.split(step), wanted.split(step), strict=True):
-        logits = model.to_logits(part).float()
+        logits = model.lm_head(part).float()
         costs.append(F.cross_entropy(logits, ids, reduction="none"))
         hits.append(logits.argmax(dim=-1) == ids)
     nats[scored], likeliest[scored] = torch.cat(costs), torch.cat(hits)

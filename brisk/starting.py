@@ -41,8 +41,10 @@ MODEL_SHAPE = (
     "mlp_width",
     "tied",
     "zero_init",
-    "logit_cap",
+    "ngrams",
+    "ngram_rows",
 )
+DROPOUTS = ("dropout", "ngram_dropout")  # what else a model has, and may change
 
 
 def starting_point(config, ranks):

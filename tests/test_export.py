@@ -278,7 +278,8 @@ def test_the_pipeline_stops_at_the_end_of_the_context(exported):
 
 REFUSED = {
     "relu2": (dict(mlp="relu2"), "mlp=relu2 where GPT-2 has mlp=gelu"),
-    "capped": (dict(**MODERN, logit_cap=15.0), r"logit_cap=15\.0 where Qwen3 has logit_cap=0"),
+    "n-grams": (dict(**MODERN, ngrams=3), "ngrams=3 where Qwen3 has ngrams=1"),
+    "n-grams in GPT-2": (dict(ngrams=2), "ngrams=2 where GPT-2 has ngrams=1"),
     "plain queries": ({**MODERN, "qk_norm": False}, "qk_norm=False where Qwen3"),
     "rotary with biases": ({**MODERN, "bias": True}, "bias=True where Qwen3 has bias=False"),
     "rms": (dict(norm="rms"), "norm=rms where GPT-2 has norm=layer"),

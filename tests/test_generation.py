@@ -117,9 +117,9 @@ def test_each_token_is_read_once_until_the_window_is_full_and_half_again_then(si
     """On a model that says what it has read at which positions."""
 
     class Reader(GPT):
-        def embed(self, idx, start=0):
+        def embed(self, idx, start=0, before=None):
             read.append((idx[0].tolist(), start))
-            return super().embed(idx, start)
+            return super().embed(idx, start, before)
 
     model = Reader(GPTConfig(block_size=size, vocab_size=100, n_layer=1, n_head=1, n_embd=1))
     ids, first, read, seen, counts = torch.arange(100)[None], T, [], [], []

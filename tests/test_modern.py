@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from test_model import SIZES, random_ids, random_model
-from torch.nn import functional as F
 
 import bench
 import evaluate
@@ -22,8 +21,7 @@ from brisk.errors import UserError
 from brisk.generation import generate
 from brisk.kv_cache import KVCache, fill
 from brisk.memory import expected_memory
-from brisk.scoring import token_nats
-from brisk.starting import MODEL_SHAPE
+from brisk.starting import DROPOUTS, MODEL_SHAPE
 from configurator import configure
 from model import GPT, GPTConfig
 
@@ -38,9 +36,10 @@ VARIANTS = [
     {"mlp": "swiglu"},
     {"mlp": "relu2", "mlp_width": 48},
     {"tied": False},
-    {"logit_cap": 2.0},
+    {"ngrams": 3, "ngram_rows": 50},
+    {"position": "rotary", "ngrams": 2, "ngram_rows": 7, "n_kv_head": 2},
     MODERN,
-    {**MODERN, "n_kv_head": 2, "tied": False, "logit_cap": 3.0},
+    {**MODERN, "n_kv_head": 2, "tied": False, "ngrams": 5},
 ]
 
 
@@ -114,16 +113,70 @@ def test_relu2_is_the_square_of_relu():
     assert torch.allclose(mlp(x), expected, atol=1e-5)
 
 
-def test_a_cap_holds_wherever_logits_come_from():
-    free, capped = random_model(), random_model(logit_cap=2.0)
-    idx, targets = random_ids(), random_ids().flip(1)
-    expected = 2 * torch.tanh(free.predict(idx) / 2)
-    assert (free.predict(idx).abs() > 2).any()
-    assert torch.allclose(capped.predict(idx), expected, atol=1e-5)
-    assert torch.allclose(capped(idx)[0], expected[:, -1:], atol=1e-5)
-    nats = F.cross_entropy(expected.transpose(1, 2), targets, reduction="none")
-    assert torch.allclose(capped(idx, targets)[1], nats.mean(), atol=1e-5)
-    assert torch.allclose(token_nats(capped, idx, targets)[0], nats, atol=1e-5)
+def ngrams_model(**settings):
+    """With 3-grams whose rows have something in them."""
+    return random_model(ngrams=3, **{"ngram_rows": 50, **settings})
+
+
+def test_each_run_of_tokens_has_a_vector():
+    """Of pairs and triples, the mean; the same wherever the run stands, and of no other run."""
+    table = ngrams_model(ngram_rows=2**20).transformer.ngrams
+    texts = torch.tensor([[5, 6, 7, 8, 5, 6, 7], [0, 6, 7, 0, 6, 0, 6]])
+    seen, runs = {}, set()
+    for text, rows in zip(texts.tolist(), table.rows_of(texts).tolist(), strict=True):
+        for t in range(7):
+            for length, row in zip((2, 3), rows[t], strict=True):
+                run = tuple([None] * length + text[: t + 1])[-length:]
+                assert seen.setdefault(run, row) == row
+                assert (length - 2) * 2**20 <= row < (length - 1) * 2**20
+                runs.add(run)
+    assert len(set(seen.values())) == len(runs)
+    with torch.no_grad():
+        expected = table.weight[table.rows_of(texts)].mean(2)
+        assert torch.allclose(table(texts), expected, atol=1e-6)
+
+
+def test_ngrams_are_added_to_the_embeddings():
+    model, idx = ngrams_model(position="rotary"), random_ids()
+    x, _ = model.embed(idx)
+    parts = model.transformer
+    assert torch.allclose(x, parts.wte(idx) + parts.ngrams(idx), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1024])
+def test_runs_are_spread_over_the_rows(rows):
+    """4,225 pairs of 65 characters and as many triples: no row has much more than its share."""
+    table = GPT(GPTConfig(**{**SIZES, "vocab_size": 65}, ngrams=3, ngram_rows=rows)).transformer
+    pairs = torch.cartesian_prod(torch.arange(65), torch.arange(65))
+    rows_of_pairs = table.ngrams.rows_of(pairs)[:, 1, 0]
+    triples = torch.cat((pairs, pairs[torch.randperm(len(pairs))][:, :1]), dim=1)
+    rows_of_triples = table.ngrams.rows_of(triples)[:, 2, 1] - rows
+    for found in (rows_of_pairs, rows_of_triples):
+        counts = found.bincount(minlength=rows)
+        assert len(counts) == rows and counts.max() <= 4225 / rows + 6 * (4225 / rows) ** 0.5
+
+
+def test_training_leaves_a_share_of_the_runs_out():
+    table = ngrams_model(ngram_dropout=0.75).transformer.ngrams
+    with torch.no_grad():
+        table.weight.fill_(1.0)
+        assert table(random_ids()).unique().tolist() == [1.0]
+        table.train()
+        drawn = table(torch.zeros(200, 24, dtype=torch.int64))[..., 0]
+    assert {round(value, 3) for value in drawn.unique().tolist()} == {0.0, 2.0, 4.0}
+    assert drawn.mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_runs_never_met_say_nothing():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES, ngrams=3, ngram_rows=2**20))
+    idx, targets = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[2, 3, 4, 5]])
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), "cpu")
+    model(idx, targets)[1].backward()
+    optimizer.step()
+    table = model.transformer.ngrams
+    assert (table(idx)[:, 1:].abs() > 0).all()
+    assert not table(torch.tensor([[4, 3, 2, 1]]))[:, 1:].any()
 
 
 @pytest.mark.parametrize("field", [{"n_kv_head": 4}, {"rope_theta": 100.0}, {"mlp_width": 128}])
@@ -287,13 +340,14 @@ def test_swiglu_is_as_large_as_the_mlp_it_replaces(n_embd, width):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("position", ["learned", "rotary"])
 def test_numbers_of_parameters_and_flops(tied, position):
-    model = GPT(GPTConfig(**SIZES, tied=tied, position=position, n_kv_head=2, mlp="swiglu"))
+    further = dict(tied=tied, position=position, n_kv_head=2, mlp="swiglu")
+    model = GPT(GPTConfig(**SIZES, **further, ngrams=3, ngram_rows=50))
     C, V, T, W = 32, 61, 24, 88
     products = 3 * (C * C * 2 + C * C + 3 * C * W)  # q, k and v; c_proj; the MLP's three
     vectors = 3 * (2 * C + C + 2 * W + C + 4 * C) + 2 * C  # biases and norms
     without_lookups = products + vectors + V * C
-    wpe, wte = T * C * (position == "learned"), V * C * (not tied)
-    assert model.get_num_params(non_embedding=False) == without_lookups + wpe + wte
+    lookups = T * C * (position == "learned") + V * C * (not tied) + 2 * 50 * C
+    assert model.get_num_params(non_embedding=False) == without_lookups + lookups
     assert model.get_num_params() == without_lookups
     assert model.flops_per_token() == 6 * without_lookups + 12 * 3 * C * T
 
@@ -331,6 +385,7 @@ def test_blocks_begin_as_the_identity_and_an_untied_head_as_a_guess():
         ({"n_kv_head": 8}, "n_head=4 is not divisible by n_kv_head=8"),
         ({"n_embd": 36, "position": "rotary"}, "n_embd / n_head = 9 is odd"),
         ({"rope_theta": 0.0}, "rope_theta=0.0 is not positive"),
+        ({"ngrams": 0}, "ngrams=0 is not a whole number of at least 1"),
     ],
     ids=str,
 )
@@ -354,13 +409,13 @@ def test_memory_is_foretold():
 
 ROOT = Path(__file__).parent.parent
 PRESET = str(ROOT / "config" / "model" / "modern.py")
-UNLIKE = {"n_kv_head": 1, "tied": False, "logit_cap": 20.0, "rope_theta": 500.0, "mlp_width": 40}
+UNLIKE = {"n_kv_head": 1, "tied": False, "ngrams": 4, "rope_theta": 500.0, "mlp_width": 40}
 
 
 @pytest.mark.parametrize("Config", [train.TrainConfig, bench.BenchConfig])
 def test_the_keys_of_the_scripts_are_the_fields_of_the_model(Config):
     defaults = {field.name: field.default for field in fields(GPTConfig)}
-    assert {*MODEL_SHAPE} == defaults.keys() - {"vocab_size", "dropout", "gelu"}
+    assert {*MODEL_SHAPE} == defaults.keys() - {"vocab_size", "gelu", *DROPOUTS}
     script = Config()
     assert not script.bias  # GPT-2 has them, nanoGPT's script trains without
     for key in defaults.keys() - {"bias", "gelu", "vocab_size"}:
