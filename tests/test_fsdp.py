@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 # evaluations of 3 batches, which neither can share evenly.
 CLASSIC = {"dropout": 0.2, "bias": True}
 MODERN = {"position": "rotary", "norm": "rms", "qk_norm": True, "mlp": "swiglu", "tied": False}
-MODERN |= {"n_kv_head": 1, "ngrams": 3, "zero_init": True}
+MODERN |= {"n_kv_head": 1, "ngrams": 3, "ngram_rows": 32, "zero_init": True}
 SIZES = {"n_layer": 2, "gradient_accumulation_steps": 8, "batch_size": 2, "eval_iters": 3}
 SIZES |= {"max_iters": 11, "lr_decay_iters": 11}
 RUNS = {

@@ -409,7 +409,14 @@ def test_memory_is_foretold():
 
 ROOT = Path(__file__).parent.parent
 PRESET = str(ROOT / "config" / "model" / "modern.py")
-UNLIKE = {"n_kv_head": 1, "tied": False, "ngrams": 4, "rope_theta": 500.0, "mlp_width": 40}
+UNLIKE = {
+    "n_kv_head": 1,
+    "tied": False,
+    "ngrams": 4,
+    "ngram_rows": 99,
+    "rope_theta": 500.0,
+    "mlp_width": 40,
+}
 
 
 @pytest.mark.parametrize("Config", [train.TrainConfig, bench.BenchConfig])
