@@ -249,13 +249,14 @@ def embedding(rows, channels):
 
 
 class NgramEmbedding(nn.Module):
-    """Vectors of the runs of 2, 3, … `ngrams` tokens that end at each position: their mean.
+    """Vectors of the runs of 2, 3, … `ngrams` tokens that end at each position, added up.
 
     What stands next to each other often is known by it at once, and is not for the blocks to put
     together (Huang et al. 2025, Over-Tokenized Transformer; Cheng et al. 2026, Engram). A run's
     row is a hash of its ids, so several may share one. All rows begin at zero: a run that was
-    never met says nothing. Training leaves a share of the runs out (`ngram_dropout`), for what is
-    seen a second time is otherwise known by heart.
+    never met says nothing. The sum is over the root of their number, by which they also learn more
+    slowly than tokens. Training leaves a share of them out (`ngram_dropout`): what is seen a second
+    time would otherwise be known by heart.
     """
 
     def __init__(self, config):
@@ -268,7 +269,7 @@ class NgramEmbedding(nn.Module):
         """Vectors (B, T, n_embd) for ids (B, T) and the `ngrams` - 1 ids before them, -1 where
         there are none (as everywhere by default)."""
         rows = self.rows_of(idx, before).flatten(0, 1)
-        shares = self.weight.new_full(rows.shape, 1 / self.lengths)
+        shares = self.weight.new_full(rows.shape, self.lengths**-0.5)
         if self.training and self.dropout:
             shares = F.dropout(shares, self.dropout)
         x = F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=shares)
