@@ -13,14 +13,14 @@ batch_size = 12  # 3072 tokens in a step: the tables and Muon cost the same for 
 block_size = 256
 
 n_layer = 2
-n_head = 3
-n_embd = 96
+n_head = 2
+n_embd = 64
 
 position = "rotary"
 qk_norm = True
 mlp = "relu2"
 tied = False
-ngrams = 6  # tables of 7.9M numbers, and no products
+ngrams = 6  # tables of 5.2M numbers, and no products
 ngram_dropout = 0.7
 
 optimizer = "muon"
