@@ -251,9 +251,9 @@ def embedding(rows, channels):
 class NgramEmbedding(nn.Module):
     """Vectors of the runs of 2, 3, … `ngrams` tokens that end at each position, added up.
 
-    What stands next to each other often is known by it at once, and is not for the blocks to put
-    together (Huang et al. 2025, Over-Tokenized Transformer; Cheng et al. 2026, Engram). A run's
-    row is a hash of its ids, so several may share one. All rows begin at zero: a run that was
+    What often stands together is known at once, without the blocks (Huang et al. 2025,
+    Over-Tokenized Transformer; Cheng et al. 2026, Engram; pairs in the speedrun of nanoGPT). A
+    run's row is a hash of its ids, so several may share one. All rows begin at zero: a run that was
     never met says nothing. The sum is over the root of their number, by which they also learn more
     slowly than tokens. Training leaves a share of them out (`ngram_dropout`): what is seen a second
     time would otherwise be known by heart.

@@ -3,7 +3,7 @@
 # Chosen on the last twentieth of the training text; benchmarks/ablation.py takes its parts back.
 
 out_dir = "out-shakespeare-char-fast"
-eval_interval = 250
+eval_interval = 200
 eval_iters = 10
 log_interval = 50
 
@@ -12,16 +12,16 @@ gradient_accumulation_steps = 1
 batch_size = 12  # 3072 tokens in a step: the tables and Muon cost the same for any number
 block_size = 256
 
-n_layer = 2
-n_head = 2
-n_embd = 64
+n_layer = 3
+n_head = 3
+n_embd = 96
 
 position = "rotary"
 qk_norm = True
 mlp = "relu2"
 tied = False
-ngrams = 6  # tables of 5.2M numbers, and no products
-ngram_dropout = 0.7
+ngrams = 6  # tables of 7.9M numbers, and no products
+ngram_dropout = 0.65
 
 optimizer = "muon"
 muon_learning_rate = 0.01
@@ -32,6 +32,6 @@ beta2 = 0.99
 schedule = "wsd"
 decay_share = 0.4
 warmup_iters = 20
-max_iters = 1749
-lr_decay_iters = 1750
+max_iters = 1199
+lr_decay_iters = 1200
 min_lr = 0.0
