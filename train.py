@@ -190,6 +190,8 @@ def train(config, stop, at_end):
     if config.freeze_layers:
         model.freeze_layers(config.freeze_layers)
     log.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
+    if config.ngrams > 1:
+        log.say(f"and of n-grams: {model.transformer.ngrams.weight.numel() / 1e6:.2f}M")
 
     def open_tokens(split, evenly=0):
         dtype = meta["dtype"] if meta else "uint16"
