@@ -129,7 +129,8 @@ def fill(model, prompts, cache, rows):
     cache.set_lengths(rows, lengths, ids.device)
     if kept := cache.newest.size(1):
         for row, prompt in zip(rows, prompts, strict=True):
-            cache.newest[row] = pad(prompt[-kept:], (kept - len(prompt[-kept:]), 0), value=-1)
+            tail = prompt[-kept:]
+            cache.newest[row] = pad(tail, (kept - len(tail), 0), value=-1)
     if ids.size(1) == 0:
         return
     if ids.size(1) == cache.positions - 1:  # attention on 63 takes longer than on 64
