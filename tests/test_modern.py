@@ -414,6 +414,7 @@ UNLIKE = {
     "tied": False,
     "ngrams": 4,
     "ngram_rows": 99,
+    "ngram_dropout": 0.5,
     "rope_theta": 500.0,
     "mlp_width": 40,
 }
