@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from brisk.corpus import read_meta
-from brisk.device import cpu_dtype, matmul_flops, open_device, resolve_compile
+from brisk.device import cpu_training_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, to_device
 from brisk.memory import check_fits, in_bytes, peak_memory
@@ -81,8 +81,7 @@ def main(config):
     check_fits(sizes)
     model = GPT(sizes)
     if on_cpu and config.dtype == "auto":
-        shape = (1, config.block_size, config.n_embd)
-        device.dtype_name = cpu_dtype(model.transformer.h[0], shape)
+        device.dtype_name = cpu_training_dtype(batch_size, config.block_size, config.n_embd)
     print(f"device        {device}, PyTorch {torch.__version__}")
 
     ceiling = matmul_flops(device, size=2048 if on_cpu else 8192, seconds=1.0)

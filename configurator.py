@@ -24,6 +24,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import traceback
 import warnings
 from dataclasses import fields
@@ -55,19 +56,21 @@ def configure(Config, argv):
     """Build a `Config` from its defaults, then `argv` in order: config files and `--key=value`.
 
     Returns an instance of `Config` with one attribute more, `given`: the names of the keys that
-    a config file or the command line set. `--help` prints every key and leaves with status 0.
-    Raises `UserError` for a file that cannot be run, an unknown key or a value of the wrong kind.
+    a config file or the command line set, as a tuple, the one set last at the end. `--help` prints
+    every key and leaves with status 0. Raises `UserError` for a file that cannot be run, an unknown
+    key, a value of the wrong kind, or a file that sets two keys of which `Config.exclusive` allows
+    one.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(Config))
         sys.exit(0)
     types = get_type_hints(Config, include_extras=True)
     config = Config()
-    config.given = set()
+    config.given = ()
 
     def set_key(key, value, where):
         setattr(config, key, checked(value, types[key], key, where))
-        config.given.add(key)
+        config.given = in_order(config.given, key)
 
     for argument in argv:
         if argument.startswith("-"):
@@ -83,9 +86,19 @@ def configure(Config, argv):
         elif "=" in argument and not os.path.exists(argument):
             raise UserError(f"'{argument}' should start with dashes: --{argument}")
         else:
-            for key, value in run_config_file(argument, config, types).items():
+            assigned = run_config_file(argument, config, types)
+            for keys in getattr(Config, "exclusive", ()):
+                if assigned.keys() >= set(keys):
+                    raise UserError(f"{argument} sets {' and '.join(keys)}; leave one of them out")
+            for key, value in assigned.items():
                 set_key(key, value, f"in {argument}")
     return config
+
+
+def in_order(given, *keys):
+    """The names in `given`, then `keys`, each once and where it comes last."""
+    every = (*given, *keys)
+    return tuple(key for i, key in enumerate(every) if key not in every[i + 1 :])
 
 
 def run_config_file(path, config, types):
@@ -209,7 +222,21 @@ def help_text(Config):
     for field in fields(Config):
         setting = f"--{field.name}={field.default}"
         lines.append(f"  {setting:<36} {comments.get(field.name, '')}".rstrip())
+    if start_keys := getattr(Config, "start_keys", ()):
+        run_keys = [field.name for field in fields(Config) if field.name not in start_keys]
+        lines += [
+            "",
+            "Keys of a start, which --init_from=resume does not take from the checkpoint:",
+        ]
+        lines += ["", *wrapped(start_keys), ""]
+        lines += ["Keys of the run, which it does take from there unless they are given again:"]
+        lines += ["", *wrapped(run_keys)]
     return "\n".join(lines)
+
+
+def wrapped(keys):
+    """The names in `keys` as indented lines."""
+    return textwrap.wrap(" ".join(keys), 96, initial_indent="  ", subsequent_indent="  ")
 
 
 def help_lines(Config):

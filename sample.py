@@ -43,6 +43,7 @@ from configurator import (
     checked,
     configure,
     help_lines,
+    in_order,
     parsed,
 )
 from model import GPT
@@ -137,7 +138,7 @@ def main(config):
         if key == "stop":
             check_stop(value, tokenizer)
         setattr(config, key, value)
-        config.given.add(key)
+        config.given = in_order(config.given, key)
 
     with device.autocast():
         answer(prompts)

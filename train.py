@@ -21,7 +21,7 @@ import torch
 
 from brisk.checkpoint import drop_unfinished, load_checkpoint, set_aside
 from brisk.corpus import load_tokenizer, read_meta, verify_data
-from brisk.device import DTYPES, cpu_dtype, open_device, resolve_compile
+from brisk.device import open_device
 from brisk.distributed import Ranks, clean_end
 from brisk.errors import UserError, one_line_errors
 from brisk.handing import handed_out
@@ -30,6 +30,7 @@ from brisk.loader import TokenFile, find_data_dir, hash64, to_device
 from brisk.lock import FolderLock
 from brisk.memory import check_fits, expected_memory, in_bytes, peak_memory, shared_state
 from brisk.optim import learning_rate_at, load_optimizer, load_scaler, step_unless
+from brisk.plan import global_batch, make_plan
 from brisk.preview import draw_samples, sample_prompt
 from brisk.recompute import recompute_in_backward
 from brisk.runlog import Forecast, RunLog
@@ -38,9 +39,11 @@ from brisk.spikes import SpikeWatch
 from brisk.starting import (
     DROPOUTS,
     MODEL_SHAPE,
+    SavedRun,
     describe_tokenizer,
+    identity,
+    resumed_config,
     starting_point,
-    take_over_settings,
 )
 from brisk.stopping import stop_requests
 from configurator import (
@@ -110,7 +113,7 @@ class TrainConfig:
     muon_learning_rate: NonNegativeFloat = 0.02  # of muon's matrices where AdamW's is the largest
     muon_momentum: UnitFloat = 0.95  # decay of the mean of their gradients
     max_iters: NonNegativeInt = 600000  # the last step's number, counted from 0
-    max_epochs: NonNegativeFloat = 0.0  # passes over the data; sets max_iters and lr_decay_iters
+    max_epochs: NonNegativeFloat = 0.0  # passes over the data; of it and max_iters the later counts
     weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
     beta1: UnitFloat = 0.9  # decay of the mean of the gradients
     beta2: UnitFloat = 0.95  # decay of the mean of their squares
@@ -124,7 +127,7 @@ class TrainConfig:
     decay_share: UnitFloat = 0.2  # of lr_decay_iters, in which wsd goes down to min_lr
     decay_lr: bool = True  # False: a constant rate
     warmup_iters: NonNegativeInt = 2000  # steps of warm-up
-    lr_decay_iters: NonNegativeInt = 600000  # step at which min_lr is reached, usually max_iters
+    lr_decay_iters: NonNegativeInt = 600000  # step of min_lr; with max_epochs the last by default
     min_lr: NonNegativeFloat = 6e-5  # the smallest rate, usually learning_rate / 10
     # system
     backend: str = "auto"  # between processes: nccl, gloo, or auto
@@ -135,6 +138,12 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole state, or a part of it
     cpu_offload: bool = False  # with fsdp: keep the parts on the host, less memory and slower
     activation_checkpointing: bool = False  # compute blocks again in backward: less memory
+
+    # Of a start or of this machine: a resume does not take these from its checkpoint. All other
+    # keys are the run's; dtype and compile stay as they were resolved.
+    start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_ranks", "verify_data")
+    start_keys += ("device", "backend", "timeout", "cpu_offload")
+    exclusive = (("max_iters", "max_epochs"),)  # in one config file
 
 
 RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "wandb", "step-*.pt")
@@ -154,8 +163,6 @@ def train(config, stop, at_end):
         raise UserError("--out_dir= is empty; name a folder for the run")
     ranks = Ranks.from_environment(config.parallel)
     device = open_device(config.device, config.dtype, None if ranks.is_alone else ranks.local_rank)
-    if config.cpu_offload and not config.dry_run:
-        ranks.check_offload(device)
     ranks.join(config.backend, device, config.timeout)
     stop = stop or at_end.enter_context(stop_requests())  # up to here there is nothing to finish
     log = RunLog(active=ranks.is_main)
@@ -165,10 +172,14 @@ def train(config, stop, at_end):
 
     # --- where we start: nothing, a checkpoint (its settings hold unless given anew), or GPT-2
     checkpoint, resuming = starting_point(config, ranks)
+    saved, step = None, 0
     if resuming:
-        take_over_settings(config, checkpoint, log)
+        saved, step = SavedRun.of(checkpoint, config.given), checkpoint["iter_num"]
+        config = resumed_config(config, checkpoint, saved, log)
         check_values(config, "in the checkpoint")
-        log.say(f"Resuming training from {config.out_dir} at step {checkpoint['iter_num']}")
+        log.say(f"Resuming training from {config.out_dir} at step {step}")
+    if config.cpu_offload and not config.dry_run:
+        ranks.check_offload(device)
 
     # --- data
     data_dir = find_data_dir(config.data_dir, config.dataset)
@@ -183,8 +194,7 @@ def train(config, stop, at_end):
     # --- model
     torch.manual_seed(config.seed)
     model = ranks.build(lambda: build_model(config, checkpoint, vocabulary_rows(tokenizer)))
-    for key in MODEL_SHAPE:
-        setattr(config, key, getattr(model.config, key))
+    config = with_shape_of(model, config)
     if config.freeze_layers > config.n_layer:
         raise UserError(f"--freeze_layers={config.freeze_layers}: there are {config.n_layer}")
     if config.freeze_layers:
@@ -205,30 +215,13 @@ def train(config, stop, at_end):
     eval_data = [open_tokens(split, eval_rows) for split in ("train", "val")]
     log.say(f"data: {data_dir}, {len(train_data.tokens):,} training tokens")
 
-    # --- the global batch, and this process's micro-batches of it
+    # --- what follows from all this: how many steps, in what precision
+    data = identity(meta, len(train_data.tokens))
+    plan = make_plan(config, saved, step, (train_data.rows, data), device, ranks, log)
+    device = replace(device, dtype_name=plan.dtype)
     share = ranks.share(config.gradient_accumulation_steps, config.batch_size)
-    global_batch = config.gradient_accumulation_steps * config.batch_size
-    tokens_per_step = global_batch * config.block_size
-    if config.max_epochs:
-        steps = config.max_epochs * train_data.rows / global_batch
-        if steps >= 2**63:
-            raise UserError(f"--max_epochs={config.max_epochs:g}: too many steps to count")
-        config.max_iters = max(1, round(steps)) - 1
-        if "lr_decay_iters" not in config.given:
-            config.lr_decay_iters = config.max_iters
-
-    # --- precision and compiling, where `auto` leaves them to us
-    largest = max(count for _, _, count in share)
-    if config.dtype == "auto" and device.type == "cpu":
-        shape = (min(largest, max(1, 4096 // config.block_size)), config.block_size, config.n_embd)
-        chosen = cpu_dtype(model.transformer.h[-1], shape) if ranks.is_main else None
-        device.dtype_name = ranks.agree(chosen)
-    if resuming and "dtype" not in config.given:  # to the bit means in the same precision
-        saved = checkpoint.get("precision", ())
-        if saved in [(device.type, name) for name in DTYPES]:
-            device.dtype_name = saved[1]
-    compiling = resolve_compile(config.compile, device)
-    say_plan(config, model, train_data.rows, ranks, device, compiling, log)
+    sequences = global_batch(config)
+    say_plan(config, plan, model, train_data.rows, ranks, device, log)
     if config.dry_run:
         return ranks.leave()
 
@@ -236,7 +229,7 @@ def train(config, stop, at_end):
     for block in model.transformer.h:
         if config.activation_checkpointing:
             recompute_in_backward(block, config.dropout > 0)
-        if compiling:
+        if plan.compile:
             block.compile()  # in place: names of weights stay as they are
     trained = ranks.wrap(model, device, config.cpu_offload)
     betas = (config.beta1, config.beta2)
@@ -259,15 +252,13 @@ def train(config, stop, at_end):
         watch.load(checkpoint.get("grad_norms"))
         return checkpoint["iter_num"], float(checkpoint["best_val_loss"])
 
-    step, position, best_val_loss = 0, 0, float("inf")
+    first_step, position, best_val_loss = step, plan.position, float("inf")
     if resuming:
         step, best_val_loss = load_state(checkpoint)
-        position = checkpoint.get("position", step * global_batch)
-        if step > config.max_iters and not config.eval_only:
-            log.say(f"the run is at its end: step {step} is past max_iters={config.max_iters}")
+        if step > plan.last_step and not config.eval_only:
+            log.say(f"the run is at its end: step {step} is past the last one ({plan.length})")
             return ranks.leave()
-    checkpoint = None  # its memory is wanted
-    first_step = step
+    checkpoint = None  # free memory
 
     # --- from here on there is something to keep
     saver = at_end.enter_context(Saver(config.out_dir, log.say, ranks.is_main))
@@ -278,13 +269,13 @@ def train(config, stop, at_end):
         if not resuming and (folder := set_aside(config.out_dir, RUN_FILES)):
             log.say(f"moved an earlier run's files to {folder}")
         wandb = (config.wandb_project, config.wandb_run_name) if config.wandb_log else None
-        settings = as_dict(config)
-        log.open(config.out_dir, step, config.max_iters, settings, config.tensorboard, wandb)
+        settings = {**as_dict(config), "resolved": plan.resolved}
+        log.open(config.out_dir, step, plan.last_step, settings, config.tensorboard, wandb)
     peak_flops, peak_name = device.peak_flops() if ranks.is_main else (1.0, "")
     peak_flops *= ranks.world_size
     log.say(f"mfu is a share of {peak_flops / 1e12:.3g} TFLOP/s, {peak_name}")
 
-    steps_left = config.max_iters + 1 - step
+    steps_left = plan.last_step + 1 - step
     evaluations = 1 if config.eval_only else steps_left // config.eval_interval + 2
     eval_batches = math.ceil(2 * config.eval_iters / ranks.world_size)
     steps_left = 0 if config.eval_only else steps_left
@@ -299,9 +290,11 @@ def train(config, stop, at_end):
             "iter_num": step,
             "best_val_loss": best_val_loss,
             "config": as_dict(config),
+            "given": config.given,
+            "resolved": plan.resolved,
+            "data": data,
             "position": position,
             "scaler": scaler.state_dict(),
-            "precision": (device.type, device.dtype_name),
             "tokenizer": saved_tokenizer,
             "grad_norms": watch.norms,
         }
@@ -312,8 +305,9 @@ def train(config, stop, at_end):
     lap, lap_steps, warned = time.perf_counter(), 0, False
     clipped = torch.zeros((), device=device.device)  # steps since the last line that were
     while True:
-        finished = step > config.max_iters
-        evaluating = step % config.eval_interval == 0 or step == first_step or finished
+        finished = step > plan.last_step
+        due = step % config.eval_interval == 0 or finished
+        evaluating = due or step == first_step
         stopping = 0 if finished else ranks.largest(stop.number or 0)
 
         # steps that would spoil the run are read where the device is waited for anyway
@@ -350,21 +344,23 @@ def train(config, stop, at_end):
                         record["samples"] = draw_samples(model, tokenizer, prompt, config, device)
             log.evaluation(step, record)
             model.train()
-            is_best = val_loss < best_val_loss
-            best_val_loss = min(best_val_loss, val_loss)
-            if step > first_step:
+            # One that only a resume makes changes nothing. One that was cut short by a stop is made
+            # up for here: its model is saved if it is the best.
+            is_best = due and val_loss < best_val_loss
+            best_val_loss = val_loss if is_best else best_val_loss
+            if step > first_step or (is_best and step and not config.eval_only):
                 log.say(f"saving checkpoint to {config.out_dir}")
                 save(step, is_best, (train_loss, val_loss))
             lap, lap_steps = time.perf_counter(), 0
         if finished or config.eval_only:
             break
 
-        lr = learning_rate_at(step, config)
+        lr = learning_rate_at(step, config, plan.decay_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
 
         # forward and backward through this process's share of the global batch
-        step_targets = train_data.targets(position, global_batch)
+        step_targets = train_data.targets(position, sequences)
         step_loss = torch.zeros((), device=device.device)
         for number, (index, first, count) in enumerate(share):
             began = time.perf_counter()
@@ -392,7 +388,7 @@ def train(config, stop, at_end):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        position += global_batch
+        position += sequences
 
         lap_steps += 1
         if step % config.log_interval == 0:
@@ -404,8 +400,8 @@ def train(config, stop, at_end):
                 "grad_norm": grad_norm.item(),
                 "clipped": clipped.item() / min(config.log_interval, step - first_step + 1),
                 "step_ms": seconds * 1000,
-                "tokens_per_second": tokens_per_step / seconds,
-                "mfu": model.estimate_mfu(global_batch, seconds, peak_flops),
+                "tokens_per_second": sequences * config.block_size / seconds,
+                "mfu": model.estimate_mfu(sequences, seconds, peak_flops),
                 "memory": peak_memory(device),
                 "tokens": position * config.block_size,
             }
@@ -431,12 +427,18 @@ def train(config, stop, at_end):
         log.say(f"  python sample.py --out_dir={config.out_dir}")
 
 
-def say_plan(config, model, rows, ranks, device, compiling, log):
+def with_shape_of(model, config):
+    """The settings with the shape that `model` has: it may come from a checkpoint or GPT-2."""
+    shaped = replace(config, **{key: getattr(model.config, key) for key in MODEL_SHAPE})
+    shaped.given = config.given
+    return shaped
+
+
+def say_plan(config, plan, model, rows, ranks, device, log):
     """What is about to happen: steps and tokens, over how many of the data's `rows`, where, and in
     how much memory."""
-    global_batch = config.gradient_accumulation_steps * config.batch_size
-    tokens, steps = global_batch * config.block_size, config.max_iters + 1
-    epochs = global_batch * steps / rows
+    tokens, steps = global_batch(config) * config.block_size, plan.last_step + 1
+    epochs = global_batch(config) * steps / rows
     log.say(f"tokens per iteration will be: {tokens:,}")
     log.say(f"plan: {steps:,} steps, {steps * tokens:,} tokens, {epochs:.3g} epochs")
     planned = replace(ranks, world_size=config.dry_run_ranks or ranks.world_size)
@@ -450,7 +452,7 @@ def say_plan(config, model, rows, ranks, device, compiling, log):
         accumulates=len(micro_batches) > 1,
         offload=config.cpu_offload,
     )
-    compiled = "compiled" if compiling else "not compiled"
+    compiled = "compiled" if plan.compile else "not compiled"
     processes = f"{planned.world_size} processes ({config.parallel}), each on "
     where = f"{'' if planned.is_alone else processes}{device}, {compiled}"
     log.say(f"device: {where}; about {in_bytes(memory)} of memory for training")

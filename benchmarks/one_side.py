@@ -75,16 +75,14 @@ def step(job):
 
 def brisk_trainer(job):
     """(a function that trains step n and returns its loss, the precision), after train.py."""
-    from brisk.device import cpu_dtype, open_device, resolve_compile
+    from brisk.device import cpu_training_dtype, open_device, resolve_compile
     from brisk.loader import TokenFile, hash64, to_device
 
     device = open_device(job["device"], job["dtype"])
     model, batch_size = load_model(job), job["batch_size"]
     sizes = model.config
     if job["dtype"] == "auto" and device.type == "cpu":
-        rows = min(batch_size, max(1, 4096 // sizes.block_size))
-        shape = (rows, sizes.block_size, sizes.n_embd)
-        device.dtype_name = cpu_dtype(model.transformer.h[0], shape)
+        device.dtype_name = cpu_training_dtype(batch_size, sizes.block_size, sizes.n_embd)
     compiling = resolve_compile("auto", device)
     model.to(device.device)
     optimizer = model.configure_optimizers(*OPTIMIZER, device.type)

@@ -28,8 +28,22 @@ PARTS = {  # what loading relies on, where it is there
     "scaler": (dict,),
     "iter_num": (int,),
     "position": (int,),
-    "precision": (tuple,),
+    "precision": (tuple,),  # of version 0.1
+    "given": (tuple, list),
+    "resolved": (dict,),
+    "data": (dict,),
     "best_val_loss": (float, torch.Tensor),
+}
+INNER = {  # and what in these dicts
+    "resolved": {
+        "device": (str,),
+        "dtype": (str,),
+        "compile": (bool,),
+        "last_step": (int,),
+        "decay_steps": (int,),
+        "basis": (list,),
+    },
+    "data": {"tokens": (int,), "sha256": (str, type(None))},
 }
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -166,9 +180,25 @@ def odd_parts(checkpoint):
     best = torch.as_tensor(checkpoint.get("best_val_loss", 0.0))
     odd = [key for key, number in counts.items() if not 0 <= number < 2**63]
     odd += [key for key in SIZES if not isinstance(sizes[key], int)]
+    odd += [name for name, kinds in INNER.items() if not holds(checkpoint.get(name), kinds)]
+    odd += ["given"] * any(not isinstance(key, str) for key in checkpoint.get("given", ()))
     odd += [key for key in ("dataset", "data_dir") if not isinstance(config.get(key, ""), str)]
     odd += [repr(name) for name in (*checkpoint["model"], *config) if not isinstance(name, str)]
     return odd + ["best_val_loss"] * (best.numel() != 1 or best.is_meta)
+
+
+def holds(values, kinds):
+    """Whether a dict, if it is there, has an entry for each key of `kinds`, of one of its types;
+    whole numbers are such as can be counted with, and lists hold plain values."""
+    if values is None:
+        return True
+    numbers = [value for value in values.values() if type(value) is int]
+    plain = [part for value in values.values() if type(value) is list for part in value]
+    return (
+        all(type(values.get(key, kinds)) in types for key, types in kinds.items())
+        and all(abs(number) < 2**63 for number in numbers)
+        and all(type(part) in (int, float, str) for part in plain)
+    )
 
 
 def is_dict(value):

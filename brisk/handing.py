@@ -4,12 +4,14 @@ import torch
 import torch.distributed as dist
 
 
-def handed_out(ranks, read, *arguments):
+def handed_out(ranks, read, *arguments, before_tensors=lambda plan: None):
     """What `read(*arguments)` returns in the main process, dicts of tensors on the CPU and plain
     values, in every process. Only the main one need have the files.
 
     Under FSDP the numbers of weights and moments stay in the main process, which scatters them
     later (`brisk.sharding`): the others' tensors are of the same shapes, with nothing in them.
+
+    `before_tensors` is called in every process with all but the tensors, before those are sent.
 
     Raises its `UserError` in all of them.
     """
@@ -17,6 +19,7 @@ def handed_out(ranks, read, *arguments):
         return read(*arguments)
     tensors = {}  # by where they are in memory: one of two names is sent once
     plan = ranks.told(lambda: planned(read(*arguments), tensors))
+    before_tensors(plan)
     mine = (tensor for _, tensor in tensors.values())
     return filled(plan, mine, [], scalars_only=ranks.shards)
 

@@ -287,26 +287,26 @@ def check_rules(optimizer, state):
         )
 
 
-def learning_rate_at(step, config):
+def learning_rate_at(step, config, decay_steps):
     """The learning rate of `step` (from 0): a linear warm-up over `warmup_iters`, then, by
-    `schedule`, down to `min_lr` at `lr_decay_iters`; constant where `decay_lr` is False.
+    `schedule`, down to `min_lr` at `decay_steps`; constant where `decay_lr` is False.
 
     "cosine": along a cosine from the warm-up's end (SGDR, Loshchilov & Hutter 2017, one cycle).
-    "wsd": at `learning_rate` until the last `decay_share` of `lr_decay_iters`, then along a line
+    "wsd": at `learning_rate` until the last `decay_share` of `decay_steps`, then along a line
     (warmup-stable-decay: Hu et al. 2024, MiniCPM, section 4; Hägele et al. 2024, section 3).
     """
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if step >= config.lr_decay_iters:
+    if step >= decay_steps:
         return config.min_lr
     if config.schedule == "wsd":
-        start = max(config.warmup_iters, config.lr_decay_iters * (1 - config.decay_share))
+        start = max(config.warmup_iters, decay_steps * (1 - config.decay_share))
         if step <= start:
             return config.learning_rate
-        height = (config.lr_decay_iters - step) / (config.lr_decay_iters - start)
+        height = (decay_steps - step) / (decay_steps - start)
     else:
-        progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+        progress = (step - config.warmup_iters) / (decay_steps - config.warmup_iters)
         height = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.min_lr + height * (config.learning_rate - config.min_lr)

@@ -1,30 +1,16 @@
 """Where a run starts: from scratch, or from a checkpoint with its settings and tokenizer."""
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brisk.checkpoint import latest_checkpoint, load_checkpoint
+from brisk.device import DTYPES
 from brisk.errors import UserError, nearest
 from brisk.handing import handed_out
 from brisk.huggingface import GPT2_NAMES
 from brisk.tokenizer import from_dict, gpt2
 
-# What a resumed run does not take over from its checkpoint: it is of this start, or this machine.
-OF_THIS_START = {
-    "out_dir",
-    "init_from",
-    "eval_only",
-    "dry_run",
-    "verify_data",
-    "backend",
-    "timeout",
-    "device",
-    "dtype",
-    "compile",
-    "parallel",
-    "cpu_offload",
-    "dry_run_ranks",
-}
 # Keys that are also fields of a GPTConfig: a checkpoint's stay, only block_size may get smaller.
 MODEL_SHAPE = (
     "n_layer",
@@ -47,11 +33,24 @@ MODEL_SHAPE = (
 DROPOUTS = ("dropout", "ngram_dropout")  # what else a model has, and may change
 
 
+# ----------------------------------------------------------------------------- reading
+
+
 def starting_point(config, ranks):
     """(checkpoint or None, whether to resume it) for `init_from`. The main process reads it, and
     the others get it from there: they may not have its folder, or have an older state of it."""
-    start = handed_out(ranks, read_starting_point, config)
+
+    def take_parallel(start):  # decides who needs the tensors, which are sent next
+        if start["resuming"] and "parallel" not in config.given:
+            ranks.parallel = saved_parallel(start["checkpoint"], config.parallel)
+
+    start = handed_out(ranks, read_starting_point, config, before_tensors=take_parallel)
     return start["checkpoint"], start["resuming"]
+
+
+def saved_parallel(checkpoint, default):
+    parallel = checkpoint.get("config", {}).get("parallel")
+    return parallel if parallel in ("ddp", "fsdp") else default
 
 
 def read_starting_point(config):
@@ -75,32 +74,132 @@ def read_starting_point(config):
     return {"checkpoint": checkpoint, "resuming": False}
 
 
-def take_over_settings(config, checkpoint, log):
-    """Give `config` the checkpoint's settings where none are given now."""
-    saved = checkpoint.get("config", {})
-    known = config.given & saved.keys() - OF_THIS_START - {*MODEL_SHAPE}
-    other = [key for key in sorted(known) if saved[key] != getattr(config, key)]
-    changed = [f"{key} {saved[key]} → {getattr(config, key)}" for key in other]
+# ----------------------------------------------------------------------------- the saved run
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The run that a checkpoint was saved by."""
+
+    config: dict  # its settings, as they were given
+    given: tuple  # the keys among them that were given, in order
+    resolved: dict  # what was derived from them, see `brisk.plan`
+    position: int  # windows or documents of the training data consumed
+    block_size: int  # tokens in a window
+    data: dict | None  # the training data, as `identity` describes it; None where unknown
+
+    @classmethod
+    def of(cls, checkpoint, now=()):
+        """From a checkpoint of this version, of 0.1 or of nanoGPT. Of `resolved`, dtype and
+        compile are left out where they are given `now`. Raises `UserError` where an entry
+        cannot be right."""
+        config, resolved = dict(checkpoint.get("config", {})), checkpoint.get("resolved", {})
+        if "resolved" not in checkpoint:
+            precision = checkpoint.get("precision")
+            if precision is None:  # nanoGPT: the machine's settings are not the run's
+                for key in ("device", "dtype", "compile", "backend"):
+                    config.pop(key, None)
+            elif len(precision) == 2:
+                resolved = dict(zip(("device", "dtype"), precision, strict=True))
+            if config.get("max_epochs"):  # 0.1: these two hold what was derived from it
+                if config.get("lr_decay_iters") == config.pop("max_iters", None):
+                    config.pop("lr_decay_iters", None)
+        given = tuple(checkpoint.get("given", config))
+        if resolved and resolved.get("dtype") not in DTYPES:
+            raise UserError(f"the checkpoint states a dtype of {resolved.get('dtype')!r}")
+        again = {"dtype", "compile"} & {*now}
+        resolved = {key: value for key, value in resolved.items() if key not in again}
+        position = checkpoint.get("position")
+        if position is None:
+            position = checkpoint["iter_num"] * saved_batch(config)
+        block_size = checkpoint["model_args"]["block_size"]
+        return cls(config, given, resolved, position, block_size, checkpoint.get("data"))
+
+
+def saved_batch(config):
+    """Sequences in a step of a run with the settings `config`, of nanoGPT."""
+    sizes = [config.get(key, 1) for key in ("gradient_accumulation_steps", "batch_size")]
+    if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+        raise UserError(f"the checkpoint states a batch of {sizes[0]!r} times {sizes[1]!r}")
+    return sizes[0] * sizes[1]
+
+
+def identity(meta, tokens):
+    """What tells one training text from another: its number of ids and, where `meta.json` states
+    it, their checksum."""
+    sha256 = meta["splits"]["train"].get("sha256") if meta else None
+    return {"tokens": tokens, "sha256": sha256 if isinstance(sha256, str) else None}
+
+
+def is_other_data(saved, config, data):
+    """Whether `data`, an `identity`, is not what the `saved` run was trained on. Checkpoints of
+    version 0.1 and of nanoGPT do not describe it; there the name of the data set decides."""
+    if saved.data is None:
+        return saved.config.get("dataset", config.dataset) != config.dataset
+    known = saved.data.get("sha256") and data["sha256"]
+    return any(saved.data.get(key) != data[key] for key in data if known or key == "tokens")
+
+
+def resumed_position(saved, config, data, log):
+    """Where in the training data a resumed run begins, in windows or documents.
+
+    Other data is read from its start. Windows of another length begin at the same token, rounded
+    down, so that the epoch may meet one of them twice.
+    """
+    if is_other_data(saved, config, data):
+        log.say("note: other data than before; reading it from its start")
+        return 0
+    if saved.config.get("rows", "windows") != config.rows:
+        log.say(f"note: rows={config.rows}, other than before; reading them from the first")
+        return 0
+    if config.rows == "windows":
+        return saved.position * saved.block_size // config.block_size
+    return saved.position
+
+
+# ----------------------------------------------------------------------------- its settings
+
+
+def resumed_config(config, checkpoint, saved, log):
+    """The settings of a resumed run: those of the `saved` run, overlaid with what is given now.
+
+    Keys of a start (`start_keys` of the config's class) are not taken over, and the model's shape
+    is the checkpoint's, except that `block_size` may be given smaller.
+    """
+    start_keys, now, values = config.start_keys, config.given, {}
+    left = {*start_keys, *now, *MODEL_SHAPE} | ({"data_dir"} if "dataset" in now else set())
+    for key in saved.config.keys() - left:
+        value = saved.config[key]
+        if hasattr(config, key) and is_of_kind(value, getattr(config, key)):
+            values[key] = value
+    changed = []
+    for key in sorted({*now} & saved.config.keys() - {*start_keys, *MODEL_SHAPE}):
+        if saved.config[key] != getattr(config, key):
+            changed.append(f"{key} {saved.config[key]} → {getattr(config, key)}")
     if changed:
         log.say(f"note: changed from the checkpoint's: {', '.join(changed)}")
-    left = OF_THIS_START | config.given
-    left |= {"data_dir"} if "dataset" in config.given else set()
-    left |= {"max_epochs"} if "max_iters" in config.given else set()
-    for key, value in saved.items():
-        if hasattr(config, key) and key not in left:
-            kind = type(getattr(config, key))
-            if type(value) is kind or (kind is float and type(value) is int):
-                setattr(config, key, kind(value))
     stays = []
     for key in MODEL_SHAPE:
         default = getattr(type(config), key)  # what a checkpoint leaves out
-        kept, given = checkpoint["model_args"].get(key, default), getattr(config, key)
-        smaller = key == "block_size" and given < kept and key in config.given
-        if given != kept and not smaller:
-            stays += [f"{key}={kept}"] if key in config.given else []
-            setattr(config, key, kept)
+        kept, wanted = checkpoint["model_args"].get(key, default), getattr(config, key)
+        if key == "block_size" and key in now and wanted < kept:
+            continue
+        stays += [f"{key}={kept}"] if key in now and wanted != kept else []
+        values[key] = kept
     if stays:
         log.say(f"note: the checkpoint's {', '.join(stays)} stays, whatever is given")
+    resumed = replace(config, **values)
+    before = (key for key in saved.given if key not in start_keys and key not in now)
+    resumed.given = (*before, *now)
+    return resumed
+
+
+def is_of_kind(value, default):
+    """Whether a saved `value` can be that of the key with this `default`. What is `auto` may be a
+    bool, and a float may be saved as an int (nanoGPT keeps `weight_decay = 0` so)."""
+    if type(default) is float:
+        return type(value) in (int, float)
+    return type(value) is type(default) or (default == "auto" and type(value) is bool)
 
 
 def describe_tokenizer(tokenizer, checkpoint, data_dir, log):

@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
-from brisk.device import Device, cpu_dtype, matmul_flops, open_device, resolve_compile
+from brisk.device import Device, cpu_training_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError
 from brisk.memory import expected_memory, in_bytes, peak_memory
 from brisk.optim import learning_rate_at
-from model import GPT, Block, GPTConfig
+from model import GPT, GPTConfig
 
 CPU = Device(torch.device("cpu"), "float32")
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64, dropout=0.1)
@@ -37,14 +37,31 @@ def test_float16_scales_its_gradients():
     assert open_device("cpu", "float16").scaler().is_enabled()
 
 
-def test_measuring_the_precision_leaves_the_random_state_alone():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    block = Block(SMALL)
-    torch.set_rng_state(before)
-    assert cpu_dtype(block, (2, 32, 64)) in ("float32", "bfloat16")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(parameter.grad is None for parameter in block.parameters())
+@pytest.mark.parametrize(
+    "units, capability, expected",
+    [
+        ({"amx_tile"}, "AVX512", "bfloat16"),
+        ({"avx512_bf16"}, "AVX512", "bfloat16"),
+        ({"avx512_bf16"}, "AVX2", "float32"),  # PyTorch is told not to use them
+        (set(), "AVX512", "float32"),
+        (set(), "DEFAULT", "float32"),  # Arm, or an old processor
+    ],
+)
+def test_cpu_training_dtype_is_a_rule(monkeypatch, units, capability, expected):
+    """It follows from the CPU and the sizes: 16 × 128 tokens of 128 channels are 2^18."""
+    for name in ("amx_tile", "avx512_bf16"):
+        here = name in units
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda here=here: here)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert cpu_training_dtype(16, 128, 128) == expected
+    assert cpu_training_dtype(16, 128, 127) == "float32"
+    assert cpu_training_dtype(1, 1024, 768) == expected  # GPT-2
+
+
+def test_cpu_training_dtype_without_such_reports(monkeypatch):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported")
+    assert cpu_training_dtype(12, 1024, 768) == "float32"
 
 
 def test_compiling_that_cannot_work_is_one_line(monkeypatch, capsys):
@@ -93,15 +110,15 @@ def test_memory_is_told_in_a_unit_that_fits():
 
 def test_the_schedule_warms_up_decays_and_stays():
     class Settings:
-        learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr = 1.0, 0.1, 9, 109, True
+        learning_rate, min_lr, warmup_iters, decay_lr = 1.0, 0.1, 9, True
         schedule = "cosine"
 
-    rates = [learning_rate_at(step, Settings) for step in range(120)]
+    rates = [learning_rate_at(step, Settings, 109) for step in range(120)]
     assert rates[:9] == pytest.approx([(step + 1) / 10 for step in range(9)])
     assert rates[9] == 1.0 and rates[59] == pytest.approx(0.55)
     assert rates[9:110] == sorted(rates[9:110], reverse=True)
     assert set(rates[109:]) == {0.1}
     Settings.decay_lr = False
-    assert learning_rate_at(0, Settings) == learning_rate_at(500, Settings) == 1.0
-    Settings.decay_lr, Settings.warmup_iters, Settings.lr_decay_iters = True, 5, 5
-    assert learning_rate_at(5, Settings) == 0.1  # no decay to speak of, and no division by zero
+    assert learning_rate_at(0, Settings, 109) == learning_rate_at(500, Settings, 109) == 1.0
+    Settings.decay_lr, Settings.warmup_iters = True, 5
+    assert learning_rate_at(5, Settings, 5) == 0.1  # no decay to speak of, and no division by zero

@@ -265,13 +265,13 @@ def test_a_learning_rate_of_zero_stops_all(train_tiny, tmp_path):
 
 def test_wsd_is_level_until_its_last_share():
     class Settings:
-        learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr = 1.0, 0.2, 9, 100, True
+        learning_rate, min_lr, warmup_iters, decay_lr = 1.0, 0.2, 9, True
         schedule, decay_share = "wsd", 0.4
 
-    rates = [learning_rate_at(step, Settings) for step in range(120)]
+    rates = [learning_rate_at(step, Settings, 100) for step in range(120)]
     assert rates[:9] == pytest.approx([(step + 1) / 10 for step in range(9)])
     assert set(rates[9:61]) == {1.0}
     assert rates[60:101] == pytest.approx([1 - 0.8 * k / 40 for k in range(41)])
     assert set(rates[100:]) == {0.2}
-    Settings.lr_decay_iters = 1000  # a longer run has the same rates up to where this one ends
-    assert [learning_rate_at(step, Settings) for step in range(60)] == rates[:60]
+    # A longer run has the same rates up to where this one ends.
+    assert [learning_rate_at(step, Settings, 1000) for step in range(60)] == rates[:60]

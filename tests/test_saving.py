@@ -149,7 +149,7 @@ def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, in
 
     out, original = tmp_path / "out", train.learning_rate_at
 
-    def vanish(step, config):
+    def vanish(step, *rest):
         if step == 5:
             for thread in threading.enumerate():  # of a folder that goes while it is being written
                 if thread.name == "saver":  # to, that save is lost
@@ -159,7 +159,7 @@ def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, in
                 out.write_text("")
         if step == 10 and instead == "a file":
             out.unlink()
-        return original(step, config)
+        return original(step, *rest)
 
     monkeypatch.setattr(train, "learning_rate_at", vanish)
     console = train_tiny(out, max_iters=11).console

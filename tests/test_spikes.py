@@ -22,9 +22,9 @@ def spoil(monkeypatch):
     def spoil(factors, always=True):
         spoil.seen, now = [], {}
 
-        def note(step, config):
+        def note(step, *rest):
             now["step"] = step
-            return rate(step, config)
+            return rate(step, *rest)
 
         def clip_spoiled(parameters, limit):
             parameters = list(parameters)

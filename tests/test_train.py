@@ -119,10 +119,10 @@ def test_a_run_killed_between_evaluations(train_tiny, resume, tmp_path, monkeypa
     whole = train_tiny(tmp_path / "whole", dropout=0.1)
     rate = train.learning_rate_at
 
-    def killed_at_step_6(step, config):
+    def killed_at_step_6(step, *rest):
         if step == 6:
             raise KeyboardInterrupt
-        return rate(step, config)
+        return rate(step, *rest)
 
     monkeypatch.setattr(train, "learning_rate_at", killed_at_step_6)
     with pytest.raises(KeyboardInterrupt):
@@ -241,10 +241,10 @@ def test_max_iters_given_on_resume_wins_over_the_epochs_of_before(train_tiny, re
 def test_precision_is_kept_on_resume(train_tiny, resume, tmp_path):
     train_tiny(tmp_path / "out", dtype="bfloat16", max_iters=3)
     run = resume(tmp_path / "out", max_iters=4)
-    assert run.checkpoint()["precision"] == ("cpu", "bfloat16")
+    assert run.checkpoint()["resolved"]["dtype"] == "bfloat16"
     assert re.search(r"^device: .*bfloat16", run.console, re.MULTILINE)
     run = resume(tmp_path / "out", max_iters=5, dtype="float32")
-    assert run.checkpoint()["precision"] == ("cpu", "float32")
+    assert run.checkpoint()["resolved"]["dtype"] == "float32"
 
 
 def test_float16_on_resume_of_a_run_that_had_no_scaler(finished, resume):
@@ -323,11 +323,11 @@ def test_resume_without_a_run(resume, tmp_path):
 def test_finetuning_another_runs_checkpoint(trained, train_tiny, tmp_path, monkeypatch):
     """A file's weights, a new optimizer, a new count of steps."""
 
-    def on_a_cpu_that_is_asked(block, shape):
-        block(torch.zeros(shape))  # the shape it is asked with is the model's own
+    def rule(batch_size, block_size, n_embd):
+        assert (batch_size, block_size, n_embd) == (4, 16, 16)  # the model's, not the defaults
         return "float32"
 
-    monkeypatch.setattr(train, "cpu_dtype", on_a_cpu_that_is_asked)
+    monkeypatch.setattr("brisk.plan.cpu_training_dtype", rule)
     shape = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": None, "bias": None}
     start = trained / "ckpt.pt"
     run = train_tiny(tmp_path / "new", init_from=start, max_iters=1, dtype="auto", **shape)
@@ -480,8 +480,8 @@ def test_the_learning_rate_is_nanogpts(train_tiny, tmp_path):
 def test_no_schedule_ends_in_a_division_by_zero(warmup, decay, schedule, share):
     config = SimpleNamespace(decay_lr=True, learning_rate=1.0, min_lr=0.1)
     config.schedule, config.decay_share = schedule, share
-    config.warmup_iters, config.lr_decay_iters = warmup, decay
-    rates = [train.learning_rate_at(step, config) for step in range(10)]
+    config.warmup_iters = warmup
+    rates = [train.learning_rate_at(step, config, decay) for step in range(10)]
     assert all(0 < rate <= 1 for rate in rates) and rates[-1] == pytest.approx(0.1)
 
 
