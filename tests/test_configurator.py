@@ -440,6 +440,20 @@ def test_help_lists_every_key_with_its_default_and_comment(capsys):
     assert "python train.py config/train_shakespeare_char.py" in text  # how to use it
 
 
+def test_help_says_which_keys_a_resume_takes_over(capsys):
+    """Every key is in one of the two lists."""
+    with pytest.raises(SystemExit):
+        configure(TrainConfig, ["--help"])
+    text = capsys.readouterr().out
+    ours, runs = re.search(
+        r"Keys of a start,.*:\n(.*)\nKeys of the run,.*:\n(.*)", text, re.S
+    ).groups()
+    assert set(ours.split()) == {*TrainConfig.start_keys}
+    assert sorted(ours.split() + runs.split()) == sorted(
+        field.name for field in fields(TrainConfig)
+    )
+
+
 def test_every_config_file_here_runs(said):
     """Those of nanoGPT and ours: no key misspelt, no value of a wrong kind, nothing ignored."""
     folder = configurator.Path(configurator.__file__).parent / "config"
