@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures import observe
 
 EXPECTED = json.loads((observe.FIXTURES / "expected.json").read_text(encoding="utf-8"))
@@ -104,6 +105,17 @@ def test_earlier_metrics_are_kept(tmp_path):
     before = (out / "metrics.jsonl").read_text(encoding="utf-8")
     observe.resume(out)
     assert (out / "metrics.jsonl").read_text(encoding="utf-8").startswith(before)
+
+
+def test_best_loss_is_kept(tmp_path):
+    """A resumed run replaces ckpt.pt, the best model, only by a better one."""
+    out = shutil.copytree(folder_of("ngrams"), tmp_path / "out")
+    checkpoint = observe.load(out / "last.pt")
+    checkpoint["best_val_loss"] = 0.5  # as if an earlier evaluation had come to this
+    torch.save(checkpoint, out / "last.pt")
+    best = (out / "ckpt.pt").read_bytes()
+    assert observe.resume(out)["final"]["best_val_loss"] == 0.5
+    assert (out / "ckpt.pt").read_bytes() == best
 
 
 def test_sample_matches_recorded_text(run):
