@@ -5,6 +5,7 @@ copy, as they are.
 """
 
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -69,6 +70,16 @@ def theirs(root, script):
 def inside(root, monkeypatch):
     monkeypatch.chdir(root)
     return root
+
+
+@pytest.fixture(scope="module")
+def gpt2_ids(root):
+    """Files of GPT-2's tokens in place of the data sets that its prepare.py would download."""
+    rng = np.random.default_rng(0)
+    for dataset in ("openwebtext", "shakespeare"):
+        for split in ("train", "val"):
+            ids = rng.integers(50257, size=2000).astype("<u2")
+            ids.tofile(root / "data" / dataset / f"{split}.bin")
 
 
 @pytest.fixture
@@ -147,6 +158,60 @@ def test_their_config_files_mean_the_same_here(root, monkeypatch, capsys):
             k: v for k, v in expected.items() if k != "time"
         }
     assert capsys.readouterr() == ("", "")
+
+
+CONFIGS = ["train_shakespeare_char", "train_gpt2", "finetune_shakespeare"]
+CONFIGS += [f"eval_gpt2{size}" for size in ("", "_medium", "_large", "_xl")]
+
+
+def run_config(root, main, name, out_dir, **changes):
+    """A tiny run, from scratch, with a config file of theirs: (its settings, our `Run`)."""
+    scope = {}
+    exec((root / "config" / f"{name}.py").read_text(), scope)
+    settings = {key: value for key, value in scope.items() if key not in ("__builtins__", "time")}
+    tiny = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "eval_iters": 2}
+    tiny |= {"init_from": "scratch", "out_dir": out_dir, "wandb_log": False, **changes}
+    argv = [f"config/{name}.py", *ON_CPU, *(f"--{k}={v}" for k, v in tiny.items())]
+    return settings, main(argv)
+
+
+def test_there_are_no_other_config_files(root):
+    assert sorted(path.stem for path in (root / "config").glob("*.py")) == sorted(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS[:3])
+def test_their_training_configs_run_here(inside, gpt2_ids, main, tmp_path, name):
+    changes = {"max_iters": 3, "eval_interval": 2, "log_interval": 1, "batch_size": 2}
+    out = tmp_path / "out"
+    settings, run = run_config(
+        inside, main, name, out, gradient_accumulation_steps=2, wandb_run_name="tiny", **changes
+    )
+    checkpoint = run.checkpoint()
+    kept = checkpoint["config"]
+    given = {*changes, "n_layer", "n_head", "n_embd", "block_size", "eval_iters", "init_from"}
+    given |= {"out_dir", "wandb_log", "wandb_run_name", "gradient_accumulation_steps"}
+    assert {key: kept[key] for key in settings.keys() - given} == {
+        key: value for key, value in settings.items() if key not in given
+    }
+    assert checkpoint["iter_num"] == 4 and list(run.series("val_loss")) == [0, 2, 4]
+    rows = 50304 if kept["dataset"] != DATASET else checkpoint["model_args"]["vocab_size"]
+    assert run.series("loss")[0] == pytest.approx(math.log(rows), abs=0.3)
+    for step, lr in run.series("lr").items():  # all of these steps are of nanoGPT's warm-up
+        share = (step + 1) / (kept["warmup_iters"] + 1) if kept["decay_lr"] else 1
+        assert lr == pytest.approx(kept["learning_rate"] * share, rel=1e-12)
+    losses = run.series("val_loss")
+    saved = 4 if settings.get("always_save_checkpoint", True) else min(losses, key=losses.get)
+    assert (out / "ckpt.pt").exists() == (saved > 0)  # the first evaluation saves nothing
+    assert saved == 0 or run.checkpoint("ckpt.pt")["iter_num"] == saved
+
+
+@pytest.mark.parametrize("name", CONFIGS[3:])
+def test_their_evaluation_configs_run_here(inside, gpt2_ids, main, tmp_path, name):
+    settings, run = run_config(inside, main, name, tmp_path / "out")
+    assert settings["eval_only"] and not (tmp_path / "out").exists()
+    lines = re.findall(r"^step (\d+): train loss ([\d.]+), val loss", run.console, re.MULTILINE)
+    assert [step for step, _ in lines] == ["0"]
+    assert float(lines[0][1]) == pytest.approx(math.log(50304), abs=0.3)
 
 
 # ----------------------------------------------------------------------------- our files, there
