@@ -1,5 +1,6 @@
 """A resumed run is the run that was never stopped, with whatever settings it was started."""
 
+import math
 import re
 import shutil
 
@@ -353,3 +354,61 @@ def test_resume_is_bit_exact_with_any_settings(
     run = carry_on(folder / "parts")
     assert_same_run(run, whole)
     assert best(run) == best(whole)
+
+
+AT_A_RESUME = st.fixed_dictionaries(
+    {},
+    optional={
+        "batch_size": st.integers(2, 6),
+        "gradient_accumulation_steps": st.integers(1, 3),
+        "block_size": st.sampled_from([8, 16]),
+        "lr_decay_iters": st.integers(2, 30),
+        "learning_rate": st.sampled_from([1e-2, 2e-3]),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        "dropout": st.sampled_from([0.0, 0.3]),
+    },
+)
+
+
+@settings(
+    max_examples=12,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(length=LENGTHS, changes=AT_A_RESUME, longer=st.none() | LENGTHS, data=st.data())
+def test_a_resume_with_other_settings_follows_them(
+    train_until, carry_on, char_data, tmp_path_factory, length, changes, longer, data
+):
+    """What is given stays, what is derived follows: length, decay and position, by the formulas."""
+    out = tmp_path_factory.mktemp("other") / "out"
+    before = {"batch_size": 4, "gradient_accumulation_steps": 1, "block_size": 16}
+    decay = data.draw(st.none() | st.integers(2, 30), "lr_decay_iters")
+    stop = data.draw(st.integers(1, 8), "stop")
+    train_until(out, stop, **{**EPOCHS, **before, **length, "lr_decay_iters": decay})
+    run = carry_on(out, **changes, **(longer or {}))
+    checkpoint, now = run.checkpoint(), {**before, **changes}
+    batch = now["batch_size"] * now["gradient_accumulation_steps"]
+    first = stop * 4 * 16 // now["block_size"]
+    if "max_iters" in (longer or length):
+        last = (longer or length)["max_iters"]
+    else:
+        wanted = (longer or length)["max_epochs"] * windows(char_data, now["block_size"])
+        last = stop + round((wanted - first) / batch) - 1
+        same = batch == 4 and now["block_size"] == 16
+        last = round(wanted / 4) - 1 if same else last
+    if last < stop:
+        assert "at its end" in run.console and checkpoint["iter_num"] == stop
+        return
+    assert checkpoint["iter_num"] == last + 1
+    assert checkpoint["position"] == first + (last + 1 - stop) * batch
+    decay = changes.get("lr_decay_iters", decay)
+    if decay is None:
+        decay = last if "max_epochs" in {**length, **(longer or {})} else 600000
+    highest = changes.get("learning_rate", 1e-2)
+    for step, lr in run.series("lr").items():
+        if 2 <= step < decay and step >= stop:  # past the warm-up
+            cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / (decay - 2)))
+            assert lr == pytest.approx(1e-3 + cosine * (highest - 1e-3))
+    saved = {key: checkpoint["config"][key] for key in changes}
+    assert saved == changes
+    assert run.checkpoint()["resolved"]["dtype"] == changes.get("dtype", "float32")
