@@ -21,6 +21,8 @@ import torch
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # however slow, or shared
 hypothesis.settings.load_profile("any machine")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # for models this small more threads are slower, much so side by side
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +30,8 @@ sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
 
 from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
 from brisk.corpus import load_tokenizer, read_meta, write_dataset  # noqa: E402
-from brisk.errors import one_line_errors  # noqa: E402
-from brisk.tokenizer import CharTokenizer  # noqa: E402
+from brisk.errors import UserError, one_line_errors  # noqa: E402
+from brisk.tokenizer import CharTokenizer, gpt2  # noqa: E402
 from configurator import configure  # noqa: E402
 
 # Shakespeare, sonnets 18 and 116.
@@ -129,6 +131,14 @@ def lines_data(tmp_path_factory):
     splits = {"train": TEXT.split() + TEXT.splitlines(), "val": TEXT.splitlines()}
     write_dataset(folder, tokenizer, splits, "sonnets", end_documents=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer():
+    try:
+        return gpt2()
+    except UserError as error:
+        pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
 
 
 @pytest.fixture
