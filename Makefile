@@ -1,8 +1,10 @@
 # make demo: from a fresh clone to text from a model trained here, in about two minutes and
-# without a network but a package index. make test: all tests but the slow ones.
+# without a network but a package index. make test: all tests but the slow ones, on all cores up to
+# four (PARALLEL= for one after another), or those in TESTS=files. make test-all: the slow ones too.
 
 PYTHON ?= python3
 OUT ?= out-demo
+PARALLEL ?= -n auto --maxprocesses=4 --dist=worksteal
 
 .PHONY: demo test test-all lint clean
 
@@ -15,7 +17,7 @@ demo: .venv/installed
 	@echo "your turn:  .venv/bin/python sample.py --out_dir=$(OUT) --start='class '"
 
 test: .venv/tested
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q -m "not slow" $(PARALLEL) $(TESTS)
 
 test-all: .venv/tested
 	.venv/bin/python -m pytest -q

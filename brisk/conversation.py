@@ -37,7 +37,10 @@ def converse(config, keys, change, answer):
             a `UserError` says that there are none.
     """
     with suppress(ImportError):  # Windows has none, and its console edits lines by itself
-        import readline  # noqa: F401 (imported, it gives `input` the arrow keys and a history)
+        import readline  # gives `input` the arrow keys and a history
+
+        for option in ("convert-meta off", "input-meta on", "output-meta on"):
+            readline.parse_and_bind(f"set {option}")  # UTF-8 passes in the C locale too
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     at_terminal = sys.stdin.isatty()
     if at_terminal:

@@ -46,7 +46,9 @@ def write_bin(path, tokenizer, documents, end_documents=False, workers=None):
     count = length_hint(documents, 0)
     unit = "documents" if count != 1 else "characters"
     options = {"desc": f"tokenizing {path.stem}", "unit": f" {unit}", "unit_scale": count == 1}
-    with tqdm(total=count if count > 1 else None, delay=1, **options) as bar:
+    options |= {"total": count if count > 1 else None}
+    # Messages and `reset` show the bar at once; within its delay `close` would not end its line.
+    with tqdm(delay=0 if progress.text else 1, **options) as bar:
         batches = progress.skip(batched(documents), bar)
         if batches is None:
             bar.reset()

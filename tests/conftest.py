@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -18,18 +19,23 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # however slow, or shared
 hypothesis.settings.load_profile("any machine")
-torch.set_num_threads(1)  # for models this small more threads are slower, much so side by side
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# For models this small more threads are slower, much so side by side; here and in child processes.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
 
 from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
 from brisk.corpus import load_tokenizer, read_meta, write_dataset  # noqa: E402
-from brisk.errors import one_line_errors  # noqa: E402
-from brisk.tokenizer import CharTokenizer  # noqa: E402
+from brisk.errors import UserError, one_line_errors  # noqa: E402
+from brisk.tokenizer import CharTokenizer, gpt2  # noqa: E402
 from configurator import configure  # noqa: E402
 
 # Shakespeare, sonnets 18 and 116.
@@ -129,6 +135,14 @@ def lines_data(tmp_path_factory):
     splits = {"train": TEXT.split() + TEXT.splitlines(), "val": TEXT.splitlines()}
     write_dataset(folder, tokenizer, splits, "sonnets", end_documents=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer():
+    try:
+        return gpt2()
+    except UserError as error:
+        pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
 
 
 @pytest.fixture
@@ -273,6 +287,8 @@ def run_forked(script, argv, cwd, seconds=60, memory=2**32):
             os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
             sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
             sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+            # tqdm's lock is shared by processes: one that is killed in it keeps it.
+            tqdm.set_lock(threading.RLock())
             os.chdir(cwd)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))

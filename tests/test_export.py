@@ -17,7 +17,6 @@ from brisk.tokenizer import (
     CharTokenizer,
     WordTokenizer,
     from_dict,
-    gpt2,
     train_bpe,
 )
 from brisk.tokenizer_files import last_merge, read_tokenizer, to_tokenizers, tokenizer_files
@@ -61,12 +60,13 @@ def make_tokenizer(kind):
         "char without end": lambda: CharTokenizer(CHARACTERS),
         "byte": ByteTokenizer,
         "bpe": lambda: train_bpe(list(TEXTS.values()) * 2, 300),
-        "gpt2": gpt2,
     }[kind]()
 
 
 @pytest.fixture(scope="module", params=["char", "char without end", "byte", "bpe", "gpt2"])
 def tokenizer(request):
+    if request.param == "gpt2":
+        return request.getfixturevalue("gpt2_tokenizer")
     return make_tokenizer(request.param)
 
 
@@ -220,13 +220,16 @@ def test_a_directory_writes_the_checkpoints_text(tmp_path, capsys, name):
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "reviews.csv"])
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
-def test_ids_of_real_text(name, kind):
+def test_ids_of_real_text(request, name, kind):
     path = os.path.join(os.environ.get("BRISK_DATA", ""), name)
     if not os.path.exists(path):
         pytest.skip("BRISK_DATA names no folder with it")
     with open(path, encoding="utf-8", newline="") as file:
         text = file.read(1_000_000)
-    tokenizer = gpt2() if kind == "gpt2" else train_bpe([text[:300_000]], 2000)
+    if kind == "gpt2":
+        tokenizer = request.getfixturevalue("gpt2_tokenizer")
+    else:
+        tokenizer = train_bpe([text[:300_000]], 2000)
     assert to_tokenizers(tokenizer).encode(text).ids == tokenizer.encode(text).tolist()
 
 

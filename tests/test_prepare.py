@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from brisk.corpus import load_tokenizer, read_meta
-from brisk.errors import UserError
-from brisk.tokenizer import EOT, gpt2
+from brisk.tokenizer import EOT
 
 ROOT = Path(__file__).parents[1]
 DATA = os.environ.get("BRISK_DATA", "")
@@ -57,11 +56,8 @@ def prepare(tree, tmp_path):
 
 
 @pytest.fixture
-def encode_ordinary():
-    try:
-        return gpt2().encoding.encode_ordinary
-    except UserError as error:
-        pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
+def encode_ordinary(gpt2_tokenizer):
+    return gpt2_tokenizer.encoding.encode_ordinary
 
 
 def decoded(directory, split):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from brisk import corpus
 from brisk.corpus import join_datasets, write_dataset
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, find_words, gpt2, train_bpe
+from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, find_words, train_bpe
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,18 +39,19 @@ POEM = "Über allen Gipfeln ist Ruh,\r\nin allen Wipfeln 你好 🎉\r\n" * 30
 TOKENIZERS = ["char", "byte", "word", "bpe", "gpt2"]
 
 
-def needs(tokenizer):
-    if tokenizer == "bpe":
-        pytest.importorskip("tokenizers")
-    if tokenizer == "gpt2":
-        try:
-            gpt2()
-        except UserError as error:
-            pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
+@pytest.fixture
+def needs(request):
+    def needs(tokenizer):
+        if tokenizer == "bpe":
+            pytest.importorskip("tokenizers")
+        if tokenizer == "gpt2":
+            request.getfixturevalue("gpt2_tokenizer")
+
+    return needs
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_one_text_is_split_in_itself(prepare, tokenizer):
+def test_one_text_is_split_in_itself(needs, prepare, tokenizer):
     needs(tokenizer)
     write("poem.txt", POEM)
     made = prepare("custom", input="poem.txt", tokenizer=tokenizer, vocab_size=270)
@@ -63,7 +64,7 @@ def test_one_text_is_split_in_itself(prepare, tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_files_of_many_kinds(prepare, tokenizer):
+def test_files_of_many_kinds(needs, prepare, tokenizer):
     needs(tokenizer)
     datasets = pytest.importorskip("datasets")
     bodies = [f"file {'abcdefghijkl'[i] * 2} says hello to all of them" for i in range(12)]
@@ -179,7 +180,7 @@ def test_a_name_on_the_hub_without_a_network_is_one_line(script, tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
-def test_characters_of_all_planes_come_back_from_a_file(prepare, tokenizer):
+def test_characters_of_all_planes_come_back_from_a_file(needs, prepare, tokenizer):
     needs(tokenizer)
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and i not in (0, 13)]
     chosen = characters[:3000] + characters[3000::61]
@@ -260,7 +261,7 @@ def write_large(path, megabytes):
 
 
 @pytest.mark.parametrize(("tokenizer", "megabytes"), [("char", 100), ("byte", 200), ("bpe", 30)])
-def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, megabytes):
+def test_memory_does_not_grow_with_the_text(needs, tmp_path, tokenizer, megabytes):
     needs(tokenizer)
     write_large(tmp_path / "large.txt", megabytes)
     options = ["--bpe_sample=1", "--vocab_size=300", "--num_proc=2"]
@@ -280,7 +281,7 @@ def test_memory_does_not_grow_with_a_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
-def test_two_gigabytes_of_text(tmp_path, tokenizer):
+def test_two_gigabytes_of_text(needs, tmp_path, tokenizer):
     needs(tokenizer)
     write_large(tmp_path / "large.txt", 2000)
     settings = [f"--input={tmp_path / 'large.txt'}", f"--data_dir={tmp_path}"]
@@ -293,7 +294,7 @@ def test_two_gigabytes_of_text(tmp_path, tokenizer):
 
 
 @pytest.fixture
-def shards(prepare, tmp_path):
+def shards(needs, prepare, tmp_path):
     """Three parquet files of 200 documents each, in the folder `in`."""
     needs("gpt2")
     datasets = pytest.importorskip("datasets")

@@ -1,5 +1,7 @@
 """Blocks that are computed again in the backward pass: the same run, in less memory."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -24,6 +26,8 @@ def test_a_run_is_the_same_to_the_bit(train_tiny, tmp_path, changes, dtype):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
 def test_compiled_too(train_tiny, tmp_path):
     changes = {"n_layer": 2, "compile": True, "max_iters": 3, "dropout": 0.2}
     kept = train_tiny(tmp_path / "kept", **changes)

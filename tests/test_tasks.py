@@ -166,14 +166,11 @@ def test_logits_in_parts_are_the_same(models, monkeypatch):
     assert parts == pytest.approx(whole, rel=1e-6)
 
 
-def test_gpt2s_tokens_and_a_hugging_face_folder(models, write_items, text, tmp_path, capsys):
+def test_gpt2s_tokens_and_a_hugging_face_folder(
+    gpt2_tokenizer, models, write_items, text, tmp_path, capsys
+):
     """The whole way from the command line, with the last word in one token with its space."""
-    from brisk.tokenizer import gpt2
-
-    try:
-        tokenizer = gpt2()
-    except UserError as error:
-        pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
+    tokenizer = gpt2_tokenizer
     theirs, _ = models(50257)
     rng, words = np.random.default_rng(4), text.split()
 

@@ -48,14 +48,6 @@ def small_bpe():
 
 
 @pytest.fixture(scope="module")
-def gpt2_tokenizer():
-    try:
-        return gpt2()
-    except UserError as error:
-        pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
-
-
-@pytest.fixture(scope="module")
 def shakespeare():
     file = Path(os.environ.get("BRISK_DATA", ""), "tinyshakespeare.txt")
     if "BRISK_DATA" not in os.environ or not file.exists():

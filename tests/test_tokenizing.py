@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_corpus import DOCUMENTS, small_bpe, write
 
 from brisk import tokenizing
-from brisk.errors import UserError
+from brisk.errors import UserError, one_line_errors
 from brisk.tokenizer import ByteTokenizer, CharTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -213,6 +213,21 @@ def test_a_missing_bin_is_noticed(tmp_path, killed):
     killed(10)
     (tmp_path / "data" / ".writing" / "train.bin").unlink()
     assert finish(tmp_path, killed) == in_all()
+
+
+@pytest.mark.parametrize("texts", [TEXTS, ["another", *TEXTS]], ids=["the same", "another text"])
+def test_an_interruption_has_a_line_of_its_own(tmp_path, killed, capsys, texts):
+    """The bar is shown from the start where a file is resumed, or begun again."""
+    killed(10)
+
+    def interrupted():
+        yield from texts[:300]
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left, one_line_errors():
+        write(tmp_path / "data", ByteTokenizer(), interrupted(), workers=1)
+    err = capsys.readouterr().err
+    assert left.value.code == 130 and err.endswith("\ninterrupted\n") and "tokenizing" in err
 
 
 def test_workers_that_die_are_told_and_gone_on_from(tmp_path, monkeypatch):

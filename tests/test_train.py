@@ -537,8 +537,17 @@ def test_a_run_is_the_textbook_loop(train_tiny, char_data, tmp_path, trained):
         optimizer.zero_grad()
         assert run.series("loss")[step] == pytest.approx(loss.item(), abs=1e-5)
         assert run.series("grad_norm")[step] == pytest.approx(norm.item(), abs=1e-4)
-    for name, weight in run.checkpoint()["model"].items():
-        torch.testing.assert_close(weight, model.state_dict()[name], atol=1e-5, rtol=0)
+    # The two add up a gradient's 6 rows of 16 terms in different orders. Roundings of 2^-24 of the
+    # clipped gradient's length are independent: 96 of them amount to √96 (Higham & Mary 2019).
+    # AdamW moves a weight by lr m / √v, which amplifies them where its gradients, and so √v, are
+    # small.
+    rounding, weights = 96**0.5 * 2**-24 * 0.3, run.checkpoint()["model"]
+    rates, tolerances = run.series("lr").values(), []
+    for name, expected in model.named_parameters():
+        v = optimizer.state[expected]["exp_avg_sq"] / (1 - 0.9**5)
+        tolerances.append(1e-7 + sum(rates) * rounding / v.sqrt())
+        assert ((weights[name] - expected).abs() <= tolerances[-1]).all(), name
+    assert torch.cat([each.flatten() for each in tolerances]).median() < 0.005 * max(rates)
 
 
 def test_every_evaluation_reads_the_same_windows(train_tiny, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,7 +50,17 @@ def test_a_summary_of_losses():
     assert broken["mean"] == float("inf")
 
 
-def test_an_ablation_takes_back_one_part_at_a_time(letters, tmp_path, capsys):
+@pytest.fixture
+def quick_starts(forked, monkeypatch):
+    """Trials in processes that have PyTorch loaded already."""
+
+    def run(command, **_):
+        return forked(command[1], command[2:], trials.ROOT)
+
+    monkeypatch.setattr(trials, "subprocess", SimpleNamespace(run=run))
+
+
+def test_an_ablation_takes_back_one_part_at_a_time(letters, tmp_path, capsys, quick_starts):
     recipe = tmp_path / "recipe.py"
     recipe.write_text('optimizer = "muon"\nposition = "rotary"\nqk_norm = True\n')
     argv = [f"--config={recipe}", f"--data_dir={letters}", f"--more={TINY}", "--seeds=2"]
