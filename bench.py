@@ -23,40 +23,14 @@ from brisk.device import cpu_training_dtype, matmul_flops, open_device, resolve_
 from brisk.errors import UserError, one_line_errors
 from brisk.loader import TokenFile, to_device
 from brisk.memory import check_fits, in_bytes, peak_memory
-from brisk.starting import DROPOUTS, MODEL_SHAPE
-from configurator import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Seed,
-    UnitFloat,
-    configure,
-)
+from configurator import PositiveInt, Seed, configure
 from model import GPT, GPTConfig
 
 
 @dataclass
-class BenchConfig:
+class BenchConfig(GPTConfig):
     batch_size: PositiveInt | Literal["auto"] = "auto"  # sequences in a step: 12, on a CPU 1
-    block_size: PositiveInt = 1024  # tokens in a sequence
-    n_layer: PositiveInt = 12  # blocks; these three make GPT-2 (124M)
-    n_head: PositiveInt = 12  # attention heads in a block
-    n_embd: PositiveInt = 768  # channels
-    vocab_size: PositiveInt = 50304  # rows of the vocabulary
-    dropout: UnitFloat = 0.0  # of attention and residuals
     bias: bool = False  # biases in linear layers and layer norms
-    n_kv_head: NonNegativeInt = 0  # key/value heads, each for some query heads; 0: n_head
-    position: Literal["learned", "rotary"] = "learned"  # embeddings of positions, or rotations
-    rope_theta: NonNegativeFloat = 10000.0  # base of the rotary angles
-    norm: Literal["layer", "rms"] = "layer"  # layer norm, or RMS norm
-    qk_norm: bool = False  # norms of queries and keys
-    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"  # activation between the linear layers
-    mlp_width: NonNegativeInt = 0  # channels there; 0: 4 n_embd, for swiglu about 8/3 n_embd
-    tied: bool = True  # the head is the token embedding
-    zero_init: bool = False  # output projections, and a head of its own, start at zero
-    ngrams: PositiveInt = 1  # runs of 2 to so many tokens have vectors too
-    ngram_rows: PositiveInt = 16384  # vectors for each length, which runs share by hashing
-    ngram_dropout: UnitFloat = 0.0  # share of them that training leaves out
     real_data: bool = True  # batches of data/<dataset> where it is prepared, else random ids
     dataset: str = "openwebtext"  # which
     steps: PositiveInt | Literal["auto"] = "auto"  # timed steps: 20, on a CPU 3
@@ -73,9 +47,8 @@ def main(config):
     batch_size = (1 if on_cpu else 12) if config.batch_size == "auto" else config.batch_size
     steps = (3 if on_cpu else 20) if config.steps == "auto" else config.steps
     torch.manual_seed(config.seed)
-    keys = (*MODEL_SHAPE, *DROPOUTS, "vocab_size")
     try:
-        sizes = GPTConfig(**{key: getattr(config, key) for key in keys})
+        sizes = GPTConfig.from_settings(config)
     except ValueError as error:
         raise UserError(f"cannot build the model: {error}") from error
     check_fits(sizes)

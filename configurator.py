@@ -27,7 +27,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
@@ -216,12 +216,11 @@ def describe(kind):
 
 def help_text(Config):
     """Every key of `Config` with its default and its trailing comment, under the script's doc."""
-    comments = help_lines(Config)
     doc = inspect.getdoc(inspect.getmodule(Config)) or ""
     lines = [doc, "", "Settings, as --key=value or as `key = value` in a config file:", ""]
-    for field in fields(Config):
-        setting = f"--{field.name}={field.default}"
-        lines.append(f"  {setting:<36} {comments.get(field.name, '')}".rstrip())
+    defaults = {field.name: field.default for field in fields(Config)}
+    for key, comment in help_lines(Config).items():
+        lines.append(f"  {f'--{key}={defaults[key]}':<36} {comment}".rstrip())
     if start_keys := getattr(Config, "start_keys", ()):
         run_keys = [field.name for field in fields(Config) if field.name not in start_keys]
         lines += [
@@ -240,9 +239,13 @@ def wrapped(keys):
 
 
 def help_lines(Config):
-    """The trailing comment of every key of `Config` that has one."""
-    source = inspect.getsource(Config)
-    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+    """{key: its trailing comment}: the keys of `Config` itself, then those that it inherits."""
+    comments = {}
+    for kind in filter(is_dataclass, Config.__mro__):
+        source = inspect.getsource(kind)
+        found = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+        comments |= {key: found.get(key, "") for key in kind.__annotations__ if key not in comments}
+    return comments
 
 
 def keys_of_all_scripts():

@@ -16,63 +16,71 @@ and as many heads of keys and values (n_kv_head) unless the config says fewer.
 
 import math
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+PositiveInt = Annotated[int, (1, math.inf)]  # (lowest, highest), both allowed
+NonNegativeInt = Annotated[int, (0, math.inf)]
+NonNegativeFloat = Annotated[float, (0, math.inf)]
+UnitFloat = Annotated[float, (0, 1)]
+
 
 @dataclass
 class GPTConfig:
-    """What the network is. The first seven fields are nanoGPT's; by default it is GPT-2.
+    """Shape of the network. The first seven fields are nanoGPT's; the defaults are GPT-2 (124M).
 
-    Raises ValueError for values that do not go together.
+    This is the only list of these fields: the settings of train.py and bench.py inherit it, and
+    each trailing comment is a line of their help.
+
+    Raises ValueError for a value that its type does not allow, or values that do not go together.
     """
 
-    block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64, which is faster
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # biases in the linear layers and layer norms, as GPT-2 has them
-    gelu: str = "none"  # approximation of GELU: "none" is erf as in nanoGPT, "tanh" as in GPT-2
-    # what came after GPT-2
-    n_kv_head: int = 0  # key/value heads, each for n_head / n_kv_head queries (GQA); 0: n_head
-    position: str = "learned"  # embeddings that are added, or "rotary"
-    rope_theta: float = 10000.0  # of "rotary": the slowest pair turns once in about 2π theta tokens
-    norm: str = "layer"  # or "rms"
-    qk_norm: bool = False  # an RMS norm over head_dim of queries and of keys
-    mlp: str = "gelu"  # or "relu2", or "swiglu"
-    mlp_width: int = 0  # hidden channels of the MLP; 0: see `hidden_width`
+    block_size: PositiveInt = 1024  # tokens in a sequence
+    vocab_size: PositiveInt = 50304  # rows of the vocabulary: GPT-2's 50257, to a multiple of 64
+    n_layer: PositiveInt = 12  # blocks
+    n_head: PositiveInt = 12  # attention heads in a block
+    n_embd: PositiveInt = 768  # channels
+    dropout: UnitFloat = 0.0  # 0 for pretraining, 0.1 or more for finetuning
+    bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
+    gelu: Literal["none", "tanh"] = "none"  # approximation: none is erf as in nanoGPT, tanh GPT-2's
+    # what came after GPT-2; config/model/modern.py sets most of it
+    n_kv_head: NonNegativeInt = 0  # key/value heads, each for some query heads (GQA); 0: n_head
+    position: Literal["learned", "rotary"] = "learned"  # embeddings of positions, or rotations
+    rope_theta: NonNegativeFloat = 10000.0  # base of the rotary angles
+    norm: Literal["layer", "rms"] = "layer"  # layer norm, or RMS norm
+    qk_norm: bool = False  # RMS norms over head_dim of queries and of keys
+    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"  # activation between the linear layers
+    mlp_width: NonNegativeInt = 0  # channels there; 0: 4 n_embd, for swiglu about 8/3 n_embd
     tied: bool = True  # the head is the token embedding
-    zero_init: bool = False  # what adds to the residual stream, and an untied head, start at zero
-    ngrams: int = 1  # runs of 2 to so many tokens have vectors too, which are added
-    ngram_rows: int = 16384  # rows of the table of each length, which runs share by hashing
-    ngram_dropout: float = 0.0  # share of them that training leaves out
+    zero_init: bool = False  # output projections, and an untied head, start at zero
+    ngrams: PositiveInt = 1  # runs of 2 to so many tokens have embeddings too
+    ngram_rows: PositiveInt = 16384  # embeddings for each length, which runs share by hashing
+    ngram_dropout: UnitFloat = 0.0  # share of them that training leaves out
 
     def __post_init__(self):
-        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngrams", "ngram_rows")
-        for key in sizes:
-            if not isinstance(value := getattr(self, key), Integral) or value < 1:
-                raise ValueError(f"{key}={value} is not a whole number of at least 1")
+        if type(self) is not GPTConfig:  # the settings of a script: checked when the model is built
+            return
+        for key, kind in get_type_hints(GPTConfig, include_extras=True).items():
+            check_value(key, getattr(self, key), kind)
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.n_kv_head < 0 or self.n_head % self.kv_heads != 0:
+        if self.n_head % self.kv_heads != 0:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.position == "rotary" and self.head_dim % 2 != 0:
             odd = f"n_embd / n_head = {self.head_dim} is odd"
             raise ValueError(f"position=rotary turns channels of a head in pairs, and {odd}")
         if not 0 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta={self.rope_theta} is not positive")
-        kinds = dict(
-            position=("learned", "rotary"), norm=("layer", "rms"), mlp=("gelu", "relu2", "swiglu")
-        )
-        kinds["gelu"] = ("none", "tanh")
-        for key, known in kinds.items():
-            if (value := getattr(self, key)) not in known:
-                raise ValueError(f"{key}={value} is none of {', '.join(known)}")
+
+    @classmethod
+    def from_settings(cls, settings, **changes):
+        """The fields of this class among the attributes of `settings`, with `changes`."""
+        values = {field.name: getattr(settings, field.name) for field in fields(cls)}
+        return cls(**{**values, **changes})
 
     @property
     def head_dim(self):
@@ -97,6 +105,22 @@ class GPTConfig:
         defaults = {field.name: field.default for field in fields(self)}
         kept = list(defaults)[:7]
         return {k: v for k, v in asdict(self).items() if k in kept or v != defaults[k]}
+
+
+def check_value(key, value, kind):
+    """Raise ValueError where a field of `GPTConfig` has a value that its type does not allow."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{key}={value} is none of {', '.join(get_args(kind))}")
+    elif kind is bool:
+        if not isinstance(value, int) or value not in (0, 1):
+            raise ValueError(f"{key}={value} is neither True nor False")
+    else:
+        number, (low, high) = get_args(kind)
+        numbers, name = (Integral, "whole number") if number is int else (Real, "number")
+        if not isinstance(value, numbers) or not low <= value <= high:
+            bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{key}={value} is not a {name} {bounds}")
 
 
 def make_norm(config):

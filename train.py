@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +37,6 @@ from brisk.runlog import Forecast, RunLog
 from brisk.saving import Saver
 from brisk.spikes import SpikeWatch
 from brisk.starting import (
-    DROPOUTS,
-    MODEL_SHAPE,
     SavedRun,
     describe_tokenizer,
     identity,
@@ -60,7 +58,7 @@ from model import GPT, GPTConfig
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(GPTConfig):
     # the run
     out_dir: str = "out"  # folder of the run: checkpoints, metrics.jsonl and loss.png
     init_from: str = "scratch"  # scratch, resume, auto, gpt2*, a Hugging Face folder, a checkpoint
@@ -86,26 +84,9 @@ class TrainConfig:
     rows: Literal["windows", "documents"] = "windows"  # a row is any window, or one document
     gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches in a step, over all ranks
     batch_size: PositiveInt = 12  # sequences in a micro-batch
-    block_size: PositiveInt = 1024  # tokens in a sequence
-    # model
-    n_layer: PositiveInt = 12  # blocks
-    n_head: PositiveInt = 12  # attention heads in a block
-    n_embd: PositiveInt = 768  # channels
-    dropout: UnitFloat = 0.0  # 0 for pretraining, 0.1 or more for finetuning
+    # model: all fields of GPTConfig, with these defaults
+    vocab_size: NonNegativeInt = 0  # rows of the vocabulary; 0: as the tokenizer needs
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
-    # model: what came after GPT-2; config/model/modern.py sets most of it
-    n_kv_head: NonNegativeInt = 0  # key/value heads, each for some query heads; 0: n_head
-    position: Literal["learned", "rotary"] = "learned"  # embeddings of positions, or rotations
-    rope_theta: NonNegativeFloat = 10000.0  # base of the rotary angles
-    norm: Literal["layer", "rms"] = "layer"  # layer norm, or RMS norm
-    qk_norm: bool = False  # norms of queries and keys
-    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"  # activation between the linear layers
-    mlp_width: NonNegativeInt = 0  # channels there; 0: 4 n_embd, for swiglu about 8/3 n_embd
-    tied: bool = True  # the head is the token embedding
-    zero_init: bool = False  # output projections, and a head of its own, start at zero
-    ngrams: PositiveInt = 1  # runs of 2 to so many tokens have vectors too
-    ngram_rows: PositiveInt = 16384  # vectors for each length, which runs share by hashing
-    ngram_dropout: UnitFloat = 0.0  # share of them that training leaves out
     # optimizer
     freeze_layers: NonNegativeInt = 0  # first blocks that do not learn, nor do the embeddings then
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW the rest
@@ -146,6 +127,8 @@ class TrainConfig:
     exclusive = (("max_iters", "max_epochs"),)  # in one config file
 
 
+# The model's fields that a checkpoint decides; only block_size may be given smaller.
+SHAPE_KEYS = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "ngram_dropout")]
 RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "wandb", "step-*.pt")
 
 
@@ -175,7 +158,7 @@ def train(config, stop, at_end):
     saved, step = None, 0
     if resuming:
         saved, step = SavedRun.of(checkpoint, config.given), checkpoint["iter_num"]
-        config = resumed_config(config, checkpoint, saved, log)
+        config = resumed_config(config, checkpoint, saved, SHAPE_KEYS, log)
         check_values(config, "in the checkpoint")
         log.say(f"Resuming training from {config.out_dir} at step {step}")
     if config.cpu_offload and not config.dry_run:
@@ -193,7 +176,7 @@ def train(config, stop, at_end):
 
     # --- model
     torch.manual_seed(config.seed)
-    model = ranks.build(lambda: build_model(config, checkpoint, vocabulary_rows(tokenizer)))
+    model = ranks.build(lambda: build_model(config, checkpoint, tokenizer))
     config = with_shape_of(model, config)
     if config.freeze_layers > config.n_layer:
         raise UserError(f"--freeze_layers={config.freeze_layers}: there are {config.n_layer}")
@@ -429,7 +412,7 @@ def train(config, stop, at_end):
 
 def with_shape_of(model, config):
     """The settings with the shape that `model` has: it may come from a checkpoint or GPT-2."""
-    shaped = replace(config, **{key: getattr(model.config, key) for key in MODEL_SHAPE})
+    shaped = replace(config, **{key: getattr(model.config, key) for key in SHAPE_KEYS})
     shaped.given = config.given
     return shaped
 
@@ -492,15 +475,17 @@ def vocabulary_rows(tokenizer):
     return -(-tokenizer.vocab_size // 64) * 64 if tokenizer.kind == "bpe" else tokenizer.vocab_size
 
 
-def build_model(config, checkpoint, vocab_size):
+def build_model(config, checkpoint, tokenizer):
     """The model that `init_from` asks for, on the CPU."""
-    dropouts = {key: getattr(config, key) for key in DROPOUTS}
+    dropouts = {"dropout": config.dropout, "ngram_dropout": config.ngram_dropout}
     if checkpoint is not None:
         model = GPT.from_checkpoint(checkpoint, dropouts)
     elif config.init_from in ("scratch", "auto"):
-        shape = {key: getattr(config, key) for key in MODEL_SHAPE}
+        rows = config.vocab_size or vocabulary_rows(tokenizer)
+        if tokenizer and rows < tokenizer.vocab_size:
+            raise UserError(f"--vocab_size={rows}: the tokenizer has {tokenizer.vocab_size} tokens")
         try:
-            sizes = GPTConfig(vocab_size=vocab_size, **shape, **dropouts)
+            sizes = GPTConfig.from_settings(config, vocab_size=rows)
         except ValueError as error:  # sizes that do not go together
             raise UserError(str(error)) from error
         check_fits(sizes)

@@ -11,28 +11,6 @@ from brisk.handing import handed_out
 from brisk.huggingface import GPT2_NAMES
 from brisk.tokenizer import from_dict, gpt2
 
-# Keys that are also fields of a GPTConfig: a checkpoint's stay, only block_size may get smaller.
-MODEL_SHAPE = (
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "bias",
-    "block_size",
-    "n_kv_head",
-    "position",
-    "rope_theta",
-    "norm",
-    "qk_norm",
-    "mlp",
-    "mlp_width",
-    "tied",
-    "zero_init",
-    "ngrams",
-    "ngram_rows",
-)
-DROPOUTS = ("dropout", "ngram_dropout")  # what else a model has, and may change
-
-
 # ----------------------------------------------------------------------------- reading
 
 
@@ -160,26 +138,26 @@ def resumed_position(saved, config, data, log):
 # ----------------------------------------------------------------------------- its settings
 
 
-def resumed_config(config, checkpoint, saved, log):
+def resumed_config(config, checkpoint, saved, shape_keys, log):
     """The settings of a resumed run: those of the `saved` run, overlaid with what is given now.
 
-    Keys of a start (`start_keys` of the config's class) are not taken over, and the model's shape
-    is the checkpoint's, except that `block_size` may be given smaller.
+    Keys of a start (`start_keys` of the config's class) are not taken over. The model's shape, by
+    `shape_keys`, is the checkpoint's, except that `block_size` may be given smaller.
     """
     start_keys, now, values = config.start_keys, config.given, {}
-    left = {*start_keys, *now, *MODEL_SHAPE} | ({"data_dir"} if "dataset" in now else set())
+    left = {*start_keys, *now, *shape_keys} | ({"data_dir"} if "dataset" in now else set())
     for key in saved.config.keys() - left:
         value = saved.config[key]
         if hasattr(config, key) and is_of_kind(value, getattr(config, key)):
             values[key] = value
     changed = []
-    for key in sorted({*now} & saved.config.keys() - {*start_keys, *MODEL_SHAPE}):
+    for key in sorted({*now} & saved.config.keys() - {*start_keys, *shape_keys}):
         if saved.config[key] != getattr(config, key):
             changed.append(f"{key} {saved.config[key]} → {getattr(config, key)}")
     if changed:
         log.say(f"note: changed from the checkpoint's: {', '.join(changed)}")
     stays = []
-    for key in MODEL_SHAPE:
+    for key in shape_keys:
         default = getattr(type(config), key)  # what a checkpoint leaves out
         kept, wanted = checkpoint["model_args"].get(key, default), getattr(config, key)
         if key == "block_size" and key in now and wanted < kept:
