@@ -10,6 +10,7 @@ Evaluation lines: `train_loss`, `val_loss` and, if asked for, `samples`, a list 
 
 import html
 import json
+import math
 import netrc
 import os
 import sys
@@ -29,6 +30,7 @@ class RunLog:
     def __init__(self, active=True):
         self.active = active
         self.file = self.bar = self.board = self.wandb = self.out_dir = None
+        self.warned = False  # that the loss is not finite
         self.losing = False  # whether lines of metrics.jsonl are being lost
         self.began = time.time()
 
@@ -65,6 +67,9 @@ class RunLog:
             return
         loss, milliseconds, mfu = record["loss"], record["step_ms"], record["mfu"]
         self.say(f"iter {step}: loss {loss:.4f}, time {milliseconds:.2f}ms, mfu {mfu * 100:.2f}%")
+        if not math.isfinite(loss) and not self.warned:
+            self.say("the loss is not finite any more: try a lower --learning_rate")
+            self.warned = True
         speed = f"{record['tokens_per_second']:,.0f}"
         self.bar.set_postfix({"loss": f"{loss:.3f}", "tokens/s": speed}, refresh=False)
         self.record(step, record)
@@ -237,34 +242,54 @@ class Forecast:
 
     PATIENCE = 10.0
 
-    def __init__(self, say, steps, micro_batches, evaluations, eval_batches):
+    def __init__(self, say, device, steps, micro_batches, evaluations, eval_batches):
         """`steps` of `micro_batches` each and `evaluations` of `eval_batches` are to come."""
-        self.say, self.steps, self.micro_batches = say, steps, micro_batches
+        self.say, self.device, self.steps, self.micro_batches = say, device, steps, micro_batches
         self.eval_batches, self.all_eval_batches = eval_batches, evaluations * eval_batches
         self.timings = {"evaluation": [], "micro-batch": []}
         self.told = set()
+
+    @classmethod
+    def of(cls, config, plan, run):
+        """Of the steps and evaluations that are to come in a run."""
+        steps = 0 if config.eval_only else plan.last_step + 1 - plan.first_step
+        evaluations = 1 if config.eval_only else steps // config.eval_interval + 2
+        batches = math.ceil(2 * config.eval_iters / run.ranks.world_size)
+        per_step = len(plan.micro_batches)
+        return cls(run.say, plan.device, steps, per_step, evaluations, batches)
 
     @property
     def is_complete(self):
         """Whether all is said, so that nobody need wait for the device to take a timing."""
         return "micro-batch" in self.told or ("evaluation" in self.told and not self.steps)
 
-    def evaluation_batch(self, seconds):
-        """A batch of an evaluation took `seconds`."""
-        if self._ready("evaluation", seconds):
-            text = f"an evaluation takes about {duration(self.eval_batches * self._evaluation())}"
-            if self.steps:  # a backward pass costs about two forward passes
-                whole = self._whole_run(3 * self._evaluation())
-                text += f", the whole run at a first guess {duration(whole)}{self._hint(whole)}"
-            self.say(text)
+    def timed(self, kind, items):
+        """Iterate over `items`, and take the time of each pass through the loop while it is
+        needed: of a batch of an "evaluation", or of a "micro-batch" in training."""
+        for item in items:
+            if self.is_complete:
+                yield item
+                continue
+            began = time.perf_counter()
+            yield item
+            self.device.synchronize()
+            self.took(kind, time.perf_counter() - began)
 
-    def micro_batch(self, seconds):
-        """The forward and backward pass of a micro-batch took `seconds`."""
-        if self._ready("micro-batch", seconds):
-            one = min(self.timings["micro-batch"])
+    def took(self, kind, seconds):
+        """Take a timing, and say what follows from it once there are enough."""
+        if not self._ready(kind, seconds):
+            return
+        one = min(self.timings[kind])
+        if kind == "micro-batch":
             whole, number = self._whole_run(one), self.micro_batches
             text = f"a step takes about {duration(number * one)}, the whole run {duration(whole)}"
             self.say(text + self._hint(whole))
+            return
+        text = f"an evaluation takes about {duration(self.eval_batches * one)}"
+        if self.steps:  # a backward pass costs about two forward passes
+            whole = self._whole_run(3 * one)
+            text += f", the whole run at a first guess {duration(whole)}{self._hint(whole)}"
+        self.say(text)
 
     def _hint(self, whole):
         number = self.micro_batches

@@ -8,7 +8,7 @@ import torch
 
 from brisk.checkpoint import latest_checkpoint, save_checkpoint
 from brisk.distributed import is_sharded
-from brisk.errors import RunError, UserError
+from brisk.errors import UserError
 
 
 class Saver:
@@ -73,14 +73,6 @@ class Saver:
         if self.mistake:
             mistake, self.mistake = self.mistake, None
             raise mistake
-
-    def leave(self, ranks):
-        """All processes leave together, after the last write. Raises `RunError` if that failed."""
-        self.wait()
-        failure = ranks.agree(self.failure)
-        ranks.leave()
-        if failure:
-            raise RunError(failure)
 
     def newest(self):
         """Path of the newest whole checkpoint, after the write under way; None where none is."""

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from brisk.errors import RunError
-
 HISTORY = 128  # norms of the gradient, the newest, whose median is the usual one
 ENOUGH = 32  # of them, before there is a usual one
 PATIENCE = 20  # steps skipped in a row, or ways back in one start of a run, before it gives up
@@ -104,11 +102,11 @@ class SpikeWatch:
         if self.factor and norms is not None:
             self.norms = norms.to(self.no_limit.device)
 
-    def way_back(self, saver, ranks, log):
-        """Handle the spikes among the steps since the last reading, which waits for the device.
+    def poll(self, saver, ranks, log):
+        """Handle the spikes among the steps since the last poll, which waits for the device.
 
-        Returns the checkpoint to go back to, or None to go on. Raises `RunError` where the run is
-        to stop; its log is closed then, and its processes have left one another.
+        Returns None to train on, a `Path` to rewind to that checkpoint, or, as a str, why the run
+        has to end.
         """
         spikes = self.read()
         for spike in spikes:
@@ -120,9 +118,7 @@ class SpikeWatch:
         if path and self.on_spike == "rewind" and self.ways_back <= PATIENCE:
             log.say(f"back to {path}, and on with other batches")
             return path
-        log.close()
-        ranks.leave()
-        raise RunError(last_words(spikes[-1], path))
+        return last_words(spikes[-1], path)
 
 
 def last_words(spike, path):

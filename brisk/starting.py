@@ -8,22 +8,37 @@ from brisk.checkpoint import latest_checkpoint, load_checkpoint
 from brisk.device import DTYPES
 from brisk.errors import UserError, nearest
 from brisk.handing import handed_out
-from brisk.huggingface import GPT2_NAMES
+from brisk.huggingface import GPT2_NAMES, load_pretrained
 from brisk.tokenizer import from_dict, gpt2
 
 # ----------------------------------------------------------------------------- reading
 
 
-def starting_point(config, ranks):
-    """(checkpoint or None, whether to resume it) for `init_from`. The main process reads it, and
-    the others get it from there: they may not have its folder, or have an older state of it."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from scratch, or with a model that is there already."""
+
+    model_args: dict | None = None  # arguments of its GPTConfig; None from scratch
+    weights: dict | None = None  # its state dict, on the CPU
+    checkpoint: dict | None = None  # the file it is from, where that is a checkpoint
+    saved: "SavedRun | None" = None  # the run that is resumed, if one is
+
+    @property
+    def step(self):
+        return self.checkpoint["iter_num"] if self.saved else 0
+
+
+def load_start(given, ranks):
+    """The `Start` that `init_from` asks for. The main process reads it and broadcasts it: other
+    hosts may not have the files, or older ones."""
 
     def take_parallel(start):  # decides who needs the tensors, which are sent next
-        if start["resuming"] and "parallel" not in config.given:
-            ranks.parallel = saved_parallel(start["checkpoint"], config.parallel)
+        if start["resuming"] and "parallel" not in given.given:
+            ranks.parallel = saved_parallel(start["checkpoint"], given.parallel)
 
-    start = handed_out(ranks, read_starting_point, config, before_tensors=take_parallel)
-    return start["checkpoint"], start["resuming"]
+    start = handed_out(ranks, read_start, given, before_tensors=take_parallel)
+    resuming, checkpoint = start.pop("resuming"), start["checkpoint"]
+    return Start(**start, saved=SavedRun.of(checkpoint, given.given) if resuming else None)
 
 
 def saved_parallel(checkpoint, default):
@@ -31,25 +46,34 @@ def saved_parallel(checkpoint, default):
     return parallel if parallel in ("ddp", "fsdp") else default
 
 
-def read_starting_point(config):
+def read_start(given):
     known = ["scratch", "resume", "auto", *GPT2_NAMES]
-    start = config.init_from
-    if start not in known and not Path(start).exists():
-        hint = nearest(start, known) or f"; it takes {', '.join(known)}, a folder or a checkpoint"
-        raise UserError(f"--init_from={start}: no such thing{hint}")
+    source = given.init_from
+    if source not in known and not Path(source).exists():
+        hint = nearest(source, known) or f"; it takes {', '.join(known)}, a folder or a checkpoint"
+        raise UserError(f"--init_from={source}: no such thing{hint}")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if start == "auto" or restarted:
-        saved = any(Path(config.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
-        start = "resume" if saved else start
-    if start == "resume":
-        path = latest_checkpoint(config.out_dir)
-        checkpoint = load_checkpoint(path)
+    if source == "auto" or restarted:
+        saved = any(Path(given.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
+        source = "resume" if saved else source
+    start = {"model_args": None, "weights": None, "checkpoint": None, "resuming": False}
+    if source in ("scratch", "auto"):
+        return start
+    if source != "resume" and not Path(source).is_file():  # GPT-2, or a Hugging Face directory
+        model_args, weights = load_pretrained(source)
+        return {**start, "model_args": model_args, "weights": weights}
+    path = latest_checkpoint(given.out_dir) if source == "resume" else source
+    checkpoint = load_checkpoint(path)
+    if source == "resume":
         if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():
             what = f"{path} has no {' and no '.join(sorted(missing))} to resume with"
             raise UserError(f"{what}; start anew from its weights: --init_from={path}")
-        return {"checkpoint": checkpoint, "resuming": True}
-    checkpoint = load_checkpoint(start) if Path(start).is_file() else None
-    return {"checkpoint": checkpoint, "resuming": False}
+    return {
+        "model_args": checkpoint["model_args"],
+        "weights": checkpoint["model"],
+        "checkpoint": checkpoint,
+        "resuming": source == "resume",
+    }
 
 
 # ----------------------------------------------------------------------------- the saved run
@@ -138,38 +162,50 @@ def resumed_position(saved, config, data, log):
 # ----------------------------------------------------------------------------- its settings
 
 
-def resumed_config(config, checkpoint, saved, shape_keys, log):
-    """The settings of a resumed run: those of the `saved` run, overlaid with what is given now.
+def resolve(given, start, shape_keys, log):
+    """The settings of the run, which stay as they are from here on: those `given`, over those of
+    the run that is resumed; the model's shape, by `shape_keys`, is that of the model there is.
 
-    Keys of a start (`start_keys` of the config's class) are not taken over. The model's shape, by
-    `shape_keys`, is the checkpoint's, except that `block_size` may be given smaller.
+    Raises `UserError` where a larger `block_size` is given than a pretrained model has.
     """
-    start_keys, now, values = config.start_keys, config.given, {}
-    left = {*start_keys, *now, *shape_keys} | ({"data_dir"} if "dataset" in now else set())
-    for key in saved.config.keys() - left:
-        value = saved.config[key]
-        if hasattr(config, key) and is_of_kind(value, getattr(config, key)):
-            values[key] = value
-    changed = []
-    for key in sorted({*now} & saved.config.keys() - {*start_keys, *shape_keys}):
-        if saved.config[key] != getattr(config, key):
-            changed.append(f"{key} {saved.config[key]} → {getattr(config, key)}")
-    if changed:
-        log.say(f"note: changed from the checkpoint's: {', '.join(changed)}")
+    if start.model_args is None:
+        return given
+    values = saved_settings(given, start.saved, shape_keys, log) if start.saved else {}
     stays = []
     for key in shape_keys:
-        default = getattr(type(config), key)  # what a checkpoint leaves out
-        kept, wanted = checkpoint["model_args"].get(key, default), getattr(config, key)
-        if key == "block_size" and key in now and wanted < kept:
-            continue
-        stays += [f"{key}={kept}"] if key in now and wanted != kept else []
+        default = getattr(type(given), key)  # what a checkpoint leaves out
+        kept, wanted = start.model_args.get(key, default), getattr(given, key)
+        if key == "block_size" and wanted < kept and (key in given.given or not start.saved):
+            continue  # the model is cropped
+        if key == "block_size" and wanted > kept and key in given.given and not start.saved:
+            raise UserError(f"--block_size={wanted}: {given.init_from} has only {kept}")
+        stays += [f"{key}={kept}"] if key in given.given and wanted != kept else []
         values[key] = kept
     if stays:
-        log.say(f"note: the checkpoint's {', '.join(stays)} stays, whatever is given")
-    resumed = replace(config, **values)
-    before = (key for key in saved.given if key not in start_keys and key not in now)
-    resumed.given = (*before, *now)
-    return resumed
+        whose = "the checkpoint's" if start.checkpoint else f"{given.init_from}'s"
+        log.say(f"note: {whose} {', '.join(stays)} stays, whatever is given")
+    config = replace(given, **values)
+    before = start.saved.given if start.saved else ()
+    before = (key for key in before if key not in (*given.start_keys, *given.given))
+    config.given = (*before, *given.given)
+    return config
+
+
+def saved_settings(given, saved, shape_keys, log):
+    """What a resume takes over of the `saved` settings: not those given now, not keys of a start
+    (`start_keys` of the class of `given`), and not the model's shape."""
+    now, elsewhere = set(given.given), {*given.start_keys, *shape_keys}
+    known = sorted(now & saved.config.keys() - elsewhere)
+    changed = [key for key in known if saved.config[key] != getattr(given, key)]
+    if changed:
+        pairs = [f"{key} {saved.config[key]} → {getattr(given, key)}" for key in changed]
+        log.say(f"note: changed from the checkpoint's: {', '.join(pairs)}")
+    left = now | elsewhere | ({"data_dir"} if "dataset" in now else set())
+    return {
+        key: value
+        for key, value in saved.config.items()
+        if key not in left and hasattr(given, key) and is_of_kind(value, getattr(given, key))
+    }
 
 
 def is_of_kind(value, default):
@@ -181,7 +217,10 @@ def is_of_kind(value, default):
 
 
 def describe_tokenizer(tokenizer, checkpoint, data_dir, log):
-    """The tokenizer as a dict for the checkpoint, so that one file is enough to sample from."""
+    """The tokenizer as a dict for the checkpoint, so that one file is enough to sample from.
+
+    Raises `UserError` where it is not the one that `checkpoint`, if there is one, was trained with.
+    """
     try:
         described = (tokenizer or gpt2()).to_dict()
     except UserError as error:

@@ -250,6 +250,7 @@ def test_rows_are_cut_as_fsdp_cuts_them(rows, world_size):
 HELD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
+import brisk.saving
 from brisk.distributed import local
 import train
 
@@ -260,7 +261,7 @@ def save(self, state, *_):
     # in one piece: two processes write to one pipe
     sys.stdout.write(f"held {{2 * sum(weights.values()) + sum(moments)}}\\n")
 
-train.Saver.save = save
+brisk.saving.Saver.save = save
 train.main(train.configure(train.TrainConfig, sys.argv[1:]))
 """
 

@@ -23,6 +23,7 @@ import train
 from brisk.checkpoint import load_checkpoint
 from brisk.corpus import load_tokenizer, read_meta, verify_data
 from brisk.curves import draw, read_runs
+from brisk.device import open_device
 from brisk.errors import UserError
 from brisk.loader import TokenFile
 from brisk.optim import load_optimizer
@@ -181,7 +182,7 @@ class Files:
         assert logits.shape == (1, 4, model.config.vocab_size)
 
     def read_items(self, path):
-        device = train.open_device("cpu", "float32")
+        device = open_device("cpu", "float32")
         result = lambada(self.model, self.tokenizer, path, 16, device)
         assert 0 <= result["accuracy"] <= 1
 

@@ -336,10 +336,8 @@ def test_an_unknown_character_in_the_start_is_told_before_training(train_tiny, t
 
 
 def test_texts_need_a_tokenizer(train_tiny, char_data, tmp_path, monkeypatch):
-    import train
-
-    monkeypatch.setattr(train, "load_tokenizer", lambda folder: None)
-    monkeypatch.setattr(train, "describe_tokenizer", lambda *_: None)
+    monkeypatch.setattr("brisk.inputs.load_tokenizer", lambda folder: None)
+    monkeypatch.setattr("brisk.inputs.describe_tokenizer", lambda *_: None)
     run = train_tiny(tmp_path / "out", eval_samples=1)
     assert run.console.count("--eval_samples needs a tokenizer") == 1
     assert not run.series("samples")
@@ -401,20 +399,20 @@ def test_a_terminal_shows_a_progress_bar(settings, tmp_path):
 def forecast():
     """A forecast of 1,000 steps of 10 micro-batches and 5 evaluations of 40 batches."""
     said = []
-    forecast = Forecast(said.append, 1000, 10, 5, 40)
+    forecast = Forecast(said.append, None, 1000, 10, 5, 40)
     forecast.said = said
     return forecast
 
 
 def test_a_forecast_speaks_once_after_three_timings(forecast):
     for seconds in (3.0, 1.0, 2.0, 1.0, 1.0):
-        forecast.evaluation_batch(seconds)
+        forecast.took("evaluation", seconds)
     # 5 * 40 batches of 1 s, 10,000 micro-batches at a guess of 3 s
     guess = "an evaluation takes about 40 s, the whole run at a first guess 8 h"
     assert len(forecast.said) == 1 and forecast.said[0].startswith(guess)
     assert not forecast.is_complete
     for seconds in (9.0, 4.0, 2.0, 1.0):
-        forecast.micro_batch(seconds)
+        forecast.took("micro-batch", seconds)
     assert forecast.is_complete
     assert forecast.said[1].startswith("a step takes about 20 s, the whole run 6 h")
     assert "--gradient_accumulation_steps=1 makes it 10 times shorter" in forecast.said[1]
@@ -422,7 +420,7 @@ def test_a_forecast_speaks_once_after_three_timings(forecast):
 
 
 def test_a_long_wait_is_told_at_once(forecast):
-    forecast.micro_batch(60.0)
+    forecast.took("micro-batch", 60.0)
     assert forecast.said[0].startswith("a step takes about 10 min, the whole run 7 days")
 
 
