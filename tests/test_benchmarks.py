@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +216,9 @@ def side(tmp_path):
 def test_a_start_ends_at_the_first_step(side, tmp_path):
     (tmp_path / "train.py").write_text("print('iter 0: loss 1'); open('went_on', 'w')")
     job = {"job": "start", "script": str(tmp_path / "train.py"), "argv": []}
-    assert sides.work(side, job)["seconds"] < 1 and not (tmp_path / "went_on").exists()
+    began = time.monotonic()
+    assert 0 < sides.work(side, job)["seconds"] < time.monotonic() - began
+    assert not (tmp_path / "went_on").exists()
     (tmp_path / "train.py").write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match="nanogpt"):
         sides.work(side, job)
@@ -227,4 +230,4 @@ def test_preparing_is_timed_without_imports(side, tmp_path):
     job = {"job": "prepare", "script": str(tmp_path / "prepare.py"), "argv": []}
     figures = sides.work(side, {**job, "modules": []})
     assert figures["seconds"] >= 1 and "slow" in figures["modules"]
-    assert sides.work(side, {**job, "modules": figures["modules"]})["seconds"] < 0.5
+    assert sides.work(side, {**job, "modules": figures["modules"]})["seconds"] < 1
