@@ -326,6 +326,15 @@ def script():
 
 
 @pytest.fixture(scope="session")
+def quick_script(request):
+    """`quick_script("train.py", *argv, cwd=…)`: as `script`, but forked where a system can."""
+    if not Path("/proc/self/statm").exists():
+        return run_script
+    forked = request.getfixturevalue("forked")
+    return lambda script, *argv, cwd=ROOT: forked(script, argv, cwd)
+
+
+@pytest.fixture(scope="session")
 def torchrun():
     """`torchrun("train.py", *argv)`: the same in two processes on this machine, or more."""
 

@@ -156,14 +156,14 @@ def test_memory_is_compared(result):
         assert 50e6 < min(row[side]) < 5e9
 
 
-def test_what_is_no_checkout_is_told_in_one_line(script, tmp_path):
-    for argv, words in [
-        ([], "--peer="),
-        ([f"--peer={tmp_path}"], f"{tmp_path} is no checkout of nanoGPT"),
-        (["--peer=x", "--sections=step,dat"], "there is no dat; did you mean data?"),
-        (["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
+def test_what_is_no_checkout_is_told_in_one_line(script, quick_script, tmp_path):
+    for start, argv, words in [
+        (script, [], "--peer="),
+        (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is no checkout of nanoGPT"),
+        (quick_script, ["--peer=x", "--sections=step,dat"], "there is no dat; did you mean data?"),
+        (quick_script, ["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
     ]:
-        done = script("benchmarks/compare_nanogpt.py", *argv)
+        done = start("benchmarks/compare_nanogpt.py", *argv)
         assert done.returncode == 2 and done.stdout == ""
         assert words in done.stderr and len(done.stderr.splitlines()) == 1
 
