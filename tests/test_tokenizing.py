@@ -1,5 +1,6 @@
 """Tokenizing on many cores, in parts, and after a kill gives what one process gives at one go."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -213,6 +214,19 @@ def test_a_missing_bin_is_noticed(tmp_path, killed):
     killed(10)
     (tmp_path / "data" / ".writing" / "train.bin").unlink()
     assert finish(tmp_path, killed) == in_all()
+
+
+def test_without_semaphores_one_process_does_it(tmp_path, monkeypatch, capsys):
+    """As on Linux without a writable /dev/shm."""
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tokenizing, "BATCH", 100)
+    monkeypatch.setattr("_multiprocessing.SemLock", refused)
+    shared = write(tmp_path / "shared", small_bpe(), TEXTS, workers=2)
+    assert "in one process" in capsys.readouterr().out
+    assert shared == write(tmp_path / "alone", small_bpe(), TEXTS, workers=1)
 
 
 @pytest.mark.parametrize("texts", [TEXTS, ["another", *TEXTS]], ids=["the same", "another text"])
