@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -135,6 +136,14 @@ def lines_data(tmp_path_factory):
     splits = {"train": TEXT.split() + TEXT.splitlines(), "val": TEXT.splitlines()}
     write_dataset(folder, tokenizer, splits, "sonnets", end_documents=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_memory():
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except OSError as error:
+        pytest.skip(f"needs memory shared by processes, such as /dev/shm: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -244,7 +244,7 @@ def test_an_interruption_has_a_line_of_its_own(tmp_path, killed, capsys, texts):
     assert left.value.code == 130 and err.endswith("\ninterrupted\n") and "tokenizing" in err
 
 
-def test_workers_that_die_are_told_and_gone_on_from(tmp_path, monkeypatch):
+def test_workers_that_die_are_told_and_gone_on_from(shared_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "BATCH", 1000)
     monkeypatch.setattr(tokenizing, "SAVE_EVERY", -1)
 
