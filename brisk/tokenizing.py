@@ -187,15 +187,16 @@ def encode(tokenizer, batches, end_documents=False, workers=None):
     first = list(islice(batches, FEW_BATCHES + 1))
     workers = workers or cores()
     is_lookup = tokenizer.kind in ("char", "byte")  # faster than handing the text to a worker
-    if len(first) <= FEW_BATCHES or is_lookup or workers == 1:
+    pool = None
+    if len(first) > FEW_BATCHES and not is_lookup and workers > 1:
+        pool = open_pool(workers, tokenizer, end_documents)
+    if pool is None:
         for batch, mark in chain(first, batches):
             yield *encode_batch(tokenizer, batch, end_documents), mark
         return
     pending = deque()
     try:
-        with ProcessPoolExecutor(
-            workers, get_context("spawn"), start_worker, (tokenizer.to_dict(), end_documents)
-        ) as pool:
+        with pool:
             for batch, mark in chain(first, batches):
                 pending.append((pool.submit(work, batch), mark))
                 if len(pending) > 2 * workers:
@@ -209,6 +210,17 @@ def encode(tokenizer, batches, end_documents=False, workers=None):
             "a process that tokenized was killed (was memory short?); run this again, with a "
             "smaller --num_proc: it goes on from here"
         ) from error
+
+
+def open_pool(workers, tokenizer, end_documents):
+    """Processes that run `work`; None where the system has no semaphores for them, as Linux without
+    a writable /dev/shm."""
+    initial = (tokenizer.to_dict(), end_documents)
+    try:
+        return ProcessPoolExecutor(workers, get_context("spawn"), start_worker, initial)
+    except (OSError, NotImplementedError) as error:
+        print(f"tokenizing in one process: this system gives no semaphores ({error})")
+        return None
 
 
 def cores():

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -135,6 +136,14 @@ def lines_data(tmp_path_factory):
     splits = {"train": TEXT.split() + TEXT.splitlines(), "val": TEXT.splitlines()}
     write_dataset(folder, tokenizer, splits, "sonnets", end_documents=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_memory():
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except OSError as error:
+        pytest.skip(f"needs memory shared by processes, such as /dev/shm: {error}")
 
 
 @pytest.fixture(scope="session")
@@ -323,6 +332,15 @@ def forked():
 def script():
     """`script("train.py", *argv, cwd=…, env=…)`: run it as a person would."""
     return run_script
+
+
+@pytest.fixture(scope="session")
+def quick_script(request):
+    """`quick_script("train.py", *argv, cwd=…)`: as `script`, but forked where a system can."""
+    if not Path("/proc/self/statm").exists():
+        return run_script
+    forked = request.getfixturevalue("forked")
+    return lambda script, *argv, cwd=ROOT: forked(script, argv, cwd)
 
 
 @pytest.fixture(scope="session")

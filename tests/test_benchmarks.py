@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -155,14 +156,14 @@ def test_memory_is_compared(result):
         assert 50e6 < min(row[side]) < 5e9
 
 
-def test_what_is_no_checkout_is_told_in_one_line(script, tmp_path):
-    for argv, words in [
-        ([], "--peer="),
-        ([f"--peer={tmp_path}"], f"{tmp_path} is no checkout of nanoGPT"),
-        (["--peer=x", "--sections=step,dat"], "there is no dat; did you mean data?"),
-        (["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
+def test_what_is_no_checkout_is_told_in_one_line(script, quick_script, tmp_path):
+    for start, argv, words in [
+        (script, [], "--peer="),
+        (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is no checkout of nanoGPT"),
+        (quick_script, ["--peer=x", "--sections=step,dat"], "there is no dat; did you mean data?"),
+        (quick_script, ["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
     ]:
-        done = script("benchmarks/compare_nanogpt.py", *argv)
+        done = start("benchmarks/compare_nanogpt.py", *argv)
         assert done.returncode == 2 and done.stdout == ""
         assert words in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -215,7 +216,9 @@ def side(tmp_path):
 def test_a_start_ends_at_the_first_step(side, tmp_path):
     (tmp_path / "train.py").write_text("print('iter 0: loss 1'); open('went_on', 'w')")
     job = {"job": "start", "script": str(tmp_path / "train.py"), "argv": []}
-    assert sides.work(side, job)["seconds"] < 1 and not (tmp_path / "went_on").exists()
+    began = time.monotonic()
+    assert 0 < sides.work(side, job)["seconds"] < time.monotonic() - began
+    assert not (tmp_path / "went_on").exists()
     (tmp_path / "train.py").write_text("raise SystemExit(2)")
     with pytest.raises(UserError, match="nanogpt"):
         sides.work(side, job)
@@ -227,4 +230,4 @@ def test_preparing_is_timed_without_imports(side, tmp_path):
     job = {"job": "prepare", "script": str(tmp_path / "prepare.py"), "argv": []}
     figures = sides.work(side, {**job, "modules": []})
     assert figures["seconds"] >= 1 and "slow" in figures["modules"]
-    assert sides.work(side, {**job, "modules": figures["modules"]})["seconds"] < 0.5
+    assert sides.work(side, {**job, "modules": figures["modules"]})["seconds"] < 1

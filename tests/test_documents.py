@@ -162,7 +162,7 @@ def test_lines_as_documents(tree, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_tables_of_the_datasets_library(tree, kind):
+def test_tables_of_the_datasets_library(shared_memory, tree, kind):  # of datasets with torch
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_dict({"body": ["one\n", None, "", "two 的"], "n": [1, 2, 3, 4]})
     if kind == "parquet":

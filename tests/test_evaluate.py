@@ -242,11 +242,11 @@ def test_what_cannot_be_is_said(train_tiny, evaluated, tmp_path, changes, words)
     assert all(word in str(caught.value) for word in words)
 
 
-def test_broken_items_are_one_line_and_status_2(train_tiny, script, tmp_path):
+def test_broken_items_are_one_line_and_status_2(train_tiny, quick_script, tmp_path):
     train_tiny(tmp_path / "out", max_iters=0)
     (tmp_path / "items.jsonl").write_text('{"text": "so long"}\n{"text": so long}\n')
     argv = [f"--out_dir={tmp_path / 'out'}", "--task=lambada", f"--file={tmp_path}/items.jsonl"]
-    run = script("evaluate.py", *argv, "--device=cpu")
+    run = quick_script("evaluate.py", *argv, "--device=cpu")
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/items.jsonl, line 2: no JSON")
     assert "Traceback" not in run.stderr

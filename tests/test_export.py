@@ -364,7 +364,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "to"}
 
 
-def test_as_a_person_runs_it(tmp_path, script):
+def test_as_a_person_runs_it(tmp_path, script, quick_script):
     tokenizer = CharTokenizer(CHARACTERS, eot=True)
     run_export(
         tmp_path / "out", make_model(tokenizer), tokenizer, rows="documents", to=tmp_path / "a"
@@ -382,5 +382,5 @@ def test_as_a_person_runs_it(tmp_path, script):
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["eos_token_id"] == tokenizer.eot and config["vocab_size"] == tokenizer.vocab_size
     for argv in ([], ["--to=b"], ["--to=c", "--out_dir=none"]):
-        done = script("export.py", *argv, cwd=tmp_path)
+        done = quick_script("export.py", *argv, cwd=tmp_path)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

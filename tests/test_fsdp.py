@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(train_tiny, settings, torchrun, tmp_path, ch
 
 @pytest.mark.parametrize("changes", FAST_AND_SLOW, ids=RUNS)
 def test_runs_go_on_with_each_others_checkpoints(
-    train_tiny, resume, settings, resumed_settings, torchrun, tmp_path, script, changes
+    train_tiny, resume, settings, resumed_settings, torchrun, tmp_path, quick_script, changes
 ):
     changes = {**SIZES, **changes}
     whole = train_tiny(tmp_path / "whole", **changes).out_dir
@@ -95,7 +95,7 @@ def test_runs_go_on_with_each_others_checkpoints(
     shutil.copytree(shared, tmp_path / "alone")
     assert_same_run(resume(tmp_path / "alone", max_iters=11).out_dir, whole)
     argv = [f"--out_dir={shared}", "--device=cpu", "--num_samples=1", "--max_new_tokens=5"]
-    assert succeed(script("sample.py", *argv))
+    assert succeed(quick_script("sample.py", *argv))
     console = succeed(torchrun("train.py", *resumed_settings(shared, max_iters=8)))
     assert "2 processes (fsdp)" in console  # it stays the run's
     argv = resumed_settings(shared, max_iters=11, parallel="ddp")
@@ -180,11 +180,11 @@ with one_line_errors():
 @pytest.mark.parametrize(
     "on_spike", ["rewind", *(pytest.param(key, marks=pytest.mark.slow) for key in ("skip", "stop"))]
 )
-def test_spikes_are_answered_by_all_processes(settings, torchrun, script, tmp_path, on_spike):
+def test_spikes_are_answered_by_all_processes(settings, torchrun, quick_script, tmp_path, on_spike):
     poisoned = tmp_path / "poisoned.py"
     poisoned.write_text(POISONED)
     changes = {**SIZES, **CLASSIC, "on_spike": on_spike, "parallel": "fsdp"}
-    one = script(poisoned, *settings(tmp_path / "one", **changes))
+    one = quick_script(poisoned, *settings(tmp_path / "one", **changes))
     two = torchrun(poisoned, *settings(tmp_path / "two", **changes))
     said = {"rewind": "and on with other batches", "skip": "left out", "stop": ""}[on_spike]
     assert said in one.stdout and said in two.stdout

@@ -31,11 +31,11 @@ def running(settings, tmp_path):
 
 
 def test_the_second_run_is_refused_and_told_of_the_first(
-    running, settings, resume, script, tmp_path
+    running, settings, resume, quick_script, tmp_path
 ):
     before = (tmp_path / "out" / "metrics.jsonl").stat().st_ino
     for start in ("scratch", "auto"):
-        second = script("train.py", *settings(tmp_path / "out", init_from=start))
+        second = quick_script("train.py", *settings(tmp_path / "out", init_from=start))
         assert second.returncode == 2 and second.stderr.count("\n") == 1
         where = f"process {running.pid} on {socket.gethostname()}, since 20"
         assert f"error: another run is in {tmp_path / 'out'}: {where}" in second.stderr
@@ -44,7 +44,7 @@ def test_the_second_run_is_refused_and_told_of_the_first(
 
     machine = {"device": "cpu", "max_new_tokens": 5, "num_samples": 1}
     argv = [f"--{key}={value}" for key, value in machine.items()]
-    read = script("sample.py", f"--out_dir={tmp_path / 'out'}", *argv)
+    read = quick_script("sample.py", f"--out_dir={tmp_path / 'out'}", *argv)
     assert read.returncode == 0, read.stderr
     with pytest.raises(UserError):
         resume(tmp_path / "out")

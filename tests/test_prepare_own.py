@@ -64,7 +64,7 @@ def test_one_text_is_split_in_itself(needs, prepare, tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_files_of_many_kinds(needs, prepare, tokenizer):
+def test_files_of_many_kinds(shared_memory, needs, prepare, tokenizer):
     needs(tokenizer)
     datasets = pytest.importorskip("datasets")
     bodies = [f"file {'abcdefghijkl'[i] * 2} says hello to all of them" for i in range(12)]

@@ -8,19 +8,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, TINY
 
+import train
+from brisk.checkpoint import load_checkpoint
 from brisk.stopping import StopRequest, stop_requests
+from configurator import configure
 
 LONG = {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 1000, "dropout": 0.1}
 
 
+@pytest.fixture(scope="module")
+def whole(char_data, tmp_path_factory):
+    """The last checkpoint of that run, never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    given = {**TINY, **LONG, "data_dir": char_data, "out_dir": out}
+    train.main(configure(train.TrainConfig, [f"--{key}={value}" for key, value in given.items()]))
+    return load_checkpoint(out / "last.pt")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_run_goes_on_to_the_bit(settings, train_tiny, resume, tmp_path, number):
-    train = str(Path(__file__).parent.parent / "train.py")
+def test_a_stopped_run_goes_on_to_the_bit(settings, whole, resume, tmp_path, number):
     argv = settings(tmp_path / "stopped", log_interval=1, **LONG)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, train, *argv], stdout=subprocess.PIPE, env=env)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *argv], stdout=subprocess.PIPE, env=env
+    )
     lines = iter(process.stdout.readline, b"")
     assert any(line.startswith(b"iter 20:") for line in lines)
     process.send_signal(number)
@@ -30,7 +44,6 @@ def test_a_stopped_run_goes_on_to_the_bit(settings, train_tiny, resume, tmp_path
     assert 20 < step < 400 and f"saved step {step}".encode() in said
 
     resumed = resume(tmp_path / "stopped").checkpoint()
-    whole = train_tiny(tmp_path / "whole", **LONG).checkpoint()
     assert resumed["iter_num"] == whole["iter_num"] == 401
     for name, weight in whole["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
@@ -39,12 +52,12 @@ def test_a_stopped_run_goes_on_to_the_bit(settings, train_tiny, resume, tmp_path
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
 @pytest.mark.parametrize("whom, number", [("torchrun", signal.SIGTERM), ("rank 1", signal.SIGUSR1)])
 def test_all_processes_stop_after_the_same_step(
-    settings, resumed_settings, torchrun, train_tiny, tmp_path, whom, number
+    settings, resumed_settings, torchrun, tmp_path, whom, number
 ):
     """Told by torchrun, or one of them alone, they stop together, and go on together."""
-    out, root = tmp_path / "out", Path(__file__).parent.parent
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(root / "train.py"), *settings(out, **LONG)]
+    command += [str(ROOT / "train.py"), *settings(out, **LONG)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     lines = iter(process.stdout.readline, b"")
@@ -79,9 +92,6 @@ def test_a_stop_amid_an_evaluation_need_not_wait_for_its_end(
     settings, resume, train_tiny, tmp_path, monkeypatch
 ):
     """The step before it is saved, and the run goes on with that evaluation, to the bit."""
-    import train
-    from configurator import configure
-
     whole = train_tiny(tmp_path / "whole", dropout=0.1)
     stop, batches, original = StopRequest(), [], train.to_device
 
@@ -111,9 +121,6 @@ def test_the_handlers_before_come_back():
 
 
 def test_a_stop_before_the_first_step_saves_nothing(settings, tmp_path, capsys):
-    import train
-    from configurator import configure
-
     stop = StopRequest()
     stop.number = signal.SIGTERM
     with pytest.raises(SystemExit) as left:

@@ -1,5 +1,6 @@
 """Tokenizing on many cores, in parts, and after a kill gives what one process gives at one go."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -215,6 +216,19 @@ def test_a_missing_bin_is_noticed(tmp_path, killed):
     assert finish(tmp_path, killed) == in_all()
 
 
+def test_without_semaphores_one_process_does_it(tmp_path, monkeypatch, capsys):
+    """As on Linux without a writable /dev/shm."""
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tokenizing, "BATCH", 100)
+    monkeypatch.setattr("_multiprocessing.SemLock", refused)
+    shared = write(tmp_path / "shared", small_bpe(), TEXTS, workers=2)
+    assert "in one process" in capsys.readouterr().out
+    assert shared == write(tmp_path / "alone", small_bpe(), TEXTS, workers=1)
+
+
 @pytest.mark.parametrize("texts", [TEXTS, ["another", *TEXTS]], ids=["the same", "another text"])
 def test_an_interruption_has_a_line_of_its_own(tmp_path, killed, capsys, texts):
     """The bar is shown from the start where a file is resumed, or begun again."""
@@ -230,7 +244,7 @@ def test_an_interruption_has_a_line_of_its_own(tmp_path, killed, capsys, texts):
     assert left.value.code == 130 and err.endswith("\ninterrupted\n") and "tokenizing" in err
 
 
-def test_workers_that_die_are_told_and_gone_on_from(tmp_path, monkeypatch):
+def test_workers_that_die_are_told_and_gone_on_from(shared_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "BATCH", 1000)
     monkeypatch.setattr(tokenizing, "SAVE_EVERY", -1)
 

@@ -15,6 +15,7 @@ import train
 from brisk.checkpoint import save_checkpoint
 from brisk.corpus import write_dataset
 from brisk.errors import UserError
+from brisk.inputs import vocabulary_rows
 from brisk.loader import TokenFile
 from brisk.tokenizer import CharTokenizer
 from configurator import configure
@@ -612,7 +613,7 @@ def test_characters_have_exactly_their_rows(trained, text):
     [("char", 65, 65), ("byte", 257, 257), ("bpe", 1000, 1024), ("bpe", 50257, 50304)],
 )
 def test_rows_of_the_vocabulary(kind, size, rows):
-    assert train.vocabulary_rows(SimpleNamespace(kind=kind, vocab_size=size)) == rows
+    assert vocabulary_rows(SimpleNamespace(kind=kind, vocab_size=size)) == rows
 
 
 def test_ids_without_a_description_are_gpt2s(train_tiny, tmp_path, monkeypatch):
