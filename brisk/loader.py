@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from brisk import repository
 from brisk.document_index import document_index
 from brisk.errors import UserError, nearest
 
@@ -121,13 +122,16 @@ def find_data_dir(data_dir, dataset):
     Raises `UserError` with the command that makes the data set where it is not there.
     """
     folder = Path(data_dir) if data_dir else Path("data", dataset)
-    if not folder.is_dir() and not data_dir:
-        folder = Path(__file__).parent.parent / folder  # started from another directory
+    clone = repository()
+    if not folder.is_dir() and not data_dir and clone:
+        folder = clone / folder  # started from another directory
     missing = [name for name in ("train.bin", "val.bin") if not os.path.isfile(folder / name)]
     if missing:
         made = f"make it with: python {folder / 'prepare.py'}"
         known = sorted(path.parent.name for path in folder.parent.glob("*/prepare.py"))
-        if not (folder / "prepare.py").exists():
+        if not known and not clone:
+            made = "prepare it in a clone of briskGPT and name its folder: --data_dir=PATH"
+        elif not (folder / "prepare.py").exists():
             made = f"data sets that can be made here: {', '.join(known) or 'none'}"
             made += nearest(folder.name, known)
         raise UserError(f"no {' and no '.join(missing)} in {folder}; {made}")
