@@ -137,10 +137,10 @@ def loss(model, file, counts, device, batch_size=16, stride=0, all_positions=Fal
     T, tokens = model.config.block_size, file.tokens
     if stride > T:
         raise UserError(f"stride={stride} leaves tokens out: the model's block_size is {T}")
-    of_documents = file.starts is not None
+    of_documents = file.documents is not None
     starts, ends = np.array([1]), np.array([len(tokens)])  # of the targets in the file
     if of_documents:
-        starts, ends = file.starts[:-1], file.ends
+        starts, ends = file.documents.T
     text, begin, end, new = windows(ends - starts, T, stride or T)
     scored = end - (begin if all_positions else new)
     first, last = (
@@ -176,8 +176,9 @@ def count_text(file, tokenizer):
     pieces = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
     pieces[file.eot] = b""
     often = np.zeros(len(pieces), dtype=np.int64)
-    for first in range(0, file.starts[-1], SCAN):
-        part = file.tokens[first : min(first + SCAN, file.starts[-1])]
+    end = file.documents[-1, 1]
+    for first in range(0, end, SCAN):
+        part = file.tokens[first : min(first + SCAN, end)]
         often += np.bincount(part, minlength=len(pieces))[: len(pieces)]
     # Of a character's bytes in UTF-8, all but the first are 10xxxxxx.
     characters = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]

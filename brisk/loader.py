@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from brisk import repository
+from brisk.document_index import document_index
 from brisk.errors import UserError, nearest
 
 SCAN = 1 << 26  # tokens that are checked against the vocabulary when a file is opened
@@ -51,24 +53,21 @@ class TokenFile:
             raise UserError(f"{path} has {what}; use a longer text or a smaller --block_size")
         self.tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
         self.check(self.tokens[:SCAN])
-        self.starts = self.document_starts(eot) if rows == "documents" else None
+        self.documents = self.find_documents(eot) if rows == "documents" else None
         self.eot = eot
-        if self.starts is None:
+        if self.documents is None:
             self.rows = max(1, len(self.tokens) // block_size - 1)  # leaves room for the offset
         else:
-            self.rows = len(self.starts) - 1
+            self.rows = len(self.documents)
 
-    def document_starts(self, eot):
-        """Where each document with a token in it starts; last, where the last one ends."""
+    def find_documents(self, eot):
+        """(first, end) of each document: its first token, and just past its end-of-text."""
         if eot is None:
             raise UserError(f"rows=documents: the tokenizer of {self.path} has no end-of-text")
-        ends = np.flatnonzero(self.tokens == eot)
-        starts = np.concatenate([[0], ends + 1])
-        starts = starts[:-1][np.diff(starts) > 1]
-        if len(starts) == 0:
+        documents = document_index(self.path, self.tokens, eot)
+        if len(documents) == 0:
             raise UserError(f"rows=documents: {self.path} has no document that ends")
-        self.ends = ends[np.searchsorted(ends, starts)] + 1  # just past the end-of-text
-        return np.append(starts, self.ends[-1])
+        return documents
 
     def indices(self, positions):
         """The (epoch, row) pairs at `positions` (an array): every row once in an epoch."""
@@ -85,7 +84,7 @@ class TokenFile:
         """`count` rows from `position` on: (x, y), int64 tensors of shape (count, block_size)."""
         epochs, rows = self.indices(position + np.arange(count))
         T = self.block_size
-        if self.starts is None:
+        if self.documents is None:
             slack = len(self.tokens) - 1 - self.rows * T  # tokens that no row of a grid reaches
             keys = [hash64(self.seed + 1, int(epoch)) for epoch in epochs]
             offsets = [0 if self.evenly else key % (slack + 1) for key in keys]
@@ -93,7 +92,7 @@ class TokenFile:
             window = self.tokens[first[:, None] + np.arange(T + 1)].astype(np.int64)
             x, y = window[:, :-1], window[:, 1:]
         else:
-            first, end = self.starts[rows][:, None], self.ends[rows][:, None]
+            first, end = self.documents[rows].T[:, :, None]
             at = first + np.arange(T)
             y = np.where(at < end, self.tokens[np.minimum(at, end - 1)].astype(np.int64), -1)
             x = np.concatenate([np.full((count, 1), self.eot), np.maximum(y[:, :-1], 0)], axis=1)
@@ -103,10 +102,11 @@ class TokenFile:
 
     def targets(self, position, count):
         """How many targets that are not -1 the `count` rows from `position` on have."""
-        if self.starts is None:
+        if self.documents is None:
             return count * self.block_size
         _, rows = self.indices(position + np.arange(count))
-        return int(np.minimum(self.ends[rows] - self.starts[rows], self.block_size).sum())
+        first, end = self.documents[rows].T
+        return int(np.minimum(end - first, self.block_size).sum())
 
     def check(self, ids, where=""):
         if ids.size and (highest := int(ids.max())) >= self.vocab_size:
@@ -122,13 +122,16 @@ def find_data_dir(data_dir, dataset):
     Raises `UserError` with the command that makes the data set where it is not there.
     """
     folder = Path(data_dir) if data_dir else Path("data", dataset)
-    if not folder.is_dir() and not data_dir:
-        folder = Path(__file__).parent.parent / folder  # started from another directory
+    clone = repository()
+    if not folder.is_dir() and not data_dir and clone:
+        folder = clone / folder  # started from another directory
     missing = [name for name in ("train.bin", "val.bin") if not os.path.isfile(folder / name)]
     if missing:
         made = f"make it with: python {folder / 'prepare.py'}"
         known = sorted(path.parent.name for path in folder.parent.glob("*/prepare.py"))
-        if not (folder / "prepare.py").exists():
+        if not known and not clone:
+            made = "prepare it in a clone of briskGPT and name its folder: --data_dir=PATH"
+        elif not (folder / "prepare.py").exists():
             made = f"data sets that can be made here: {', '.join(known) or 'none'}"
             made += nearest(folder.name, known)
         raise UserError(f"no {' and no '.join(missing)} in {folder}; {made}")

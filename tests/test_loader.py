@@ -1,11 +1,14 @@
 """Batches: every row once an epoch, each a pure function of (seed, position)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import brisk
 from brisk import loader
 from brisk.errors import UserError
 from brisk.loader import TokenFile, find_data_dir, hash64, shuffled
@@ -261,6 +264,45 @@ def test_data_are_found_from_the_folder_one_works_in(tmp_path, monkeypatch):
         (folder / name).touch()
     assert find_data_dir("", "mine").resolve() == folder
     assert find_data_dir(str(folder), "openwebtext") == folder
+
+
+def test_data_are_found_from_another_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "clone" / "data" / "mine"
+    folder.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        (folder / name).touch()
+    monkeypatch.setattr(loader, "repository", lambda: tmp_path / "clone")
+    monkeypatch.chdir(tmp_path)
+    assert find_data_dir("", "mine") == folder
+
+
+def test_repository_is_the_clone(tmp_path, monkeypatch):
+    """Wherever in the package the caller stands; an installed package has none."""
+    assert brisk.repository().samefile(Path(__file__).parent.parent)
+    assert (brisk.repository() / "train.py").exists()
+    monkeypatch.setattr(brisk, "__file__", str(tmp_path / "site-packages/brisk/__init__.py"))
+    assert brisk.repository() is None
+
+
+def test_a_missing_data_set_of_an_installed_package(tmp_path, monkeypatch):
+    """The message is about the folder that the person is in, not about site-packages."""
+    monkeypatch.setattr(loader, "repository", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        find_data_dir("", "shakespeare")
+    where, remedy = str(caught.value).split("; ")
+    assert where == f"no train.bin and no val.bin in {Path('data', 'shakespeare')}"
+    assert "clone" in remedy and "--data_dir" in remedy
+    own = Path("data", "shakespeare", "prepare.py")
+    own.parent.mkdir(parents=True)
+    own.touch()
+    with pytest.raises(UserError, match="make it with: python data"):
+        find_data_dir("", "shakespeare")
+
+
+def test_a_folder_of_no_data_set(tmp_path):
+    with pytest.raises(UserError, match=r"data sets that can be made here: none$"):
+        find_data_dir(str(tmp_path / "empty"), "openwebtext")
 
 
 # ----------------------------------------------------------------------------- the shuffle
