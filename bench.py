@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from brisk.corpus import read_meta
+from brisk.data.dataset import read_meta
+from brisk.data.loader import TokenFile, to_device
 from brisk.device import cpu_training_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors
-from brisk.loader import TokenFile, to_device
-from brisk.memory import check_fits, in_bytes, peak_memory
+from brisk.training.memory import check_fits, in_bytes, peak_memory
 from configurator import PositiveInt, Seed, configure
 from model import GPT, GPTConfig
 

@@ -11,7 +11,7 @@
 is the split in windows of block_size, end-of-text tokens and all, or, where it was trained with
 rows=documents or on characters or words with an end-of-text, one document after another, each
 from its start. Standard output is the result
-alone; `loss` and the tasks in brisk/tasks.py say what its figures are.
+alone; `loss` and the tasks in brisk/evaluation/tasks.py say what its figures are.
 """
 
 import json
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from brisk.corpus import load_tokenizer, read_meta
+from brisk.data.dataset import load_tokenizer, read_meta
+from brisk.data.loader import SCAN, TokenFile, find_data_dir
+from brisk.data.tokenizer import knows_documents
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
-from brisk.loader import SCAN, TokenFile, find_data_dir
-from brisk.scoring import batches, padded, token_nats, windows
-from brisk.tasks import addition, hellaswag, lambada
-from brisk.tokenizer import knows_documents
+from brisk.evaluation.scoring import batches, padded, token_nats, windows
+from brisk.evaluation.tasks import addition, hellaswag, lambada
 from configurator import NonNegativeInt, PositiveInt, configure
 from sample import load
 

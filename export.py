@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from brisk.data.tokenizer import EOT, knows_documents
 from brisk.errors import UserError, one_line_errors
-from brisk.families import to_hugging_face
-from brisk.gguf_file import is_gguf_export, write_gguf
-from brisk.huggingface import is_export, write_directory
-from brisk.tokenizer import EOT, knows_documents
+from brisk.interop.families import to_hugging_face
+from brisk.interop.gguf import is_gguf_export, write_gguf
+from brisk.interop.huggingface import is_export, write_directory
 from configurator import configure
 from sample import load
 

@@ -157,7 +157,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         if self.training and drops_on_cpu(x, self.p):
-            from brisk.dropout import dropout
+            from brisk.cpu.dropout import dropout
 
             return dropout(x, self.p)
         return super().forward(x)
@@ -207,7 +207,9 @@ class CausalSelfAttention(nn.Module):
         causal = k.size(2) == T  # with more keys than queries there is one query, which sees all
         dropout = self.dropout if self.training else 0.0
         if drops_on_cpu(x, dropout):
-            from brisk.attention import attention  # the fused kernel below knows no dropout there
+            from brisk.cpu.attention import (
+                attention,  # the fused kernel below knows no dropout there
+            )
 
             y = attention(q, k, v, dropout)
         else:
@@ -398,7 +400,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         if not return_logits:
-            from brisk.loss import linear_cross_entropy
+            from brisk.training.loss import linear_cross_entropy
 
             head = self.lm_head.weight
             return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
@@ -408,7 +410,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """The normalised output of the last block (B, T, n_embd) for token ids (B, T).
 
-        With a `cache` (`brisk.kv_cache.KVCache`) T is 1: `idx` stands at the position after those
+        With a `cache` (`KVCache`) T is 1: `idx` stands at the position after those
         that each row has in it, and is taken in.
         """
         start, before = cache.step(idx) if cache else (0, None)
@@ -448,7 +450,7 @@ class GPT(nn.Module):
 
         `temperature=0` takes the likeliest token. Further options: `brisk.generation.generate`.
         """
-        from brisk.generation import generate
+        from brisk.generation.generate import generate
 
         return generate(self, idx, max_new_tokens, temperature, top_k, **options)
 
@@ -457,7 +459,7 @@ class GPT(nn.Module):
         """GPT-2 from the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a GPT-2 or
         Qwen3 from a directory such as export.py writes, in eval mode. `override_args` may set
         `dropout`."""
-        from brisk.huggingface import load_pretrained
+        from brisk.interop.huggingface import load_pretrained
 
         config_args, state_dict = load_pretrained(name_or_directory)
         return cls.with_weights(config_args, state_dict, override_args)
@@ -527,8 +529,8 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=None):
         """AdamW in nanoGPT's two groups: matrices and embeddings decay, vectors do not. With
         `muon`, its (learning rate, momentum), Muon for the matrices in the blocks; a third entry
-        is the processes that share its work, a `brisk.distributed.Ranks`."""
-        from brisk.optim import adamw, muon_adamw
+        is the processes that share its work, a `brisk.distributed.process_group.Ranks`."""
+        from brisk.training.optim import adamw, muon_adamw
 
         if muon:
             return muon_adamw(self, weight_decay, learning_rate, betas, device_type, *muon)

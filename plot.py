@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from brisk.curves import draw, picture_kind, read_runs, save
 from brisk.errors import UserError, one_line_errors
+from brisk.reporting.curves import draw, picture_kind, read_runs, save
 from configurator import PositiveInt, configure
 
 

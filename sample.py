@@ -24,16 +24,16 @@ from typing import Annotated, Literal, get_type_hints
 import torch
 
 from brisk.checkpoint import best_checkpoint, load_checkpoint
-from brisk.conversation import converse
-from brisk.corpus import load_tokenizer
+from brisk.data.dataset import load_tokenizer
+from brisk.data.tokenizer import EOT, from_dict, gpt2, knows_documents
 from brisk.device import open_device, resolve_compile
 from brisk.errors import UserError, nearest, one_line_errors
-from brisk.generation import TextStream
-from brisk.huggingface import GPT2_NAMES
-from brisk.likeliest import as_table, likeliest_next
-from brisk.prompts import open_new, read_prompt, read_prompts, write_sample
-from brisk.tokenizer import EOT, from_dict, gpt2, knows_documents
-from brisk.tokenizer_files import read_tokenizer
+from brisk.generation.generate import TextStream
+from brisk.generation.prompts import open_new, read_prompt, read_prompts, write_sample
+from brisk.generation.repl import converse
+from brisk.generation.top_tokens import as_table, likeliest_next
+from brisk.interop.huggingface import GPT2_NAMES
+from brisk.interop.tokenizer_json import read_tokenizer
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,

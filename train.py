@@ -17,21 +17,21 @@ from typing import Literal
 import torch
 
 from brisk.checkpoint import load_checkpoint
-from brisk.distributed import clean_end
+from brisk.data.loader import hash64, to_device
+from brisk.distributed.activation_checkpointing import recompute_in_backward
+from brisk.distributed.broadcast import handed_out
+from brisk.distributed.process_group import clean_end
 from brisk.errors import UserError, one_line_errors
-from brisk.handing import handed_out
-from brisk.inputs import open_data
-from brisk.loader import hash64, to_device
-from brisk.memory import check_fits, peak_memory
-from brisk.optim import learning_rate_at, step_unless
-from brisk.plan import make_plan
-from brisk.preview import draw_samples
-from brisk.recompute import recompute_in_backward
-from brisk.run import Outcome, conclude, open_run, peak_flops_of
-from brisk.runlog import Forecast
-from brisk.spikes import SpikeWatch
-from brisk.starting import load_start, resolve, resumed_position
-from brisk.state import TrainState
+from brisk.generation.preview import draw_samples
+from brisk.reporting.run_log import Forecast
+from brisk.training.inputs import open_data
+from brisk.training.memory import check_fits, peak_memory
+from brisk.training.optim import learning_rate_at, step_unless
+from brisk.training.plan import make_plan
+from brisk.training.resume import load_start, resolve, resumed_position
+from brisk.training.run import Outcome, conclude, open_run, peak_flops_of
+from brisk.training.spikes import SpikeWatch
+from brisk.training.state import TrainState
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from brisk.data.loader import find_data_dir
 from brisk.errors import UserError, nearest, one_line_errors
-from brisk.loader import find_data_dir
 from configurator import PositiveInt, configure
 from trials import summary, trial, write_tuning_set
 

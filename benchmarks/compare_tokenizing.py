@@ -30,9 +30,9 @@ import tiktoken
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from brisk.corpus import write_dataset
+from brisk.data.dataset import write_dataset
+from brisk.data.tokenizer import gpt2
 from brisk.errors import UserError, one_line_errors
-from brisk.tokenizer import gpt2
 from configurator import PositiveInt, configure
 
 ROOT = Path(__file__).resolve().parents[1]

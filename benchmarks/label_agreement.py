@@ -23,9 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from brisk.checkpoint import best_checkpoint, load_checkpoint
-from brisk.corpus import load_tokenizer, read_meta
+from brisk.data.dataset import load_tokenizer, read_meta
+from brisk.data.tokenizer import EOT
 from brisk.errors import UserError, one_line_errors
-from brisk.tokenizer import EOT
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, configure
 from model import GPT
 

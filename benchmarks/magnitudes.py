@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from brisk.checkpoint import load_checkpoint
-from brisk.corpus import read_meta
+from brisk.data.dataset import read_meta
+from brisk.data.loader import TokenFile, find_data_dir
 from brisk.errors import UserError, one_line_errors
-from brisk.loader import TokenFile, find_data_dir
 from configurator import PositiveInt, configure
 from model import GPT
 

@@ -75,8 +75,8 @@ def step(job):
 
 def brisk_trainer(job):
     """(a function that trains step n and returns its loss, the precision), after train.py."""
+    from brisk.data.loader import TokenFile, hash64, to_device
     from brisk.device import cpu_training_dtype, open_device, resolve_compile
-    from brisk.loader import TokenFile, hash64, to_device
 
     device = open_device(job["device"], job["dtype"])
     model, batch_size = load_model(job), job["batch_size"]

@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from brisk.data.loader import find_data_dir
 from brisk.errors import UserError, one_line_errors
-from brisk.loader import find_data_dir
 from compare_nanogpt import CompareConfig
 from configurator import PositiveInt, configure
 from sides import DATASET, ROOT, alternate, open_sides, run

@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from brisk.memory import in_bytes
+from brisk.training.memory import in_bytes
 
 HEAD = f"{'':<46}{'brisk':>10}{'nanogpt':>10}   {'ratio (lowest to highest)':<27}spreads"
 

@@ -19,9 +19,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from brisk.data.loader import TokenFile
+from brisk.data.text_files import find_file
 from brisk.errors import UserError
-from brisk.loader import TokenFile
-from brisk.rawtext import find_file
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]

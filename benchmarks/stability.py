@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate
 import train
-from brisk.corpus import read_meta
+from brisk.data.dataset import read_meta
+from brisk.data.loader import find_data_dir
 from brisk.errors import RunError, UserError, nearest, one_line_errors
-from brisk.loader import find_data_dir
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, configure
 from trials import ROOT, write_tuning_set
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from brisk.corpus import load_tokenizer, read_meta, write_dataset
+from brisk.data.dataset import load_tokenizer, read_meta, write_dataset
 from brisk.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

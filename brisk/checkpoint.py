@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from brisk.errors import UserError, one_line
-from brisk.memory import in_bytes
+from brisk.training.memory import in_bytes
 
 PARTS = {  # what loading relies on, where it is there
     "optimizer": (dict,),

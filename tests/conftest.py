@@ -34,9 +34,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
 
 from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
-from brisk.corpus import load_tokenizer, read_meta, write_dataset  # noqa: E402
+from brisk.data.dataset import load_tokenizer, read_meta, write_dataset  # noqa: E402
+from brisk.data.tokenizer import CharTokenizer, gpt2  # noqa: E402
 from brisk.errors import UserError, one_line_errors  # noqa: E402
-from brisk.tokenizer import CharTokenizer, gpt2  # noqa: E402
 from configurator import configure  # noqa: E402
 
 # Shakespeare, sonnets 18 and 116.

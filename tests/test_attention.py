@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from brisk import attention as module
-from brisk.attention import attention
+from brisk.cpu import attention as module
+from brisk.cpu.attention import attention
 from model import GPT, GPTConfig
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brisk.corpus import write_dataset
+from brisk.data.dataset import write_dataset
+from brisk.data.loader import TokenFile
+from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError
-from brisk.loader import TokenFile
-from brisk.tokenizer import CharTokenizer
 from configurator import configure
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brisk.corpus import load_tokenizer, read_meta, split_text, write_dataset
+from brisk.data.dataset import load_tokenizer, read_meta, split_text, write_dataset
+from brisk.data.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer
 
 DOCUMENTS = [
     f"Document {i}.\nIt has {i * i} lines,\n\nsome of them in Grün or 你好.\n" for i in range(40)

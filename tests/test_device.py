@@ -7,8 +7,8 @@ import torch
 
 from brisk.device import Device, cpu_training_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError
-from brisk.memory import expected_memory, in_bytes, peak_memory
-from brisk.optim import learning_rate_at
+from brisk.training.memory import expected_memory, in_bytes, peak_memory
+from brisk.training.optim import learning_rate_at
 from model import GPT, GPTConfig
 
 CPU = Device(torch.device("cpu"), "float32")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brisk.checkpoint import load_checkpoint
-from brisk.distributed import Ranks
+from brisk.distributed.process_group import Ranks
 from brisk.errors import UserError
 
 small = st.integers(1, 40)

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brisk import document_index as module
-from brisk.corpus import write_dataset
-from brisk.document_index import describe, document_index, find_documents, save
-from brisk.loader import TokenFile
-from brisk.tokenizer import CharTokenizer
+from brisk.data import document_index as module
+from brisk.data.dataset import write_dataset
+from brisk.data.document_index import describe, document_index, find_documents, save
+from brisk.data.loader import TokenFile
+from brisk.data.tokenizer import CharTokenizer
 
 EOT = 9
 TOKENS = np.array([1, EOT, 2, 3, EOT, EOT, 4, 5, 6, EOT, EOT, 7, 8, EOT, 1, 2] * 3)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brisk import rawtext
-from brisk.documents import (
+from brisk.data import text_files
+from brisk.data.documents import (
     Corpus,
     Span,
     find_files,
@@ -18,8 +18,8 @@ from brisk.documents import (
     sample_evenly,
     split_documents,
 )
+from brisk.data.tables import CsvFile
 from brisk.errors import UserError
-from brisk.tables import CsvFile
 
 
 def table(folder, content, name="a.csv", encoding="utf-8"):
@@ -51,7 +51,7 @@ def test_quotes_and_line_breaks_in_fields(tmp_path, monkeypatch):
     content = 'text,label\r\n"one ""two"", three\r\nfour",1\r\n\r\nfive,""\r\n"",0'
     expected = [('one "two", three\nfour', "1"), ("five", ""), ("", "0")]
     assert rows(tmp_path, content) == expected
-    monkeypatch.setattr(rawtext, "PIECE", 3)
+    monkeypatch.setattr(text_files, "PIECE", 3)
     assert rows(tmp_path, content) == expected
 
 
@@ -157,7 +157,7 @@ def test_a_file_alone_that_is_no_text_is_told(tree):
 def test_lines_as_documents(tree, monkeypatch):
     (tree / "lines.txt").write_text("one\n\ntwo\r\n three\nfour")
     for piece in (2, 2**20):
-        monkeypatch.setattr(rawtext, "PIECE", piece)
+        monkeypatch.setattr(text_files, "PIECE", piece)
         assert list(Corpus("lines.txt", lines=True)) == ["one", "two", " three", "four"]
 
 
@@ -225,7 +225,9 @@ def test_a_span_is_a_slice(parts, first, last):
 
 def test_equal_texts_have_equal_keys(tmp_path):
     (tmp_path / "a.txt").write_text("the same")
-    assert key_of("the same") == key_of(rawtext.TextFile(tmp_path / "a.txt")) != key_of("another")
+    assert (
+        key_of("the same") == key_of(text_files.TextFile(tmp_path / "a.txt")) != key_of("another")
+    )
 
 
 def test_a_sample_is_as_large_as_asked_for_and_from_everywhere():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from brisk.dropout import dropout
+from brisk.cpu.dropout import dropout
 
 
 @pytest.mark.parametrize("p", [0.01, 0.2, 0.9])

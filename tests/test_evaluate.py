@@ -12,10 +12,10 @@ from torch.nn import functional as F
 import bench
 import evaluate
 from brisk.checkpoint import load_checkpoint
+from brisk.data.loader import TokenFile
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, from_dict
 from brisk.device import open_device
 from brisk.errors import UserError
-from brisk.loader import TokenFile
-from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, from_dict
 from configurator import configure
 from model import GPT, GPTConfig
 
@@ -253,7 +253,7 @@ def test_broken_items_are_one_line_and_status_2(train_tiny, quick_script, tmp_pa
 
 
 def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(model, write_tokens, monkeypatch):
-    monkeypatch.setattr("brisk.loader.SCAN", 4)
+    monkeypatch.setattr("brisk.data.loader.SCAN", 4)
     file = write_tokens([1, 2, 3, 4, 5, 13, 1])
     with pytest.raises(UserError, match="token id 13"):
         evaluate.loss(model, file, {}, CPU)

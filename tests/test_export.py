@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 import export
 import sample
 from brisk.checkpoint import save_checkpoint
-from brisk.errors import UserError
-from brisk.tokenizer import (
+from brisk.data.tokenizer import (
     EOT,
     ByteTokenizer,
     CharTokenizer,
@@ -19,7 +18,8 @@ from brisk.tokenizer import (
     from_dict,
     train_bpe,
 )
-from brisk.tokenizer_files import last_merge, read_tokenizer, to_tokenizers, tokenizer_files
+from brisk.errors import UserError
+from brisk.interop.tokenizer_json import last_merge, read_tokenizer, to_tokenizers, tokenizer_files
 from configurator import configure
 from model import GPT, GPTConfig
 
@@ -356,7 +356,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("brisk.huggingface.save_file", full)
+    monkeypatch.setattr("brisk.interop.huggingface.save_file", full)
     with pytest.raises(UserError, match="No space left"):
         model = make_model(tokenizer, n_layer=1)
         run_export(tmp_path / "out", model, tokenizer, to=tmp_path / "to", overwrite=True)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import train
 from brisk.checkpoint import load_checkpoint
 from brisk.device import Device
-from brisk.distributed import Ranks
+from brisk.distributed.process_group import Ranks
+from brisk.distributed.sharded_work import rows_of
 from brisk.errors import UserError
-from brisk.memory import expected_memory, shared_state, state_memory
-from brisk.turns import rows_of
+from brisk.training.memory import expected_memory, shared_state, state_memory
 from configurator import configure
 from model import GPT, GPTConfig
 
@@ -160,7 +160,7 @@ POISONED = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from brisk.errors import one_line_errors
-from brisk.spikes import SpikeWatch
+from brisk.training.spikes import SpikeWatch
 import train
 
 look, poisoned = SpikeWatch.look, []
@@ -203,8 +203,8 @@ def test_a_stop_is_one_of_all_processes(settings, resume, torchrun, train_tiny, 
     stopped.write_text(
         POISONED.replace("step == 6", "step == 2 + int(train.os.environ['RANK'])")
         .replace('loss = loss * float("nan")', "stop.number = 15")
-        .replace("import train\n", "import os, brisk.stopping, train\ntrain.os = os\n")
-        .replace("look, poisoned", "stop = brisk.stopping.StopRequest()\nlook, poisoned")
+        .replace("import train\n", "import os, brisk.training.signals, train\ntrain.os = os\n")
+        .replace("look, poisoned", "stop = brisk.training.signals.StopRequest()\nlook, poisoned")
         .replace("sys.argv[1:])", "sys.argv[1:]), stop")
     )
     changes = {**SIZES, **CLASSIC}
@@ -250,8 +250,8 @@ def test_rows_are_cut_as_fsdp_cuts_them(rows, world_size):
 HELD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import brisk.saving
-from brisk.distributed import local
+import brisk.training.async_checkpoint
+from brisk.distributed.process_group import local
 import train
 
 def save(self, state, *_):
@@ -261,7 +261,7 @@ def save(self, state, *_):
     # in one piece: two processes write to one pipe
     sys.stdout.write(f"held {{2 * sum(weights.values()) + sum(moments)}}\\n")
 
-brisk.saving.Saver.save = save
+brisk.training.async_checkpoint.Saver.save = save
 train.main(train.configure(train.TrainConfig, sys.argv[1:]))
 """
 

@@ -18,8 +18,8 @@ import export
 import plot
 import sample
 import train
-from brisk.corpus import write_dataset
-from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, train_bpe
+from brisk.data.dataset import write_dataset
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, train_bpe
 from configurator import check_values, configure
 
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brisk.decoding import Decoder
-from brisk.generation import TextStream, draw, generate
-from brisk.kv_cache import KVCache, fill, next_token_logits
-from brisk.likeliest import as_table, likeliest_next
-from brisk.tokenizer import ByteTokenizer, CharTokenizer
+from brisk.cpu.decode import Decoder
+from brisk.data.tokenizer import ByteTokenizer, CharTokenizer
+from brisk.generation.generate import TextStream, draw, generate
+from brisk.generation.kv_cache import KVCache, fill, next_token_logits
+from brisk.generation.top_tokens import as_table, likeliest_next
 from model import GPT, GPTConfig
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_export import CHARACTERS, MODELS, TEXTS, make_model, make_tokenizer, run_export
 
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer, byte_alphabet
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer, byte_alphabet
 
 gguf = pytest.importorskip("gguf")
 

@@ -19,7 +19,7 @@ import export
 import plot
 import sample
 import train
-from brisk.corpus import load_tokenizer
+from brisk.data.dataset import load_tokenizer
 from brisk.errors import one_line
 from configurator import configure
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from brisk.errors import UserError
-from brisk.families import weight_shapes
-from brisk.huggingface import GPT2_NAMES, load_pretrained
+from brisk.interop.families import weight_shapes
+from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")

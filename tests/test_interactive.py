@@ -11,7 +11,7 @@ import pytest
 from test_sample import CHARACTERS, DASHES, SCRIPT, records, texts, write_checkpoint
 
 import sample
-from brisk.tokenizer import EOT, CharTokenizer
+from brisk.data.tokenizer import EOT, CharTokenizer
 from configurator import configure
 
 

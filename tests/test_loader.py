@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import brisk
-from brisk import loader
+from brisk.data import loader
+from brisk.data.loader import TokenFile, find_data_dir, hash64, shuffled
 from brisk.errors import UserError
-from brisk.loader import TokenFile, find_data_dir, hash64, shuffled
 
 EOT = 99
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from brisk.distributed import Ranks
+from brisk.distributed.process_group import Ranks
 from brisk.errors import UserError
-from brisk.lock import FolderLock
+from brisk.training.lock import FolderLock
 
 ROOT = Path(__file__).parent.parent
 LONG = {"max_iters": 100000, "eval_interval": 50, "log_interval": 10}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from brisk.loss import linear_cross_entropy
+from brisk.training.loss import linear_cross_entropy
 
 N, C, V = 50, 16, 37
 

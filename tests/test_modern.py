@@ -15,12 +15,12 @@ import evaluate
 import sample
 import train
 from brisk.checkpoint import load_checkpoint
-from brisk.decoding import Decoder
+from brisk.cpu.decode import Decoder
 from brisk.device import Device
 from brisk.errors import UserError
-from brisk.generation import generate
-from brisk.kv_cache import KVCache, fill
-from brisk.memory import expected_memory
+from brisk.generation.generate import generate
+from brisk.generation.kv_cache import KVCache, fill
+from brisk.training.memory import expected_memory
 from configurator import configure
 from model import GPT, GPTConfig
 

@@ -21,15 +21,15 @@ from conftest import TEXT, TINY, ending
 import export
 import train
 from brisk.checkpoint import load_checkpoint
-from brisk.corpus import load_tokenizer, read_meta, verify_data
-from brisk.curves import draw, read_runs
+from brisk.data.dataset import load_tokenizer, read_meta, verify_data
+from brisk.data.loader import TokenFile
+from brisk.data.tokenizer import from_dict
 from brisk.device import open_device
 from brisk.errors import UserError
-from brisk.loader import TokenFile
-from brisk.optim import load_optimizer
-from brisk.tasks import lambada
-from brisk.tokenizer import from_dict
-from brisk.tokenizer_files import read_tokenizer
+from brisk.evaluation.tasks import lambada
+from brisk.interop.tokenizer_json import read_tokenizer
+from brisk.reporting.curves import draw, read_runs
+from brisk.training.optim import load_optimizer
 from configurator import configure
 from model import GPT
 
@@ -330,7 +330,7 @@ def test_byte_pairs_in_a_checkpoint_without_all_bytes(trained_pairs):
 
 @pytest.fixture(scope="module")
 def trained_pairs():
-    from brisk.tokenizer import train_bpe
+    from brisk.data.tokenizer import train_bpe
 
     return train_bpe([TEXT], 300).to_dict()
 

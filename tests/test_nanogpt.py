@@ -18,8 +18,8 @@ import torch
 
 import sample
 from brisk.checkpoint import load_checkpoint
-from brisk.corpus import load_tokenizer, read_meta
-from brisk.optim import load_optimizer
+from brisk.data.dataset import load_tokenizer, read_meta
+from brisk.training.optim import load_optimizer
 from configurator import as_dict, configure
 from model import GPT, GPTConfig
 from train import TrainConfig

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from brisk.corpus import write_dataset
-from brisk.tokenizer import CharTokenizer
+from brisk.data.dataset import write_dataset
+from brisk.data.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ import torch
 
 from brisk.checkpoint import save_checkpoint
 from brisk.errors import UserError
-from brisk.optim import learning_rate_at, load_optimizer, orthogonalize
+from brisk.training.optim import learning_rate_at, load_optimizer, orthogonalize
 from model import GPT, GPTConfig
 
 BETAS = (0.9, 0.95)

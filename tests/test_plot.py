@@ -15,10 +15,10 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.image import imread
 
-from brisk import curves
-from brisk.curves import draw, elided, leave_picture, read_run, read_runs, save, smoothed
 from brisk.errors import UserError
-from brisk.fonts import fonts_for
+from brisk.reporting import curves
+from brisk.reporting.curves import draw, elided, leave_picture, read_run, read_runs, save, smoothed
+from brisk.reporting.fonts import fonts_for
 
 VAL = [4.0, 2.5, 2.0, 2.25]  # at steps 0, 100, 200, 300: the best is not the last
 
@@ -358,8 +358,8 @@ def test_a_run_leaves_its_picture(train_tiny, tmp_path):
 
 def test_a_stopped_run_leaves_its_picture(settings, tmp_path, monkeypatch):
     import train
-    from brisk.runlog import RunLog
-    from brisk.stopping import StopRequest
+    from brisk.reporting.run_log import RunLog
+    from brisk.training.signals import StopRequest
     from configurator import configure
 
     stop, iteration = StopRequest(), RunLog.iteration

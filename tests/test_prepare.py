@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brisk.corpus import load_tokenizer, read_meta
-from brisk.tokenizer import EOT
+from brisk.data.dataset import load_tokenizer, read_meta
+from brisk.data.tokenizer import EOT
 
 ROOT = Path(__file__).parents[1]
 DATA = os.environ.get("BRISK_DATA", "")

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from brisk import corpus
-from brisk.corpus import join_datasets, write_dataset
+from brisk.data import dataset
+from brisk.data.dataset import join_datasets, write_dataset
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, find_words, train_bpe
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, find_words, train_bpe
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,8 +114,10 @@ def test_the_side_of_a_document_does_not_depend_on_the_files(prepare):
 
 def test_words_and_pairs_are_learned_as_if_the_text_were_in_memory(prepare, monkeypatch):
     pytest.importorskip("tokenizers")
-    monkeypatch.setattr("brisk.rawtext.PIECE", 1000)  # words are cut, and must not be learned so
-    monkeypatch.setattr("brisk.tokenizing.BATCH", 1000)
+    monkeypatch.setattr(
+        "brisk.data.text_files.PIECE", 1000
+    )  # words are cut, and must not be learned so
+    monkeypatch.setattr("brisk.data.tokenize_files.BATCH", 1000)
     rng = random.Random(1)
     text = "".join(f"word{rng.randrange(300)} " for _ in range(5000))
     write("a.txt", text)
@@ -325,7 +327,7 @@ def test_shards_are_tokenized_one_by_one_and_joined(shards):
             "bytes": len(text.replace(EOT, "").encode()),
             "characters": len(text.replace(EOT, "")),
             "documents": text.count(EOT),
-            "sha256": corpus.hashlib.sha256(raw).hexdigest(),
+            "sha256": dataset.hashlib.sha256(raw).hexdigest(),
         }
 
 

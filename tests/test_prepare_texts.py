@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from brisk.tokenizer import find_words
+from brisk.data.tokenizer import find_words
 
 DATA = Path(os.environ.get("BRISK_DATA") or "nowhere")
 

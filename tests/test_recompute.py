@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from brisk.device import Device
-from brisk.memory import expected_memory
-from brisk.recompute import recompute_in_backward
+from brisk.distributed.activation_checkpointing import recompute_in_backward
+from brisk.training.memory import expected_memory
 from model import GPT, GPTConfig
 
 CPU = Device(torch.device("cpu"), "float32")

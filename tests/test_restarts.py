@@ -16,8 +16,8 @@ import torch.distributed as dist
 from test_distributed import assert_same_run
 
 from brisk.checkpoint import load_checkpoint
+from brisk.distributed.rendezvous import lost_peers, name_of_this_start
 from brisk.errors import RunError
-from brisk.joining import lost_peers, name_of_this_start
 
 ROOT = Path(__file__).parent.parent
 LENGTH = {"max_iters": 80, "lr_decay_iters": 80, "eval_interval": 10, "dropout": 0.1}

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import train
 from brisk.checkpoint import save_checkpoint
-from brisk.corpus import write_dataset
+from brisk.data.dataset import write_dataset
+from brisk.data.loader import TokenFile
+from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError
-from brisk.loader import TokenFile
-from brisk.stopping import StopRequest
-from brisk.tokenizer import CharTokenizer
+from brisk.training.signals import StopRequest
 from configurator import configure
 
 EPOCHS = {"max_iters": None, "lr_decay_iters": None}  # leave the length to max_epochs

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from brisk.corpus import write_dataset
+from brisk.data.dataset import write_dataset
+from brisk.data.tokenizer import CharTokenizer, from_dict
 from brisk.errors import UserError
-from brisk.runlog import Forecast, RunLog, cut_metrics, duration
-from brisk.tokenizer import CharTokenizer, from_dict
+from brisk.reporting.run_log import Forecast, RunLog, cut_metrics, duration
 from model import GPT
 
 RECORD = {"loss": 2.5, "step_ms": 20.0, "mfu": 0.5, "tokens_per_second": 1000.0, "tokens": 768}
@@ -152,7 +152,7 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(tmp_path):
     """In a process of its own: wandb starts others, and would ask on a terminal."""
     pytest.importorskip("wandb")
     script = (
-        "import sys; from brisk.runlog import RunLog; log = RunLog();"
+        "import sys; from brisk.reporting.run_log import RunLog; log = RunLog();"
         "log.open(sys.argv[1], 0, 9, {'batch_size': 12}, wandb=('project', 'name'));"
         f"log.evaluation(0, {EVALUATION | {'samples': SAMPLES}});"
         f"log.iteration(0, {RECORD}); log.iteration(1, {RECORD | {'loss': 2.25}}); log.close()"
@@ -336,8 +336,8 @@ def test_an_unknown_character_in_the_start_is_told_before_training(train_tiny, t
 
 
 def test_texts_need_a_tokenizer(train_tiny, char_data, tmp_path, monkeypatch):
-    monkeypatch.setattr("brisk.inputs.load_tokenizer", lambda folder: None)
-    monkeypatch.setattr("brisk.inputs.describe_tokenizer", lambda *_: None)
+    monkeypatch.setattr("brisk.training.inputs.load_tokenizer", lambda folder: None)
+    monkeypatch.setattr("brisk.training.inputs.describe_tokenizer", lambda *_: None)
     run = train_tiny(tmp_path / "out", eval_samples=1)
     assert run.console.count("--eval_samples needs a tokenizer") == 1
     assert not run.series("samples")

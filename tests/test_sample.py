@@ -13,10 +13,10 @@ import tiktoken
 import torch
 
 import sample
-from brisk import generation
-from brisk.corpus import write_dataset
+from brisk.data.dataset import write_dataset
+from brisk.data.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
-from brisk.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
+from brisk.generation import generate
 from configurator import configure
 from model import GPT, GPTConfig
 
@@ -227,8 +227,8 @@ def test_end_of_text_cuts_each_sample_and_is_not_shown(run, folder):
 
 def test_generation_ends_once_all_samples_are_cut(run, monkeypatch):
     steps = []
-    draw = generation.draw
-    monkeypatch.setattr(generation, "draw", lambda *a: steps.append(1) or draw(*a))
+    draw = generate.draw
+    monkeypatch.setattr(generate, "draw", lambda *a: steps.append(1) or draw(*a))
     run("--temperature=0", tokens=200)
     assert len(steps) == 200
     first_drawn = texts(run("--temperature=0", tokens=1))[0][-1]
@@ -328,13 +328,13 @@ def test_a_recorded_sample_can_be_drawn_again(run):
 
 def test_samples_are_on_the_disk_while_the_next_are_drawn(run, monkeypatch):
     monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 1)
-    counts, draw = set(), generation.draw
+    counts, draw = set(), generate.draw
 
     def counting_draw(*args):
         counts.add(len(records("samples.jsonl")))
         return draw(*args)
 
-    monkeypatch.setattr(generation, "draw", counting_draw)
+    monkeypatch.setattr(generate, "draw", counting_draw)
     run("--out=samples.jsonl")
     assert counts == {0, 1, 2}
 

@@ -14,7 +14,7 @@ from test_checkpoint import a_checkpoint, same
 
 from brisk.checkpoint import load_checkpoint, save_checkpoint
 from brisk.errors import RunError, UserError
-from brisk.saving import Saver, on_host
+from brisk.training.async_checkpoint import Saver, on_host
 
 
 def no_space(*_):
@@ -45,7 +45,7 @@ def held(monkeypatch):
         save_checkpoint(*what)
         gate.running -= 1
 
-    monkeypatch.setattr("brisk.saving.save_checkpoint", write)
+    monkeypatch.setattr("brisk.training.async_checkpoint.save_checkpoint", write)
     return gate
 
 
@@ -94,7 +94,7 @@ def test_leaving_waits_for_the_write(tmp_path, held):
 
 
 def test_a_mistake_on_the_thread_is_not_lost(saver, monkeypatch):
-    monkeypatch.setattr("brisk.saving.save_checkpoint", lambda *_: 1 / 0)
+    monkeypatch.setattr("brisk.training.async_checkpoint.save_checkpoint", lambda *_: 1 / 0)
     saver.save(a_checkpoint(10), as_best=False)
     with pytest.raises(ZeroDivisionError):
         saver.save(a_checkpoint(20), as_best=False)
@@ -193,7 +193,7 @@ def test_a_small_disk(tmp_path, said):
 
 
 def test_a_full_disk_costs_lines_of_metrics_not_the_run(train_tiny, tmp_path, monkeypatch):
-    import brisk.runlog
+    import brisk.reporting.run_log
 
     class Full:
         """A file on a disk that is full for a while."""
@@ -212,13 +212,15 @@ def test_a_full_disk_costs_lines_of_metrics_not_the_run(train_tiny, tmp_path, mo
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    original = brisk.runlog.cut_metrics
+    original = brisk.reporting.run_log.cut_metrics
 
     def cut(path, step):
-        monkeypatch.setattr(brisk.runlog, "open", lambda *a, **k: Full(open(*a, **k)), False)
+        monkeypatch.setattr(
+            brisk.reporting.run_log, "open", lambda *a, **k: Full(open(*a, **k)), False
+        )
         return original(path, step)
 
-    monkeypatch.setattr(brisk.runlog, "cut_metrics", cut)
+    monkeypatch.setattr(brisk.reporting.run_log, "cut_metrics", cut)
     run = train_tiny(tmp_path / "out")
     assert run.console.count("metrics.jsonl cannot be written: No space left") == 1
     assert len(run.metrics) == 11 - 3 and run.checkpoint()["iter_num"] == 8

@@ -8,8 +8,8 @@ import torch
 import train
 from brisk.checkpoint import load_checkpoint
 from brisk.errors import RunError
-from brisk.optim import step_unless
-from brisk.spikes import ENOUGH, HISTORY, PATIENCE, SpikeWatch
+from brisk.training.optim import step_unless
+from brisk.training.spikes import ENOUGH, HISTORY, PATIENCE, SpikeWatch
 from model import GPT, GPTConfig
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY
 
 import train
 from brisk.checkpoint import load_checkpoint
-from brisk.stopping import StopRequest, stop_requests
+from brisk.training.signals import StopRequest, stop_requests
 from configurator import configure
 
 LONG = {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 1000, "dropout": 0.1}

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import evaluate
-from brisk import tasks
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, learn_words
 from brisk.device import open_device
 from brisk.errors import UserError
-from brisk.scoring import batches
-from brisk.tokenizer import EOT, ByteTokenizer, CharTokenizer, learn_words
+from brisk.evaluation import tasks
+from brisk.evaluation.scoring import batches
 from configurator import configure
 from model import GPT
 
@@ -161,7 +161,7 @@ def test_logits_in_parts_are_the_same(models, monkeypatch):
     rng = np.random.default_rng(3)
     pairs = [(rng.integers(0, 257, 9), rng.integers(0, 257, 7)) for _ in range(20)]
     whole, _ = tasks.score(ours, pairs, 10, CPU)
-    monkeypatch.setattr("brisk.scoring.LOGITS_AT_ONCE", 257 * 4)
+    monkeypatch.setattr("brisk.evaluation.scoring.LOGITS_AT_ONCE", 257 * 4)
     parts, _ = tasks.score(ours, pairs, 10, CPU)
     assert parts == pytest.approx(whole, rel=1e-6)
 

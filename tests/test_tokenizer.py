@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brisk.errors import UserError
-from brisk.tokenizer import (
+from brisk.data.tokenizer import (
     EOT,
     BPETokenizer,
     ByteTokenizer,
@@ -29,6 +28,7 @@ from brisk.tokenizer import (
     read_meta_pkl,
     train_bpe,
 )
+from brisk.errors import UserError
 
 TEXT = "First Citizen:\nBefore we proceed, hear me — “speak”, 你好 😀é\r\n\tend"
 valid_text = st.text()  # hypothesis leaves out lone surrogates: they are no text

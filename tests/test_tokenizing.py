@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_corpus import DOCUMENTS, small_bpe, write
 
-from brisk import tokenizing
+from brisk.data import tokenize_files
+from brisk.data.tokenizer import ByteTokenizer, CharTokenizer
 from brisk.errors import UserError, one_line_errors
-from brisk.tokenizer import ByteTokenizer, CharTokenizer
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_workers_write_the_same_files_as_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizing, "BATCH", 100)
+    monkeypatch.setattr(tokenize_files, "BATCH", 100)
     tokenizer = small_bpe()
     alone = write(tmp_path / "alone", tokenizer, end_documents=True, workers=1)
     shared = write(tmp_path / "shared", tokenizer, DOCUMENTS, end_documents=True, workers=2)
@@ -34,7 +34,7 @@ def test_workers_write_the_same_files_as_one_process(tmp_path, monkeypatch):
 
 
 def test_only_a_few_batches_wait_for_the_workers(monkeypatch):
-    monkeypatch.setattr(tokenizing, "BATCH", 100)
+    monkeypatch.setattr(tokenize_files, "BATCH", 100)
     taken = 0
 
     def many():
@@ -43,12 +43,12 @@ def test_only_a_few_batches_wait_for_the_workers(monkeypatch):
             taken += 1
             yield "x" * 100
 
-    batches = ((batch, "") for batch in tokenizing.batched(many()))
-    results = tokenizing.encode(small_bpe(), batches, workers=1)
+    batches = ((batch, "") for batch in tokenize_files.batched(many()))
+    results = tokenize_files.encode(small_bpe(), batches, workers=1)
     next(results)
-    assert taken <= tokenizing.FEW_BATCHES + 1
-    batches = ((batch, "") for batch in tokenizing.batched(many()))
-    results = tokenizing.encode(small_bpe(), batches, workers=2)
+    assert taken <= tokenize_files.FEW_BATCHES + 1
+    batches = ((batch, "") for batch in tokenize_files.batched(many()))
+    results = tokenize_files.encode(small_bpe(), batches, workers=2)
     next(results)
     results.close()
     assert taken < 40
@@ -62,23 +62,23 @@ PIECES = st.lists(st.sampled_from(["a", "7", "_", " ", "\n", "\r\n", "é", "的"
 def test_a_long_document_has_the_same_ids_in_parts(text):
     tokenizer = small_bpe()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizing, "BATCH", 3)
-        parts, ends = zip(*tokenizing.parts(text), strict=True)
+        patch.setattr(tokenize_files, "BATCH", 3)
+        parts, ends = zip(*tokenize_files.parts(text), strict=True)
     assert "".join(parts) == text and ends == (False,) * (len(parts) - 1) + (True,)
     ids = [i for part in parts for i in tokenizer.encode(part).tolist()]
     assert ids == tokenizer.encode(text).tolist()
 
 
 def test_a_document_without_a_safe_place_is_cut_nevertheless(monkeypatch):
-    monkeypatch.setattr(tokenizing, "BATCH", 3)
-    monkeypatch.setattr(tokenizing, "LONGEST", 12)
+    monkeypatch.setattr(tokenize_files, "BATCH", 3)
+    monkeypatch.setattr(tokenize_files, "LONGEST", 12)
     text = "的，" * 100
-    cut = [part for part, _ in tokenizing.parts(iter(text))]
+    cut = [part for part, _ in tokenize_files.parts(iter(text))]
     assert "".join(cut) == text and max(map(len, cut)) <= 15
 
 
 def test_documents_without_text_wait_in_bounded_batches():
-    batch = next(tokenizing.batched("" for _ in range(10**6)))
+    batch = next(tokenize_files.batched("" for _ in range(10**6)))
     assert len(batch) < 20_000
 
 
@@ -95,9 +95,9 @@ class Killed(BaseException):
 def killed(tmp_path, monkeypatch):
     """`killed(after)`: a run that dies after so many batches, and has noted each of them;
     `killed.encoded` is the list of batches encoded since."""
-    monkeypatch.setattr(tokenizing, "BATCH", 1000)
-    monkeypatch.setattr(tokenizing, "SAVE_EVERY", -1)
-    encode_batch = tokenizing.encode_batch
+    monkeypatch.setattr(tokenize_files, "BATCH", 1000)
+    monkeypatch.setattr(tokenize_files, "SAVE_EVERY", -1)
+    encode_batch = tokenize_files.encode_batch
 
     def run(after, texts=TEXTS, tokenizer=None):
         def dying(tokenizer, batch, end_documents):
@@ -107,7 +107,7 @@ def killed(tmp_path, monkeypatch):
             return encode_batch(tokenizer, batch, end_documents)
 
         run.encoded = []
-        monkeypatch.setattr(tokenizing, "encode_batch", dying)
+        monkeypatch.setattr(tokenize_files, "encode_batch", dying)
         with pytest.raises(Killed):
             write(tmp_path / "data", tokenizer or ByteTokenizer(), texts, workers=1)
         run.encoded, after = [], None
@@ -130,7 +130,7 @@ def finish(tmp_path, killed, texts=TEXTS, tokenizer=None):
 
 def in_all(texts=TEXTS):
     """Batches of the training text, and one for validation."""
-    return len(list(tokenizing.batched(texts))) + 1
+    return len(list(tokenize_files.batched(texts))) + 1
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 14])
@@ -222,7 +222,7 @@ def test_without_semaphores_one_process_does_it(tmp_path, monkeypatch, capsys):
     def refused(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(tokenizing, "BATCH", 100)
+    monkeypatch.setattr(tokenize_files, "BATCH", 100)
     monkeypatch.setattr("_multiprocessing.SemLock", refused)
     shared = write(tmp_path / "shared", small_bpe(), TEXTS, workers=2)
     assert "in one process" in capsys.readouterr().out
@@ -245,8 +245,8 @@ def test_an_interruption_has_a_line_of_its_own(tmp_path, killed, capsys, texts):
 
 
 def test_workers_that_die_are_told_and_gone_on_from(shared_memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizing, "BATCH", 1000)
-    monkeypatch.setattr(tokenizing, "SAVE_EVERY", -1)
+    monkeypatch.setattr(tokenize_files, "BATCH", 1000)
+    monkeypatch.setattr(tokenize_files, "SAVE_EVERY", -1)
 
     def texts():
         for number, text in enumerate(TEXTS):

@@ -13,11 +13,11 @@ import torch
 import sample
 import train
 from brisk.checkpoint import save_checkpoint
-from brisk.corpus import write_dataset
+from brisk.data.dataset import write_dataset
+from brisk.data.loader import TokenFile
+from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError
-from brisk.inputs import vocabulary_rows
-from brisk.loader import TokenFile
-from brisk.tokenizer import CharTokenizer
+from brisk.training.inputs import vocabulary_rows
 from configurator import configure
 
 
@@ -328,7 +328,7 @@ def test_finetuning_another_runs_checkpoint(trained, train_tiny, tmp_path, monke
         assert (batch_size, block_size, n_embd) == (4, 16, 16)  # the model's, not the defaults
         return "float32"
 
-    monkeypatch.setattr("brisk.plan.cpu_training_dtype", rule)
+    monkeypatch.setattr("brisk.training.plan.cpu_training_dtype", rule)
     shape = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": None, "bias": None}
     start = trained / "ckpt.pt"
     run = train_tiny(tmp_path / "new", init_from=start, max_iters=1, dtype="auto", **shape)
@@ -623,7 +623,7 @@ def test_ids_without_a_description_are_gpt2s(train_tiny, tmp_path, monkeypatch):
     def no_network():
         raise UserError("cannot get GPT-2's vocabulary")
 
-    monkeypatch.setattr("brisk.starting.gpt2", no_network)
+    monkeypatch.setattr("brisk.training.resume.gpt2", no_network)
     ids = np.random.default_rng(0).integers(0, 50257, 400)
     for split in ("train", "val"):
         ids.astype("<u2").tofile(tmp_path / f"{split}.bin")

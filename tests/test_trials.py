@@ -16,9 +16,9 @@ import magnitudes
 import race
 import stability
 import trials
-from brisk.corpus import load_tokenizer, write_dataset
+from brisk.data.dataset import load_tokenizer, write_dataset
+from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError
-from brisk.tokenizer import CharTokenizer
 from configurator import configure
 from model import GPT, GPTConfig
 

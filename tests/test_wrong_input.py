@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from brisk.distributed import Ranks
+from brisk.distributed.process_group import Ranks
 from brisk.errors import UserError, one_line_errors
 
 # Libraries read these when they are imported.

@@ -14,9 +14,9 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from brisk.corpus import write_dataset
+from brisk.data.dataset import write_dataset
+from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import one_line_errors
-from brisk.tokenizer import CharTokenizer
 from configurator import PositiveInt, configure
 
 

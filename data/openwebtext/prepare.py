@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from brisk.corpus import split_text, write_dataset
-from brisk.documents import load_documents
+from brisk.data.dataset import split_text, write_dataset
+from brisk.data.documents import load_documents
+from brisk.data.tables import Rows
+from brisk.data.tokenizer import gpt2
 from brisk.errors import one_line_errors
-from brisk.tables import Rows
-from brisk.tokenizer import gpt2
 from configurator import NonNegativeInt, UnitFloat, configure
 
 

@@ -17,9 +17,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from brisk.corpus import write_dataset
+from brisk.data.dataset import write_dataset
+from brisk.data.tokenizer import ByteTokenizer, train_bpe
 from brisk.errors import UserError, one_line_errors
-from brisk.tokenizer import ByteTokenizer, train_bpe
 from configurator import PositiveInt, configure
 
 # Tests are a third of the library; they, encodings and pydoc_data are mostly tables.

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from brisk.corpus import split_text, write_dataset
+from brisk.data.dataset import split_text, write_dataset
+from brisk.data.text_files import find_text
+from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import one_line_errors
-from brisk.rawtext import find_text
-from brisk.tokenizer import CharTokenizer
 from configurator import configure
 
 HERE = Path(__file__).parent

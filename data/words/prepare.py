@@ -13,10 +13,10 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from brisk.corpus import split_text, write_dataset
+from brisk.data.dataset import split_text, write_dataset
+from brisk.data.text_files import find_text, read_text
+from brisk.data.tokenizer import learn_words
 from brisk.errors import UserError, one_line_errors
-from brisk.rawtext import find_text, read_text
-from brisk.tokenizer import learn_words
 from configurator import PositiveInt, configure
 
 HERE = Path(__file__).parent

@@ -1,0 +1,180 @@
+"""Token files on disk → batches on the device, each batch a pure function of (seed, position).
+
+`position` is the number of windows consumed so far, one integer. An epoch visits every window
+once, in an order shuffled afresh, on a grid that a fresh random offset shifts; nothing else is
+remembered, so a run continues exactly where it stopped, on any number of ranks.
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from brisk import repository
+from brisk.data.document_index import document_index
+from brisk.errors import UserError, nearest
+
+SCAN = 1 << 26  # tokens that are checked against the vocabulary when a file is opened
+
+
+class TokenFile:
+    """A file of little-endian token ids, cut into rows of `block_size` tokens and their targets.
+
+    With `rows="windows"` a row is any stretch of `block_size + 1` tokens. With `rows="documents"`
+    it is the end-of-text token `eot` and then a document from its start; targets past the
+    document's end are -1, and what a document has beyond `block_size` tokens is left out.
+
+    For an evaluation, `evenly=n` takes n rows spread evenly over the whole file, in order and the
+    same in every run whatever its seed, instead of shuffled epochs.
+
+    Raises `UserError` where the file is missing, too short, or has ids of `vocab_size` or more.
+    """
+
+    def __init__(
+        self,
+        path,
+        block_size,
+        vocab_size,
+        dtype="uint16",
+        seed=1337,
+        rows="windows",
+        eot=None,
+        evenly=0,
+    ):
+        self.path, self.block_size, self.vocab_size, self.seed = path, block_size, vocab_size, seed
+        self.evenly = evenly
+        size, width = os.path.getsize(path), np.dtype(dtype).itemsize
+        if size % width:
+            raise UserError(f"{path} is cut short: {size} bytes are no whole number of ids")
+        if size // width <= block_size:
+            what = f"{size // width} tokens, a window of block_size={block_size} takes one more"
+            raise UserError(f"{path} has {what}; use a longer text or a smaller --block_size")
+        self.tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
+        self.check(self.tokens[:SCAN])
+        self.documents = self.find_documents(eot) if rows == "documents" else None
+        self.eot = eot
+        if self.documents is None:
+            self.rows = max(1, len(self.tokens) // block_size - 1)  # leaves room for the offset
+        else:
+            self.rows = len(self.documents)
+
+    def find_documents(self, eot):
+        """(first, end) of each document: its first token, and just past its end-of-text."""
+        if eot is None:
+            raise UserError(f"rows=documents: the tokenizer of {self.path} has no end-of-text")
+        documents = document_index(self.path, self.tokens, eot)
+        if len(documents) == 0:
+            raise UserError(f"rows=documents: {self.path} has no document that ends")
+        return documents
+
+    def indices(self, positions):
+        """The (epoch, row) pairs at `positions` (an array): every row once in an epoch."""
+        if self.evenly:
+            return np.zeros_like(positions), positions * self.rows // self.evenly % self.rows
+        epochs, ranks = np.divmod(positions, self.rows)
+        rows = np.empty_like(ranks)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            rows[now] = shuffled(ranks[now], self.rows, hash64(self.seed, int(epoch)))
+        return epochs, rows
+
+    def batch(self, position, count):
+        """`count` rows from `position` on: (x, y), int64 tensors of shape (count, block_size)."""
+        epochs, rows = self.indices(position + np.arange(count))
+        T = self.block_size
+        if self.documents is None:
+            slack = len(self.tokens) - 1 - self.rows * T  # tokens that no row of a grid reaches
+            keys = [hash64(self.seed + 1, int(epoch)) for epoch in epochs]
+            offsets = [0 if self.evenly else key % (slack + 1) for key in keys]
+            first = rows * T + np.array(offsets, dtype=np.int64)
+            window = self.tokens[first[:, None] + np.arange(T + 1)].astype(np.int64)
+            x, y = window[:, :-1], window[:, 1:]
+        else:
+            first, end = self.documents[rows].T[:, :, None]
+            at = first + np.arange(T)
+            y = np.where(at < end, self.tokens[np.minimum(at, end - 1)].astype(np.int64), -1)
+            x = np.concatenate([np.full((count, 1), self.eot), np.maximum(y[:, :-1], 0)], axis=1)
+        for ids in (x, y):
+            self.check(ids, f" (rows {position} to {position + count - 1})")
+        return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
+
+    def targets(self, position, count):
+        """How many targets that are not -1 the `count` rows from `position` on have."""
+        if self.documents is None:
+            return count * self.block_size
+        _, rows = self.indices(position + np.arange(count))
+        first, end = self.documents[rows].T
+        return int(np.minimum(end - first, self.block_size).sum())
+
+    def check(self, ids, where=""):
+        if ids.size and (highest := int(ids.max())) >= self.vocab_size:
+            raise UserError(
+                f"{self.path} holds the token id {highest}{where}, the model's vocabulary ends at "
+                f"{self.vocab_size - 1}: this data set is not made for this model"
+            )
+
+
+def find_data_dir(data_dir, dataset):
+    """The folder of token files: `data_dir` where it is given, else `data/<dataset>`.
+
+    Raises `UserError` with the command that makes the data set where it is not there.
+    """
+    folder = Path(data_dir) if data_dir else Path("data", dataset)
+    clone = repository()
+    if not folder.is_dir() and not data_dir and clone:
+        folder = clone / folder  # started from another directory
+    missing = [name for name in ("train.bin", "val.bin") if not os.path.isfile(folder / name)]
+    if missing:
+        made = f"make it with: python {folder / 'prepare.py'}"
+        known = sorted(path.parent.name for path in folder.parent.glob("*/prepare.py"))
+        if not known and not clone:
+            made = "prepare it in a clone of briskGPT and name its folder: --data_dir=PATH"
+        elif not (folder / "prepare.py").exists():
+            made = f"data sets that can be made here: {', '.join(known) or 'none'}"
+            made += nearest(folder.name, known)
+        raise UserError(f"no {' and no '.join(missing)} in {folder}; {made}")
+    return folder
+
+
+def to_device(batch, device):
+    """The tensors of `batch` on `device`; to a GPU by way of pinned memory, without waiting."""
+    if device.type == "cuda":
+        return tuple(t.pin_memory().to(device.device, non_blocking=True) for t in batch)
+    return tuple(t.to(device.device) for t in batch)
+
+
+def shuffled(ranks, n, key):
+    """Where a pseudo-random permutation of range(n), picked by `key`, sends `ranks` (an array).
+
+    A Feistel network over the smallest even number of bits that holds n, followed again while it
+    leads out of range(n) (Black & Rogaway 2002, Ciphers with Arbitrary Finite Domains, section 3,
+    cycle walking): no table of n entries, and no library's generator, whose stream might change.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    values, outside = ranks.astype(np.uint64), np.ones(len(ranks), dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & low
+        for number in range(6):
+            left, right = right, left ^ (mix(right + np.uint64(hash64(key, number))) & low)
+        values[outside] = left << half | right
+        outside = values >= n
+    return values.astype(np.int64)
+
+
+@lru_cache(maxsize=256)  # those of an epoch are asked for in every step
+def hash64(*numbers):
+    """A well-mixed 64-bit number for a few integers."""
+    value = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        value = mix(value + np.uint64(number % (1 << 64)) + np.uint64(0x9E3779B97F4A7C15))
+    return int(value[0])
+
+
+def mix(x):
+    """The finalizer of SplitMix64 (Steele et al. 2014), on a uint64 array."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,258 @@
+"""Ids after ids: how a model's logits become a sample, and a sample becomes text as it comes.
+
+`generate` draws; `TextStream` turns the drawn ids into text that can be shown at once. Text
+needs a tokenizer with `token_bytes`; drawing needs a `GPT`.
+"""
+
+import codecs
+import re
+
+import numpy as np
+import torch
+
+from brisk.cpu.decode import Decoder
+from brisk.generation.kv_cache import KVCache, next_token_logits
+
+# A word is a run without white space. Chinese and Japanese write no spaces: there a character is
+# one, with the signs around it, as word processors count them.
+UNSPACED = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[^\w\s]*[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+")
+
+
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    *,
+    top_p=None,
+    stop_ids=(),
+    vocab_size=None,
+    suppress=(),
+    seed=None,
+    samples=None,
+    on_token=None,
+    exact_window=False,
+):
+    """Continue each of B prompts by up to `max_new_tokens` drawn tokens.
+
+    They are read and continued as one batch, of unlike lengths too, and each as if it were alone.
+    The model sees all tokens so far, up to `block_size` of them, and each is read once: its keys
+    and values are kept (`KVCache`). Beyond, it sees the newest of them, from half of `block_size`
+    to all of it: when the window is full, its older half is dropped and the newer half read again
+    at the positions from 0 on, for its position, learned or rotary, is part of what is kept. So a
+    token costs there what it costs before, and one position more, read in a batch of them. On the
+    characters of Shakespeare (4 layers of 128, block_size 64, 2000 steps) it costs no quality:
+    validation tokens seen so, after 33 to 64 tokens, have a mean loss of 1.877 nats
+    (evaluate.py --stride=32), those after the full 64 1.893 (--stride=1). What the model sees
+    depends on the number of tokens alone: a text continued in two calls is that of one. It is put
+    in eval mode for the call.
+
+    Args:
+        idx: ids of the prompts, on the model's device: (B, T), T at least 1; or a list of B
+            prompts of any lengths, each a tensor (T,) or a list of ints.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens; None or 0 means all.
+        top_p: draw among the fewest likeliest tokens that together reach this probability
+            (nucleus sampling, Holtzman et al. 2020); None or 1 means all.
+        stop_ids: a sample that drew one of these is finished and repeats it from there on.
+        vocab_size: ids from here on are never drawn (rows that only pad the vocabulary).
+        suppress: these ids are never drawn either, the unknown word for instance.
+        seed: sample i draws its random numbers from (`seed`, `samples`[i]), whatever is in the
+            batch beside it. None takes torch's global generator.
+        samples: the numbers of the samples in a larger set; None: 0 to B - 1.
+        on_token: called as `on_token(step, ids)` with the ids (B,) just drawn; returning True
+            ends the generation.
+        exact_window: past `block_size` see the newest `block_size` tokens at every step, as
+            nanoGPT does, which means to read all of them at every step.
+
+    Returns:
+        Prompts and drawn tokens: (B, T + n), or, for a list of prompts, a list of tensors
+        (T + n,). n is less than `max_new_tokens` where every sample was finished or `on_token`
+        ended it.
+
+    Raises:
+        ValueError: no prompt or an empty one, a negative temperature, top_k or number of tokens,
+            a top_p outside 0 to 1, every token suppressed.
+    """
+    prompts, device = as_tensors(idx, model), model.lm_head.weight.device
+    lengths, B = [len(prompt) for prompt in prompts], len(prompts)
+    if B == 0 or 0 in lengths:
+        raise ValueError("the prompt is empty; a model needs one token to go on from")
+    if max_new_tokens < 0 or temperature < 0 or (top_k or 0) < 0:
+        raise ValueError("max_new_tokens, temperature and top_k cannot be negative")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"top_p={top_p} is not a probability")
+
+    # Prompts end in the same column, so that what is drawn has one column a step.
+    end = longest = max(lengths)
+    ids = torch.zeros(B, longest + max_new_tokens, dtype=torch.long, device=device)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[longest - len(prompt) : longest] = prompt
+    # Drawn before the loop, so that the device need not wait for the host at each token.
+    uniforms = draw_uniforms(range(B) if samples is None else samples, max_new_tokens, seed)
+    uniforms = uniforms.to(device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    never = never_drawn(suppress, vocab_size, device)
+    cache = KVCache(model, B, longest + max_new_tokens)
+    decoder = Decoder.of(model, device)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for step in range(max_new_tokens):
+                so_far = [length + step for length in lengths]
+                logits = next_token_logits(
+                    model, ids[:, :end], so_far, cache, decoder, exact_window
+                )
+                logits = without(logits[:, :vocab_size], never)
+                new = draw(logits, uniforms[:, step], temperature, top_k, top_p)
+                if len(stops):
+                    new = torch.where(finished, ids[:, end - 1], new)
+                ids[:, end] = new
+                end += 1
+                if on_token is not None and on_token(step, new):
+                    break
+                if len(stops):
+                    finished |= torch.isin(new, stops)
+                    if finished.all():
+                        break
+    finally:
+        model.train(was_training)
+    if isinstance(idx, torch.Tensor):
+        return ids[:, :end]
+    return [row[longest - length : end] for row, length in zip(ids, lengths, strict=True)]
+
+
+def as_tensors(prompts, model):
+    """Each of the prompts, as `generate` takes them, as a tensor (T,) on the model's device."""
+    device = model.lm_head.weight.device
+    return [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
+
+
+def never_drawn(suppress, vocab_size, device):
+    """The ids to suppress as a tensor, without those that `vocab_size` rules out already."""
+    ids = sorted(i for i in set(suppress) if vocab_size is None or i < vocab_size)
+    return torch.tensor(ids, dtype=torch.long, device=device)
+
+
+def without(logits, ids):
+    """The logits (B, V) with those of `ids`, a tensor, at minus infinity."""
+    if len(ids) == 0:
+        return logits
+    logits = logits.index_fill(1, ids, -torch.inf)
+    if logits.size(1) == len(ids):
+        raise ValueError("every token is suppressed; there is nothing to draw")
+    return logits
+
+
+def draw_uniforms(samples, n, seed):
+    """Numbers (B, n) from 0 to 1; those of a row depend on (`seed`, its number in `samples`)
+    alone, and a longer row begins with the shorter one."""
+    rows = torch.empty(len(samples), n)
+    if seed is None:
+        return rows.uniform_()
+    for row, number in zip(rows, samples, strict=True):
+        # numpy mixes both numbers into the state: seed 1, sample 2 is not seed 2, sample 1
+        generator = np.random.default_rng((seed % 2**64, number))
+        row.copy_(torch.from_numpy(generator.random(n, dtype=np.float32)))
+    return rows
+
+
+def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+    """One id per row (B,) from logits (B, V) by inverting the cumulative distribution at
+    `uniform` (B,)."""
+    if temperature < 1e-6 or top_k == 1 or top_p == 0:  # dividing by less could overflow
+        return logits.argmax(dim=-1)
+    nucleus = top_p is not None and top_p < 1
+    top, ids = logits.float(), None
+    kept = min(top_k or top.size(-1), top.size(-1))
+    if nucleus or kept < top.size(-1):
+        top, ids = top.topk(kept)  # likeliest first
+    probs = torch.softmax(top / temperature, dim=-1)
+    if nucleus:
+        before = probs.cumsum(dim=-1) - probs
+        probs = probs.where(before < top_p, 0)
+    cdf = probs.cumsum(dim=-1)
+    choice = torch.searchsorted(cdf, uniform.unsqueeze(1) * cdf[:, -1:], right=True)
+    choice = choice.clamp(max=cdf.size(-1) - 1)
+    # At an edge, rounding may choose a token that has no probability: the likeliest instead.
+    likeliest = probs.argmax(dim=-1, keepdim=True)
+    choice = choice.where(probs.gather(1, choice) > 0, likeliest)
+    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+
+
+class TextStream:
+    """One sample's ids, one at a time, as text that can be shown at once.
+
+    Never gives half a character (one may be several tokens), nor anything of the stop text:
+    what may be its beginning is held back until the next tokens tell. With `max_words` never
+    half a word either: one is given when what follows it has begun, and the last one ends the
+    text (see `WORD`).
+    """
+
+    def __init__(self, tokenizer, stop_text="", stop_ids=(), max_words=0):
+        self.token_bytes = tokenizer.token_bytes
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.stop_text = stop_text
+        self.stop_ids = frozenset(stop_ids)
+        self.words_left = max_words or None  # None is no limit
+        self.held = ""  # may be the beginning of the stop text
+        self.word = ""  # white space and a word that may go on
+        self.stopped = False  # a stop id, the stop text or the last word has come; nothing follows
+
+    def feed(self, token_id):
+        """The text that `token_id` completes, often none."""
+        if self.stopped:
+            return ""
+        if token_id in self.stop_ids:
+            return self._end(whole=True)
+        return self._release(self.decoder.decode(self.token_bytes(token_id)))
+
+    def finish(self):
+        """What is still held back; an incomplete character becomes U+FFFD, and with `max_words`
+        a word that was not seen to end is left out."""
+        return "" if self.stopped else self._end(whole=False)
+
+    def _end(self, whole):
+        """The rest of the text; `whole` where it ends here by itself, and its last word too."""
+        text = self._before_stop(self.decoder.decode(b"", final=True)) + self.held
+        ends = whole or self.stopped
+        self.held, self.stopped = "", True
+        return self._whole_words(text, ends)
+
+    def _release(self, text):
+        text = self._before_stop(text)
+        return self._whole_words(text, self.stopped)
+
+    def _before_stop(self, text):
+        text, self.held = self.held + text, ""
+        if not self.stop_text:
+            return text
+        shown, stop, _ = text.partition(self.stop_text)
+        if stop:
+            self.stopped = True
+            return shown
+        for length in range(min(len(self.stop_text) - 1, len(text)), 0, -1):
+            if self.stop_text.startswith(text[-length:]):
+                self.held = text[-length:]
+                return text[:-length]
+        return text
+
+    def _whole_words(self, text, ends):
+        if self.words_left is None:
+            return text
+        text, end = self.word + text, 0
+        for match in WORD.finditer(text):
+            if match.end() == len(text) and not ends:
+                break
+            end = match.end()
+            self.words_left -= 1
+            if self.words_left == 0:
+                self.stopped = True
+                break
+        self.word = text[end:]
+        return text[:end]

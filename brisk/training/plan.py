@@ -1,0 +1,129 @@
+"""What a run derives from its settings, its data and where it starts, anew at every start."""
+
+from dataclasses import dataclass, replace
+
+from brisk.device import Device, cpu_training_dtype, resolve_compile
+from brisk.errors import UserError
+from brisk.training.memory import expected_memory, in_bytes, shared_state
+from brisk.training.resume import is_other_data
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived values of one start of a run. The settings stay as they were given."""
+
+    first_step: int
+    last_step: int
+    decay_steps: int  # step at which the learning rate reaches min_lr
+    length: str  # the setting that decides last_step, as key=value
+    device: Device  # where, and in what precision
+    global_batch: int  # sequences in a step, over all micro-batches and processes
+    micro_batches: tuple  # this process's (index, first, count), see `Ranks.share`
+    resolved: dict  # what a checkpoint keeps of all this
+    lines: tuple  # what it says of itself
+
+    @property
+    def compile(self):
+        return self.resolved["compile"]
+
+
+def make_plan(config, start, state, data, run):
+    """The `Plan` of a start of `run` at `state`, from the settings, the `Start` and the data."""
+    resolved = start.saved.resolved if start.saved else {}
+    dtype, compiling = resolve_precision(config, resolved, run)
+    device = replace(run.device, dtype_name=dtype)
+    epochs, batch, rows = epochs_to_train(config), global_batch(config), data.train.rows
+    last_step, length = config.max_iters, f"max_iters={config.max_iters}"
+    basis = [epochs, rows, batch, config.block_size, config.rows]
+    if epochs:
+        length = f"max_epochs={epochs:g}"
+        if resolved.get("basis") == basis and not is_other_data(start.saved, config, data.identity):
+            last_step = resolved["last_step"]  # after a rewind it cannot be derived again
+        else:
+            last_step = last_step_of_epochs(epochs, rows, batch, state.step, state.position)
+    # With max_epochs the schedule is as long as the run, unless it is given.
+    follows = config.max_epochs and "lr_decay_iters" not in config.given
+    decay_steps = last_step if follows else config.lr_decay_iters
+    resolved = {"device": device.type, "dtype": dtype, "compile": compiling}
+    resolved |= {"last_step": last_step, "decay_steps": decay_steps, "basis": basis}
+    return Plan(
+        first_step=state.step,
+        last_step=last_step,
+        decay_steps=decay_steps,
+        length=length,
+        device=device,
+        global_batch=batch,
+        micro_batches=tuple(run.ranks.share(config.gradient_accumulation_steps, config.batch_size)),
+        resolved=resolved,
+        lines=tuple(describe(config, last_step, rows, device, compiling, state.model, run.ranks)),
+    )
+
+
+def describe(config, last_step, rows, device, compiling, model, ranks):
+    """Lines that say what is about to happen: how many steps and tokens, in how many passes over
+    `rows` rows of data, where, and in how much memory."""
+    batch = global_batch(config)
+    tokens, steps = batch * config.block_size, last_step + 1
+    if {"max_iters", "max_epochs"} <= {*config.given} and config.max_epochs:
+        pair = ("max_iters", "max_epochs")
+        later, earlier = pair[::-1] if epochs_to_train(config) else pair
+        yield f"note: {later}={getattr(config, later):g}, given after {earlier}, decides"
+    yield f"tokens per iteration will be: {tokens:,}"
+    yield f"plan: {steps:,} steps, {steps * tokens:,} tokens, {batch * steps / rows:.3g} epochs"
+    ranks = replace(ranks, world_size=config.dry_run_ranks or ranks.world_size)
+    micro_batches = ranks.share(config.gradient_accumulation_steps, config.batch_size)
+    memory = expected_memory(
+        model,
+        max(count for _, _, count in micro_batches),
+        device,
+        recomputed=config.activation_checkpointing,
+        ranks=ranks,
+        accumulates=len(micro_batches) > 1,
+        offload=config.cpu_offload,
+    )
+    compiled = "compiled" if compiling else "not compiled"
+    processes = f"{ranks.world_size} processes ({config.parallel}), each on "
+    where = f"{'' if ranks.is_alone else processes}{device}, {compiled}"
+    yield f"device: {where}; about {in_bytes(memory)} of memory for training"
+    if config.cpu_offload:
+        yield f"and {in_bytes(shared_state(model, ranks))} of the host's for each process"
+
+
+def global_batch(config):
+    """Sequences in a step, over all micro-batches and processes."""
+    return config.gradient_accumulation_steps * config.batch_size
+
+
+def epochs_to_train(config):
+    """`max_epochs` where it decides the length of the run, else 0: of `max_epochs` and `max_iters`
+    the one that was given later does."""
+    later = [key for key in config.given if key in ("max_epochs", "max_iters")][-1:]
+    return 0.0 if later == ["max_iters"] else config.max_epochs
+
+
+def last_step_of_epochs(epochs, rows, batch, step, position):
+    """The last step of a run of `epochs` passes over `rows` rows in batches of `batch`, which is at
+    `step` and has consumed `position` rows. A run from scratch has one step at least."""
+    steps = step + (epochs * rows - position) / batch
+    if steps >= 2**63:
+        raise UserError(f"--max_epochs={epochs:g}: too many steps to count")
+    return max(step or 1, round(steps)) - 1
+
+
+def resolve_precision(config, resolved, run):
+    """(dtype, whether to compile): as the run has them, where it ran on this kind of device and
+    neither is given now; else as the settings say."""
+    device, wanted = run.device, {"dtype": config.dtype, "compile": config.compile}
+    if resolved.get("device") == device.type:
+        wanted |= {key: resolved[key] for key in wanted if key in resolved}
+    elif "device" in resolved:
+        run.say(
+            f"note: the checkpoint was trained on {resolved['device']}; "
+            f"dtype and compile are derived anew for {device.type}"
+        )
+    dtype = wanted["dtype"]
+    if dtype == "auto" and device.type == "cpu":
+        dtype = cpu_training_dtype(config.batch_size, config.block_size, config.n_embd)
+    elif dtype == "auto":
+        dtype = device.dtype_name
+    return run.ranks.agree(dtype), resolve_compile(wanted["compile"], device)

@@ -1,0 +1,235 @@
+"""Where a run starts: from scratch, or from a checkpoint with its settings and tokenizer."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from brisk.checkpoint import latest_checkpoint, load_checkpoint
+from brisk.data.tokenizer import from_dict, gpt2
+from brisk.device import DTYPES
+from brisk.distributed.broadcast import handed_out
+from brisk.errors import UserError, nearest
+from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
+
+# ----------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from scratch, or with a model that is there already."""
+
+    model_args: dict | None = None  # arguments of its GPTConfig; None from scratch
+    weights: dict | None = None  # its state dict, on the CPU
+    checkpoint: dict | None = None  # the file it is from, where that is a checkpoint
+    saved: "SavedRun | None" = None  # the run that is resumed, if one is
+
+    @property
+    def step(self):
+        return self.checkpoint["iter_num"] if self.saved else 0
+
+
+def load_start(given, ranks):
+    """The `Start` that `init_from` asks for. The main process reads it and broadcasts it: other
+    hosts may not have the files, or older ones."""
+
+    def take_parallel(start):  # decides who needs the tensors, which are sent next
+        if start["resuming"] and "parallel" not in given.given:
+            ranks.parallel = saved_parallel(start["checkpoint"], given.parallel)
+
+    start = handed_out(ranks, read_start, given, before_tensors=take_parallel)
+    resuming, checkpoint = start.pop("resuming"), start["checkpoint"]
+    return Start(**start, saved=SavedRun.of(checkpoint, given.given) if resuming else None)
+
+
+def saved_parallel(checkpoint, default):
+    parallel = checkpoint.get("config", {}).get("parallel")
+    return parallel if parallel in ("ddp", "fsdp") else default
+
+
+def read_start(given):
+    known = ["scratch", "resume", "auto", *GPT2_NAMES]
+    source = given.init_from
+    if source not in known and not Path(source).exists():
+        hint = nearest(source, known) or f"; it takes {', '.join(known)}, a folder or a checkpoint"
+        raise UserError(f"--init_from={source}: no such thing{hint}")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if source == "auto" or restarted:
+        saved = any(Path(given.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
+        source = "resume" if saved else source
+    start = {"model_args": None, "weights": None, "checkpoint": None, "resuming": False}
+    if source in ("scratch", "auto"):
+        return start
+    if source != "resume" and not Path(source).is_file():  # GPT-2, or a Hugging Face directory
+        model_args, weights = load_pretrained(source)
+        return {**start, "model_args": model_args, "weights": weights}
+    path = latest_checkpoint(given.out_dir) if source == "resume" else source
+    checkpoint = load_checkpoint(path)
+    if source == "resume":
+        if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():
+            what = f"{path} has no {' and no '.join(sorted(missing))} to resume with"
+            raise UserError(f"{what}; start anew from its weights: --init_from={path}")
+    return {
+        "model_args": checkpoint["model_args"],
+        "weights": checkpoint["model"],
+        "checkpoint": checkpoint,
+        "resuming": source == "resume",
+    }
+
+
+# ----------------------------------------------------------------------------- the saved run
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The run that a checkpoint was saved by."""
+
+    config: dict  # its settings, as they were given
+    given: tuple  # the keys among them that were given, in order
+    resolved: dict  # what was derived from them, see `brisk.training.plan`
+    position: int  # windows or documents of the training data consumed
+    block_size: int  # tokens in a window
+    data: dict | None  # the training data, as `identity` describes it; None where unknown
+
+    @classmethod
+    def of(cls, checkpoint, now=()):
+        """From a checkpoint of this version, of 0.1 or of nanoGPT. Of `resolved`, dtype and
+        compile are left out where they are given `now`. Raises `UserError` where an entry
+        cannot be right."""
+        config, resolved = dict(checkpoint.get("config", {})), checkpoint.get("resolved", {})
+        if "resolved" not in checkpoint:
+            precision = checkpoint.get("precision")
+            if precision is None:  # nanoGPT: the machine's settings are not the run's
+                for key in ("device", "dtype", "compile", "backend"):
+                    config.pop(key, None)
+            elif len(precision) == 2:
+                resolved = dict(zip(("device", "dtype"), precision, strict=True))
+            if config.get("max_epochs"):  # 0.1: these two hold what was derived from it
+                if config.get("lr_decay_iters") == config.pop("max_iters", None):
+                    config.pop("lr_decay_iters", None)
+        given = tuple(checkpoint.get("given", config))
+        if resolved and resolved.get("dtype") not in DTYPES:
+            raise UserError(f"the checkpoint states a dtype of {resolved.get('dtype')!r}")
+        again = {"dtype", "compile"} & {*now}
+        resolved = {key: value for key, value in resolved.items() if key not in again}
+        position = checkpoint.get("position")
+        if position is None:
+            position = checkpoint["iter_num"] * saved_batch(config)
+        block_size = checkpoint["model_args"]["block_size"]
+        return cls(config, given, resolved, position, block_size, checkpoint.get("data"))
+
+
+def saved_batch(config):
+    """Sequences in a step of a run with the settings `config`, of nanoGPT."""
+    sizes = [config.get(key, 1) for key in ("gradient_accumulation_steps", "batch_size")]
+    if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+        raise UserError(f"the checkpoint states a batch of {sizes[0]!r} times {sizes[1]!r}")
+    return sizes[0] * sizes[1]
+
+
+def identity(meta, tokens):
+    """What tells one training text from another: its number of ids and, where `meta.json` states
+    it, their checksum."""
+    sha256 = meta["splits"]["train"].get("sha256") if meta else None
+    return {"tokens": tokens, "sha256": sha256 if isinstance(sha256, str) else None}
+
+
+def is_other_data(saved, config, data):
+    """Whether `data`, an `identity`, is not what the `saved` run was trained on. Checkpoints of
+    version 0.1 and of nanoGPT do not describe it; there the name of the data set decides."""
+    if saved.data is None:
+        return saved.config.get("dataset", config.dataset) != config.dataset
+    known = saved.data.get("sha256") and data["sha256"]
+    return any(saved.data.get(key) != data[key] for key in data if known or key == "tokens")
+
+
+def resumed_position(saved, config, data, log):
+    """Where in the training data a resumed run begins, in windows or documents.
+
+    Other data is read from its start. Windows of another length begin at the same token, rounded
+    down, so that the epoch may meet one of them twice.
+    """
+    if is_other_data(saved, config, data):
+        log.say("note: other data than before; reading it from its start")
+        return 0
+    if saved.config.get("rows", "windows") != config.rows:
+        log.say(f"note: rows={config.rows}, other than before; reading them from the first")
+        return 0
+    if config.rows == "windows":
+        return saved.position * saved.block_size // config.block_size
+    return saved.position
+
+
+# ----------------------------------------------------------------------------- its settings
+
+
+def resolve(given, start, shape_keys, log):
+    """The settings of the run, which stay as they are from here on: those `given`, over those of
+    the run that is resumed; the model's shape, by `shape_keys`, is that of the model there is.
+
+    Raises `UserError` where a larger `block_size` is given than a pretrained model has.
+    """
+    if start.model_args is None:
+        return given
+    values = saved_settings(given, start.saved, shape_keys, log) if start.saved else {}
+    stays = []
+    for key in shape_keys:
+        default = getattr(type(given), key)  # what a checkpoint leaves out
+        kept, wanted = start.model_args.get(key, default), getattr(given, key)
+        if key == "block_size" and wanted < kept and (key in given.given or not start.saved):
+            continue  # the model is cropped
+        if key == "block_size" and wanted > kept and key in given.given and not start.saved:
+            raise UserError(f"--block_size={wanted}: {given.init_from} has only {kept}")
+        stays += [f"{key}={kept}"] if key in given.given and wanted != kept else []
+        values[key] = kept
+    if stays:
+        whose = "the checkpoint's" if start.checkpoint else f"{given.init_from}'s"
+        log.say(f"note: {whose} {', '.join(stays)} stays, whatever is given")
+    config = replace(given, **values)
+    before = start.saved.given if start.saved else ()
+    before = (key for key in before if key not in (*given.start_keys, *given.given))
+    config.given = (*before, *given.given)
+    return config
+
+
+def saved_settings(given, saved, shape_keys, log):
+    """What a resume takes over of the `saved` settings: not those given now, not keys of a start
+    (`start_keys` of the class of `given`), and not the model's shape."""
+    now, elsewhere = set(given.given), {*given.start_keys, *shape_keys}
+    known = sorted(now & saved.config.keys() - elsewhere)
+    changed = [key for key in known if saved.config[key] != getattr(given, key)]
+    if changed:
+        pairs = [f"{key} {saved.config[key]} → {getattr(given, key)}" for key in changed]
+        log.say(f"note: changed from the checkpoint's: {', '.join(pairs)}")
+    left = now | elsewhere | ({"data_dir"} if "dataset" in now else set())
+    return {
+        key: value
+        for key, value in saved.config.items()
+        if key not in left and hasattr(given, key) and is_of_kind(value, getattr(given, key))
+    }
+
+
+def is_of_kind(value, default):
+    """Whether a saved `value` can be that of the key with this `default`. What is `auto` may be a
+    bool, and a float may be saved as an int (nanoGPT keeps `weight_decay = 0` so)."""
+    if type(default) is float:
+        return type(value) in (int, float)
+    return type(value) is type(default) or (default == "auto" and type(value) is bool)
+
+
+def describe_tokenizer(tokenizer, checkpoint, data_dir, log):
+    """The tokenizer as a dict for the checkpoint, so that one file is enough to sample from.
+
+    Raises `UserError` where it is not the one that `checkpoint`, if there is one, was trained with.
+    """
+    try:
+        described = (tokenizer or gpt2()).to_dict()
+    except UserError as error:
+        log.say(f"note: the checkpoint will hold no tokenizer: {error}")
+        return None
+    before = (checkpoint or {}).get("tokenizer")
+    if before is not None and from_dict(before).to_dict() != described:
+        raise UserError(
+            f"{data_dir} is tokenized otherwise than what the checkpoint was trained on; "
+            "prepare the data anew, or name another --dataset"
+        )
+    return described

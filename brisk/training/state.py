@@ -1,0 +1,50 @@
+"""All that a training step changes, saved and loaded as nanoGPT's dict."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from brisk.training.optim import load_optimizer, load_scaler
+
+
+@dataclass
+class TrainState:
+    """The model and what goes with it. Optimizer, scaler and spikes are there once the model is on
+    its device."""
+
+    model: nn.Module
+    step: int = 0
+    position: int = 0  # windows or documents of the training data consumed
+    best_val_loss: float = math.inf
+    ddp_model: nn.Module | None = None  # what a training step calls: `model`, or DDP around it
+    optimizer: Any = None
+    scaler: Any = None  # of gradients, at work in float16 only
+    spikes: Any = None  # a `SpikeWatch`
+
+    def state_dict(self):
+        """The entries of a checkpoint that a step changes."""
+        return {
+            "model": self.model.state_dict(keep_vars=True),  # two names of a tied weight stay one
+            "optimizer": self.optimizer.state_dict(),
+            "iter_num": self.step,
+            "best_val_loss": self.best_val_loss,
+            "position": self.position,
+            "scaler": self.scaler.state_dict(),
+            "grad_norms": self.spikes.norms,
+        }
+
+    def load_state_dict(self, checkpoint):
+        """Take all of it but weights and position from a checkpoint."""
+        load_optimizer(self.optimizer, checkpoint["optimizer"])
+        if self.scaler.is_enabled() and checkpoint.get("scaler"):
+            load_scaler(self.scaler, checkpoint["scaler"])
+        self.spikes.load(checkpoint.get("grad_norms"))
+        self.step = checkpoint["iter_num"]
+        self.best_val_loss = float(checkpoint["best_val_loss"])
+
+    def rewind(self, checkpoint, ranks):
+        """Go back to a checkpoint of this run, and on with the batches that come next."""
+        ranks.load_weights(self.model, checkpoint["model"])
+        self.load_state_dict(checkpoint)
