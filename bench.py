@@ -21,8 +21,8 @@ from tqdm import tqdm
 from brisk.data.dataset import read_meta
 from brisk.data.loader import TokenFile, to_device
 from brisk.device import cpu_training_dtype, matmul_flops, open_device, resolve_compile
-from brisk.errors import UserError, one_line_errors
-from brisk.training.memory import check_fits, in_bytes, peak_memory
+from brisk.errors import UserError, format_bytes, one_line_errors
+from brisk.training.memory import check_fits, peak_memory
 from configurator import PositiveInt, Seed, configure
 from model import GPT, GPTConfig
 
@@ -101,7 +101,7 @@ def main(config):
         peak, name = device.peak_flops()
         print(f"MFU           {model.estimate_mfu(batch_size, step, peak):.1%} of {name}")
     if peak := peak_memory(device):
-        print(f"peak memory   {in_bytes(peak)}")
+        print(f"peak memory   {format_bytes(peak)}")
     if config.profile:
         print(f"trace         {write_trace(train_step, device)} (open in ui.perfetto.dev)")
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
-from brisk.errors import UserError, nearest
+from brisk.errors import UserError, did_you_mean
 
 # Types that say which values make sense. The bounds are (lowest, highest), both allowed.
 PositiveInt = Annotated[int, (1, math.inf)]
@@ -77,7 +77,9 @@ def configure(Config, argv):
             key, equals, text = argument.lstrip("-").partition("=")
             key = key.replace("-", "_")
             if key not in types:
-                raise UserError(f"unknown key --{key}{nearest(key, types)} (--help lists them all)")
+                raise UserError(
+                    f"unknown key --{key}{did_you_mean(key, types)} (--help lists them all)"
+                )
             if not equals and bool in options(types[key]):
                 text = "True"  # a switch
             elif not equals:
@@ -127,7 +129,7 @@ def run_config_file(path, config, types):
         if name in types:
             ours[name] = value
         elif name not in keys_of_all_scripts():
-            if near := nearest(name, types):
+            if near := did_you_mean(name, types):
                 helper = "a name of your own starts with _"
                 raise UserError(f"{path}: unknown key {name} ({helper}){near}")
             print(f"{path}: note: {name} is no key of any script; ignored", file=sys.stderr)
@@ -162,7 +164,7 @@ def checked(value, kind, key, where):
         if matches:
             return plain if get_origin(option) is Literal else option(plain)
 
-    near = nearest(str(plain), choices(kind)) if isinstance(plain, str) else ""
+    near = did_you_mean(str(plain), choices(kind)) if isinstance(plain, str) else ""
     raise UserError(f"{key}={plain!r} {where}: {key} takes {describe(kind)}{near}")
 
 

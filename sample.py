@@ -27,7 +27,7 @@ from brisk.checkpoint import best_checkpoint, load_checkpoint
 from brisk.data.dataset import load_tokenizer
 from brisk.data.tokenizer import EOT, from_dict, gpt2, knows_documents
 from brisk.device import open_device, resolve_compile
-from brisk.errors import UserError, nearest, one_line_errors
+from brisk.errors import UserError, did_you_mean, one_line_errors
 from brisk.generation.generate import TextStream
 from brisk.generation.prompts import open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.repl import converse
@@ -207,7 +207,7 @@ def load(config):
         names = ["resume", *GPT2_NAMES]
         raise UserError(
             f"init_from={source} is no checkpoint file, no directory and none of "
-            f"{', '.join(names)}{nearest(source, names)}"
+            f"{', '.join(names)}{did_you_mean(source, names)}"
         )
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"

@@ -18,15 +18,22 @@ import torch
 
 from brisk.checkpoint import load_checkpoint
 from brisk.data.loader import hash64, to_device
-from brisk.distributed.activation_checkpointing import recompute_in_backward
-from brisk.distributed.broadcast import handed_out
+from brisk.distributed.activation_checkpointing import checkpoint_activations
+from brisk.distributed.broadcast import broadcast_checkpoint
+from brisk.distributed.parallelize import (
+    check_offload,
+    clip_grad_norm,
+    full_weights,
+    set_grad_sync,
+    wrap_model,
+)
 from brisk.distributed.process_group import clean_end
 from brisk.errors import UserError, one_line_errors
 from brisk.generation.preview import draw_samples
 from brisk.reporting.run_log import Forecast
 from brisk.training.inputs import open_data
 from brisk.training.memory import check_fits, peak_memory
-from brisk.training.optim import learning_rate_at, step_unless
+from brisk.training.optim import get_lr, step_if_finite
 from brisk.training.plan import make_plan
 from brisk.training.resume import load_start, resolve, resumed_position
 from brisk.training.run import Outcome, conclude, open_run, peak_flops_of
@@ -129,7 +136,7 @@ def main(given, stop=None):
         if start.saved:
             run.say(f"Resuming training from {config.out_dir} at step {start.step}")
         if config.cpu_offload and not config.dry_run:
-            run.ranks.check_offload(run.device)
+            check_offload(run.ranks, run.device)
         data = open_data(config, start, run)
         state = initial_state(config, start, data, run)
         plan = make_plan(config, start, state, data, run)
@@ -186,10 +193,10 @@ def parallelize(state, config, plan, run):
     """Activation checkpointing, compilation, DDP or FSDP, and then the optimizer."""
     for block in state.model.transformer.h:
         if config.activation_checkpointing:
-            recompute_in_backward(block, config.dropout > 0)
+            checkpoint_activations(block, config.dropout > 0)
         if plan.compile:
             block.compile()  # in place: names of weights stay as they are
-    state.ddp_model = run.ranks.wrap(state.model, plan.device, config.cpu_offload)
+    state.ddp_model = wrap_model(state.model, run.ranks, plan.device, config.cpu_offload)
     muon = (config.muon_learning_rate, config.muon_momentum, run.ranks)
     state.optimizer = state.model.configure_optimizers(
         config.weight_decay,
@@ -225,11 +232,11 @@ def train(config, plan, state, data, run):
 
         # spikes among the steps so far, read where the device is waited for anyway
         if evaluating or stopping or device.type == "cpu" or (step - 1) % config.log_interval == 0:
-            answer = state.spikes.poll(run.saver, ranks, log)
+            answer = state.spikes.respond(run.saver, ranks, log)
             if isinstance(answer, str):
                 return Outcome(failure=answer)
             if answer:
-                state.rewind(handed_out(ranks, load_checkpoint, answer), ranks)
+                state.rewind(broadcast_checkpoint(ranks, load_checkpoint, answer), ranks)
                 log.back_to(state.step)
                 clipped.zero_()
                 continue
@@ -252,7 +259,7 @@ def train(config, plan, state, data, run):
             record = dict(zip(("train_loss", "val_loss"), losses, strict=True))
             record["tokens"] = state.position * config.block_size
             if data.prompt:
-                with ranks.whole_weights(state.model):
+                with full_weights(state.model, ranks):
                     if ranks.is_main:
                         drawn = (state.model, data.tokenizer, data.prompt, config, device)
                         record["samples"] = draw_samples(*drawn)
@@ -269,7 +276,7 @@ def train(config, plan, state, data, run):
         if finished or config.eval_only:
             return Outcome()
 
-        lr = learning_rate_at(step, config, plan.decay_steps)
+        lr = get_lr(step, config, plan.decay_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
 
@@ -281,24 +288,24 @@ def train(config, plan, state, data, run):
             weight = data.train.targets(state.position + first, count) / step_targets
             torch.manual_seed(hash64(config.seed, step, index))  # of dropout: resume is exact
             # Ranks exchange gradients in the last micro-batch only: they add up until then.
-            ranks.average_gradients(state.ddp_model, now=index == plan.micro_batches[-1][0])
+            set_grad_sync(state.ddp_model, ranks, sync=index == plan.micro_batches[-1][0])
             with device.autocast():
                 _, loss = state.ddp_model(*batch, return_logits=False)
             step_loss += loss.detach() * weight
             # DDP and FSDP take the mean of the gradients over the ranks; a sum is needed here.
             state.scaler.scale(loss * (weight * ranks.world_size)).backward()
-        ranks.sum(step_loss)
+        ranks.all_reduce_sum(step_loss)
 
         # clip, and take the step
         state.scaler.unscale_(state.optimizer)
         limit = config.grad_clip or float("inf")
-        grad_norm = ranks.clip_gradients(state.model, limit, device)
+        grad_norm = clip_grad_norm(state.model, limit, ranks, device)
         clipped += grad_norm > limit  # on the device, which need not wait
-        is_spike = state.spikes.look(step, state.position, step_loss, grad_norm)
+        is_spike = state.spikes.record(step, state.position, step_loss, grad_norm)
         if config.on_spike == "skip":
             # Gradients are unscaled already, and the scaler skips those that are not finite as
             # this does: its own step has nothing to add.
-            step_unless(is_spike, state.optimizer)
+            step_if_finite(is_spike, state.optimizer)
         else:
             state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -346,7 +353,7 @@ def estimate_loss(model, tokens, config, plan, run, forecast, may_stop=False):
             _, loss = model(*batch, return_logits=False)
         nats += loss * targets
         count += targets
-    return (ranks.sum(nats) / ranks.sum(count)).item()
+    return (ranks.all_reduce_sum(nats) / ranks.all_reduce_sum(count)).item()
 
 
 def checkpoint_header(config, plan, state, data):

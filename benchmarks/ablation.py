@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from brisk.data.loader import find_data_dir
-from brisk.errors import UserError, nearest, one_line_errors
+from brisk.errors import UserError, did_you_mean, one_line_errors
 from configurator import PositiveInt, configure
 from trials import summary, trial, write_tuning_set
 
@@ -56,7 +56,7 @@ def parts_of(config_file, only):
     if only:
         for name in (names := only.split(",")):
             if name not in WITHOUT:
-                raise UserError(f"--only={name}: no such part{nearest(name, WITHOUT)}")
+                raise UserError(f"--only={name}: no such part{did_you_mean(name, WITHOUT)}")
         return names
     text = Path(config_file).read_text(encoding="utf-8")
     marks = {name: change.split("=")[0].strip("-") for name, change in WITHOUT.items()}

@@ -52,7 +52,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from brisk.device import open_device
-from brisk.errors import UserError, nearest, one_line_errors
+from brisk.errors import UserError, did_you_mean, one_line_errors
 from configurator import NonNegativeInt, PositiveInt, configure
 from ratios import HEAD, as_lines, check, row, summary
 from sides import (
@@ -299,7 +299,7 @@ def chosen(text, known, key):
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            hint = nearest(name, known) or f"; it takes some of {','.join(known)}"
+            hint = did_you_mean(name, known) or f"; it takes some of {','.join(known)}"
             raise UserError(f"--{key}: there is no {name}{hint}")
     return names
 

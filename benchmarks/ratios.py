@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from brisk.training.memory import in_bytes
+from brisk.errors import format_bytes
 
 HEAD = f"{'':<46}{'brisk':>10}{'nanogpt':>10}   {'ratio (lowest to highest)':<27}spreads"
 
@@ -56,5 +56,5 @@ def as_line(check):
 
 def in_unit(figure, unit):
     if unit == "bytes":
-        return in_bytes(figure)
+        return format_bytes(figure)
     return f"{figure:.3g} s" if figure >= 1 else f"{figure * 1000:.3g} ms"

@@ -36,7 +36,7 @@ import evaluate
 import train
 from brisk.data.dataset import read_meta
 from brisk.data.loader import find_data_dir
-from brisk.errors import RunError, UserError, nearest, one_line_errors
+from brisk.errors import RunError, UserError, did_you_mean, one_line_errors
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, configure
 from trials import ROOT, write_tuning_set
 
@@ -79,7 +79,7 @@ def asked_for(only):
     names = only.split(",") if only else list(RECIPES)
     for name in names:
         if name not in RECIPES:
-            raise UserError(f"--only={name}: no such recipe{nearest(name, RECIPES)}")
+            raise UserError(f"--only={name}: no such recipe{did_you_mean(name, RECIPES)}")
     return {name: RECIPES[name] for name in names}
 
 

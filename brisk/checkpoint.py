@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-from brisk.errors import UserError, one_line
-from brisk.training.memory import in_bytes
+from brisk.errors import UserError, format_bytes, one_line
 
 PARTS = {  # what loading relies on, where it is there
     "optimizer": (dict,),
@@ -90,11 +89,11 @@ def reason_of(error):
 
 def room_for(checkpoint, folder):
     """The bytes that `checkpoint` takes beside an older one, and those that are free, in words."""
-    needed = f"it needs about {in_bytes(sum(storages(checkpoint).values()))}"
+    needed = f"it needs about {format_bytes(sum(storages(checkpoint).values()))}"
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     try:
-        return f"{needed}, {in_bytes(shutil.disk_usage(folder).free)} are free"
+        return f"{needed}, {format_bytes(shutil.disk_usage(folder).free)} are free"
     except OSError:
         return needed
 
@@ -158,7 +157,7 @@ def read(path, mmap=False):
         raise UserError(f"{path} is not a checkpoint of briskGPT or nanoGPT: no model in it")
     if missing := [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]:
         raise UserError(f"{path} is not a GPT checkpoint: it does not state {', '.join(missing)}")
-    if odd := odd_parts(checkpoint):
+    if odd := invalid_entries(checkpoint):
         raise UserError(f"{path} cannot be loaded: {', '.join(odd)} in it cannot be right")
     return checkpoint
 
@@ -170,7 +169,7 @@ def load_tensors(path, mmap=False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def odd_parts(checkpoint):
+def invalid_entries(checkpoint):
     """Names of what is not of the kind, or in the bounds, that loading relies on."""
     odd = [key for key in PARTS if not isinstance(checkpoint.get(key, PARTS[key][0]()), PARTS[key])]
     if odd:
@@ -265,13 +264,13 @@ def latest_checkpoint(out_dir):
     return max(found, key=lambda item: item[0])[1]
 
 
-def drop_unfinished(out_dir):
+def remove_partial(out_dir):
     """Remove what a killed process was writing: it may be large, and nobody will read it."""
     for path in Path(out_dir).glob("*.pt.writing"):
         path.unlink(missing_ok=True)
 
 
-def set_aside(out_dir, names):
+def archive_previous_run(out_dir, names):
     """Move an earlier run's files out of the way, to `earlier/` (or `earlier-2/`, …) in `out_dir`.
 
     `names` may be patterns. Returns the folder they went to, None where there was nothing to move.

@@ -67,8 +67,13 @@ def one_line(text):
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
-def nearest(word, known):
+def did_you_mean(word, known):
     """`; did you mean …?` with the known word nearest to `word`, or nothing."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     match = match or [key for key in known if len(word) > 3 and str(key).startswith(word)]
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def format_bytes(number):
+    """`number` of bytes in MB or GB, to two or three digits."""
+    return f"{number / 1e6:.0f} MB" if number < 1e9 else f"{number / 1e9:.1f} GB"

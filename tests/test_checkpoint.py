@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from brisk import checkpoint as module
 from brisk.checkpoint import (
+    archive_previous_run,
     best_checkpoint,
     latest_checkpoint,
     link_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    set_aside,
 )
 from brisk.errors import UserError
 from model import GPT, GPTConfig
@@ -385,15 +385,15 @@ def test_a_damaged_one_is_passed_over_with_a_notice(tmp_path, capsys, damaged, o
 
 def test_setting_aside_loses_nothing_however_often(tmp_path):
     names = ("ckpt.pt", "metrics.jsonl", "tensorboard")
-    assert set_aside(tmp_path / "out", names) is None
+    assert archive_previous_run(tmp_path / "out", names) is None
     (tmp_path / "out").mkdir()
-    assert set_aside(tmp_path / "out", names) is None  # and it makes no empty folder
+    assert archive_previous_run(tmp_path / "out", names) is None  # and it makes no empty folder
     (tmp_path / "out" / "notes.txt").write_text("mine")
     for number in range(4):
         (tmp_path / "out" / "ckpt.pt").write_text(f"run {number}")
         (tmp_path / "out" / "tensorboard").mkdir()
         (tmp_path / "out" / "tensorboard" / "events").write_text(f"run {number}")
-        folder = set_aside(tmp_path / "out", names)
+        folder = archive_previous_run(tmp_path / "out", names)
         assert not any((tmp_path / "out" / name).exists() for name in names)
         assert (folder / "ckpt.pt").read_text() == f"run {number}"
     kept = {path.read_text() for path in Path(tmp_path).rglob("ckpt.pt")}

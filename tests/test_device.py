@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from brisk.device import Device, cpu_training_dtype, matmul_flops, open_device, resolve_compile
-from brisk.errors import UserError
-from brisk.training.memory import expected_memory, in_bytes, peak_memory
-from brisk.training.optim import learning_rate_at
+from brisk.errors import UserError, format_bytes
+from brisk.training.memory import expected_memory, peak_memory
+from brisk.training.optim import get_lr
 from model import GPT, GPTConfig
 
 CPU = Device(torch.device("cpu"), "float32")
@@ -104,7 +104,7 @@ def test_expected_memory_leaves_the_random_state_alone():
 
 
 def test_memory_is_told_in_a_unit_that_fits():
-    assert in_bytes(40e6) == "40 MB" and in_bytes(3.44e9) == "3.4 GB"
+    assert format_bytes(40e6) == "40 MB" and format_bytes(3.44e9) == "3.4 GB"
     assert peak_memory(CPU) is None or peak_memory(CPU) > 1e7
 
 
@@ -113,12 +113,12 @@ def test_the_schedule_warms_up_decays_and_stays():
         learning_rate, min_lr, warmup_iters, decay_lr = 1.0, 0.1, 9, True
         schedule = "cosine"
 
-    rates = [learning_rate_at(step, Settings, 109) for step in range(120)]
+    rates = [get_lr(step, Settings, 109) for step in range(120)]
     assert rates[:9] == pytest.approx([(step + 1) / 10 for step in range(9)])
     assert rates[9] == 1.0 and rates[59] == pytest.approx(0.55)
     assert rates[9:110] == sorted(rates[9:110], reverse=True)
     assert set(rates[109:]) == {0.1}
     Settings.decay_lr = False
-    assert learning_rate_at(0, Settings, 109) == learning_rate_at(500, Settings, 109) == 1.0
+    assert get_lr(0, Settings, 109) == get_lr(500, Settings, 109) == 1.0
     Settings.decay_lr, Settings.warmup_iters = True, 5
-    assert learning_rate_at(5, Settings, 5) == 0.1  # no decay to speak of, and no division by zero
+    assert get_lr(5, Settings, 5) == 0.1  # no decay to speak of, and no division by zero

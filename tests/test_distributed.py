@@ -19,7 +19,7 @@ small = st.integers(1, 40)
 def shares(world_size, gradient_accumulation_steps, batch_size):
     """What each process does, in the order of the processes."""
     ranks = [Ranks(rank, rank, world_size) for rank in range(world_size)]
-    return [r.share(gradient_accumulation_steps, batch_size) for r in ranks]
+    return [r.micro_batches(gradient_accumulation_steps, batch_size) for r in ranks]
 
 
 @given(world_size=small, steps=small, batch_size=small)
@@ -55,8 +55,8 @@ def test_a_plain_start_is_one_of_one(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     ranks = Ranks.from_environment()
     assert ranks.is_alone and ranks.is_main
-    assert ranks.agree("value") == "value"
-    assert ranks.sum(torch.ones(2)).tolist() == [1, 1]
+    assert ranks.broadcast("value") == "value"
+    assert ranks.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_what_torchrun_says_is_read(monkeypatch):

@@ -163,7 +163,7 @@ from brisk.errors import one_line_errors
 from brisk.training.spikes import SpikeWatch
 import train
 
-look, poisoned = SpikeWatch.look, []
+look, poisoned = SpikeWatch.record, []
 
 def poison(self, step, position, loss, grad_norm):
     if step == 6 and not poisoned:
@@ -171,7 +171,7 @@ def poison(self, step, position, loss, grad_norm):
         loss = loss * float("nan")
     return look(self, step, position, loss, grad_norm)
 
-SpikeWatch.look = poison
+SpikeWatch.record = poison
 with one_line_errors():
     train.main(train.configure(train.TrainConfig, sys.argv[1:]))
 """
@@ -315,4 +315,4 @@ def test_gpt2_xl_is_reckoned_for_eight_gpus(monkeypatch):
     config = configure(train.TrainConfig, ["config/train_gpt2_xl.py"])
     assert config.parallel == "fsdp"
     tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
-    assert tokens == 2**19 and len(Ranks(0, 0, 8).share(32, config.batch_size)) == 4
+    assert tokens == 2**19 and len(Ranks(0, 0, 8).micro_batches(32, config.batch_size)) == 4

@@ -7,7 +7,7 @@ import torch
 
 from brisk.checkpoint import save_checkpoint
 from brisk.errors import UserError
-from brisk.training.optim import learning_rate_at, load_optimizer, orthogonalize
+from brisk.training.optim import get_lr, load_optimizer, orthogonalize
 from model import GPT, GPTConfig
 
 BETAS = (0.9, 0.95)
@@ -268,10 +268,10 @@ def test_wsd_is_level_until_its_last_share():
         learning_rate, min_lr, warmup_iters, decay_lr = 1.0, 0.2, 9, True
         schedule, decay_share = "wsd", 0.4
 
-    rates = [learning_rate_at(step, Settings, 100) for step in range(120)]
+    rates = [get_lr(step, Settings, 100) for step in range(120)]
     assert rates[:9] == pytest.approx([(step + 1) / 10 for step in range(9)])
     assert set(rates[9:61]) == {1.0}
     assert rates[60:101] == pytest.approx([1 - 0.8 * k / 40 for k in range(41)])
     assert set(rates[100:]) == {0.2}
     # A longer run has the same rates up to where this one ends.
-    assert [learning_rate_at(step, Settings, 1000) for step in range(60)] == rates[:60]
+    assert [get_lr(step, Settings, 1000) for step in range(60)] == rates[:60]

@@ -108,7 +108,7 @@ CASES = [
 ]
 
 
-def in_bytes(text, encoding, line_end="\n"):
+def format_bytes(text, encoding, line_end="\n"):
     return text.replace("\n", line_end).encode(encoding)
 
 
@@ -118,7 +118,7 @@ def test_text_is_read_right_in_any_encoding_and_with_any_line_end(
     tmp_path, monkeypatch, encoding, text, line_end
 ):
     file = tmp_path / "a.txt"
-    file.write_bytes(in_bytes(text * 5, encoding, line_end))
+    file.write_bytes(format_bytes(text * 5, encoding, line_end))
     assert read_text(file) == text * 5
     found = TextFile(file)
     for piece in (1, 2, 3, 7):  # characters, and line ends, fall on both sides of a border
@@ -213,7 +213,7 @@ def test_a_last_letter_with_an_accent_is_not_half_a_character(tmp_path):
 @pytest.mark.parametrize(("end", "module"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
 def test_compressed_text_is_read_and_damage_told(tmp_path, end, module):
     file = tmp_path / f"a.txt.{end}"
-    packed = module.compress(in_bytes(SIMPLIFIED * 3000, "gb18030", "\r\n"))
+    packed = module.compress(format_bytes(SIMPLIFIED * 3000, "gb18030", "\r\n"))
     file.write_bytes(packed)
     assert read_text(file) == SIMPLIFIED * 3000
     for damaged in (packed[:-10], b"no such thing", packed[:40] + b"????" + packed[44:]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brisk.device import Device
-from brisk.distributed.activation_checkpointing import recompute_in_backward
+from brisk.distributed.activation_checkpointing import checkpoint_activations
 from brisk.training.memory import expected_memory
 from model import GPT, GPTConfig
 
@@ -59,7 +59,7 @@ def bytes_kept(model):
 def test_a_block_keeps_its_input_only():
     model, recomputed = a_model(), a_model()
     for block in recomputed.transformer.h:
-        recompute_in_backward(block, draws=False)
+        checkpoint_activations(block, draws=False)
     sequences = 4 * 32 * 32 * 4  # bytes of what goes into a block
     assert bytes_kept(recomputed) <= 6 * sequences < bytes_kept(model) / 5
     foretold, whole = (expected_memory(model, 4, CPU, recomputed=r) for r in (True, False))
@@ -71,7 +71,7 @@ def test_an_evaluation_computes_nothing_again():
     model = a_model()
     block, calls = model.transformer.h[0], []
     block.attn.register_forward_hook(lambda *_: calls.append(1))
-    recompute_in_backward(block, draws=False)
+    checkpoint_activations(block, draws=False)
     x = torch.zeros(1, 32, 32)
     with torch.no_grad():
         block(x)

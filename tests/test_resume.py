@@ -27,7 +27,7 @@ def train_until(settings, monkeypatch):
 
     def run(out_dir, stop, given=None, **changes):
         argv = given or settings(out_dir, **changes)
-        request, get_lr = StopRequest(speaks=False), train.learning_rate_at
+        request, get_lr = StopRequest(speaks=False), train.get_lr
 
         def count(step, *rest):
             if step == stop - 1:
@@ -35,7 +35,7 @@ def train_until(settings, monkeypatch):
             return get_lr(step, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "learning_rate_at", count)
+            patch.setattr(train, "get_lr", count)
             with pytest.raises(SystemExit):
                 train.main(configure(train.TrainConfig, argv), request)
         assert torch.load(out_dir / "last.pt")["iter_num"] == stop
@@ -211,7 +211,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(
     assert not (tmp_path / "out" / "ckpt.pt").exists()
     whole = train_tiny(tmp_path / "whole", **changes)
     assert whole.series("val_loss")[4] < whole.series("val_loss")[0]
-    monkeypatch.setattr(train, "learning_rate_at", lambda *_: pytest.fail("no step is needed"))
+    monkeypatch.setattr(train, "get_lr", lambda *_: pytest.fail("no step is needed"))
     with pytest.raises(pytest.fail.Exception):
         carry_on(tmp_path / "out")
     assert torch.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 4

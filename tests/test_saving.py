@@ -146,7 +146,7 @@ def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, in
     the way is free."""
     import train
 
-    out, original = tmp_path / "out", train.learning_rate_at
+    out, original = tmp_path / "out", train.get_lr
 
     def vanish(step, *rest):
         if step == 5:
@@ -160,7 +160,7 @@ def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, in
             out.unlink()
         return original(step, *rest)
 
-    monkeypatch.setattr(train, "learning_rate_at", vanish)
+    monkeypatch.setattr(train, "get_lr", vanish)
     console = train_tiny(out, max_iters=11).console
     assert ("could not save" in console) == (instead == "a file")
     assert load_checkpoint(out / "ckpt.pt")["iter_num"] == 12

@@ -8,7 +8,7 @@ import torch
 import train
 from brisk.checkpoint import load_checkpoint
 from brisk.errors import RunError
-from brisk.training.optim import step_unless
+from brisk.training.optim import step_if_finite
 from brisk.training.spikes import ENOUGH, HISTORY, PATIENCE, SpikeWatch
 from model import GPT, GPTConfig
 
@@ -17,7 +17,7 @@ from model import GPT, GPTConfig
 def spoil(monkeypatch):
     """`spoil({5: nan})`: the gradient at step 5 is that number all over, once or `always`; a number
     that is no NaN multiplies it. `spoil.seen` are the steps at which it was."""
-    rate, clip = train.learning_rate_at, torch.nn.utils.clip_grad_norm_
+    rate, clip = train.get_lr, torch.nn.utils.clip_grad_norm_
 
     def spoil(factors, always=True):
         spoil.seen, now = [], {}
@@ -35,7 +35,7 @@ def spoil(monkeypatch):
                     p.grad.mul_(factors[step])
             return clip(parameters, limit)
 
-        monkeypatch.setattr(train, "learning_rate_at", note)
+        monkeypatch.setattr(train, "get_lr", note)
         monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clip_spoiled)
 
     return spoil
@@ -148,9 +148,9 @@ def test_steps_left_out_one_after_another_are_a_broken_run(spoil, train_tiny, tm
 def test_float16_leaves_infinite_gradients_to_its_scaler():
     watch = SpikeWatch("cpu", "skip", scaled=True)
     one = torch.tensor(1.0)
-    assert watch.look(0, 0, one, torch.tensor(math.inf)) == 1  # not to be taken, but no spike
-    assert watch.look(1, 4, torch.tensor(NAN), one) == 1
-    assert [spike.step for spike in watch.read()] == [1]
+    assert watch.record(0, 0, one, torch.tensor(math.inf)) == 1  # not to be taken, but no spike
+    assert watch.record(1, 4, torch.tensor(NAN), one) == 1
+    assert [spike.step for spike in watch.poll()] == [1]
 
 
 def test_an_optimizer_without_that_kernel_is_asked_by_the_host():
@@ -159,9 +159,9 @@ def test_an_optimizer_without_that_kernel_is_asked_by_the_host():
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = [p.clone() for p in model.parameters()]
-    step_unless(torch.tensor(1.0), optimizer)
+    step_if_finite(torch.tensor(1.0), optimizer)
     assert all(map(torch.equal, before, model.parameters()))
-    step_unless(torch.tensor(0.0), optimizer)
+    step_if_finite(torch.tensor(0.0), optimizer)
     assert not any(map(torch.equal, before, model.parameters()))
 
 
@@ -246,7 +246,7 @@ def norms(watch, values, start=0):
     """The verdicts on steps with a loss of 1 and these norms."""
     one = torch.tensor(1.0)
     return [
-        watch.look(step, 4 * step, one, torch.tensor(float(norm))).item()
+        watch.record(step, 4 * step, one, torch.tensor(float(norm))).item()
         for step, norm in enumerate(values, start)
     ]
 
@@ -257,7 +257,7 @@ def test_a_norm_far_over_its_median_is_a_spike():
     assert not any(norms(watch, usual))
     median = torch.tensor(usual).median().item()
     assert norms(watch, [3.9 * median, 4.1 * median], HISTORY) == [0, 1]
-    (spike,) = watch.read()
+    (spike,) = watch.poll()
     assert (spike.step, spike.position) == (HISTORY + 1, 4 * (HISTORY + 1))
     assert re_all(str(spike), "is 4.1, 4.06 times the usual")
 

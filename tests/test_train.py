@@ -118,17 +118,17 @@ def test_a_run_stopped_and_resumed_is_the_run_not_stopped(
 def test_a_run_killed_between_evaluations(train_tiny, resume, tmp_path, monkeypatch):
     """metrics.jsonl is ahead of last.pt by some steps, its last line not written whole."""
     whole = train_tiny(tmp_path / "whole", dropout=0.1)
-    rate = train.learning_rate_at
+    rate = train.get_lr
 
     def killed_at_step_6(step, *rest):
         if step == 6:
             raise KeyboardInterrupt
         return rate(step, *rest)
 
-    monkeypatch.setattr(train, "learning_rate_at", killed_at_step_6)
+    monkeypatch.setattr(train, "get_lr", killed_at_step_6)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path / "parts", dropout=0.1)
-    monkeypatch.setattr(train, "learning_rate_at", rate)
+    monkeypatch.setattr(train, "get_lr", rate)
     metrics = tmp_path / "parts" / "metrics.jsonl"
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == 5
     with open(metrics, "a") as file:
@@ -482,7 +482,7 @@ def test_no_schedule_ends_in_a_division_by_zero(warmup, decay, schedule, share):
     config = SimpleNamespace(decay_lr=True, learning_rate=1.0, min_lr=0.1)
     config.schedule, config.decay_share = schedule, share
     config.warmup_iters = warmup
-    rates = [train.learning_rate_at(step, config, decay) for step in range(10)]
+    rates = [train.get_lr(step, config, decay) for step in range(10)]
     assert all(0 < rate <= 1 for rate in rates) and rates[-1] == pytest.approx(0.1)
 
 

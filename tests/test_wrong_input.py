@@ -127,7 +127,7 @@ def test_a_mistake_is_one_line_and_status_2(make, folder, name):
 @pytest.mark.parametrize("steps, batch_size, world_size, near", [(5, 3, 2, 4), (1, 1, 8, 8)])
 def test_a_batch_that_cannot_be_shared(steps, batch_size, world_size, near):
     with pytest.raises(UserError) as caught:
-        Ranks(0, 0, world_size).share(steps, batch_size)
+        Ranks(0, 0, world_size).micro_batches(steps, batch_size)
     assert f"--gradient_accumulation_steps={near} " in str(caught.value)
     assert f"{world_size} processes" in str(caught.value)
 

@@ -7,7 +7,7 @@ all steps at once; what lies above the diagonal is not computed beyond the block
 
 import torch
 
-from brisk.cpu.dropout import kept_at_random
+from brisk.cpu.dropout import dropout_mask
 
 BLOCK = 2**18  # probabilities worked on at a time: 1 MiB, about half of a core's second-level cache
 QUERIES = 64  # of one sequence in a block, at most
@@ -50,7 +50,7 @@ class CausalAttention(torch.autograd.Function):
             scores[:, :, start:].add_(above)
             p = torch.softmax(scores, -1)
             if dropout:
-                is_kept, kept = kept_at_random(p.shape, dropout)
+                is_kept, kept = dropout_mask(p.shape, dropout)
                 p.mul_(is_kept.to(p.dtype).mul_(2).sub_(1))
             y[rows, start:end] = torch.bmm(p.clamp_min(0) if dropout else p, v[rows, :end])
             saved.append(p)

@@ -19,7 +19,7 @@ def dropout(x, p):
 class Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        is_kept, ctx.kept = kept_at_random(x.shape, p)
+        is_kept, ctx.kept = dropout_mask(x.shape, p)
         ctx.save_for_backward(is_kept)
         return scaled(is_kept, ctx.kept, x)
 
@@ -32,7 +32,7 @@ def scaled(is_kept, kept, x):
     return is_kept.to(x.dtype).mul_(1 / kept).mul_(x)
 
 
-def kept_at_random(shape, p):
+def dropout_mask(shape, p):
     """(which entries of a tensor of this shape are kept, as bools; the probability of that)."""
     threshold, n = max(1, round((1 - p) * 2**16)), math.prod(shape)
     bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -14,7 +14,7 @@ import torch
 
 from brisk import repository
 from brisk.data.document_index import document_index
-from brisk.errors import UserError, nearest
+from brisk.errors import UserError, did_you_mean
 
 SCAN = 1 << 26  # tokens that are checked against the vocabulary when a file is opened
 
@@ -133,7 +133,7 @@ def find_data_dir(data_dir, dataset):
             made = "prepare it in a clone of briskGPT and name its folder: --data_dir=PATH"
         elif not (folder / "prepare.py").exists():
             made = f"data sets that can be made here: {', '.join(known) or 'none'}"
-            made += nearest(folder.name, known)
+            made += did_you_mean(folder.name, known)
         raise UserError(f"no {' and no '.join(missing)} in {folder}; {made}")
     return folder
 

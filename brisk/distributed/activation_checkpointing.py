@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute_in_backward(block, draws):
+def checkpoint_activations(block, draws):
     """Let `block` keep nothing of its forward pass in training but its input: the backward pass
     computes the rest again.
 

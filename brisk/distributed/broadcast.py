@@ -1,15 +1,15 @@
-"""What the main process has read, handed to the others: a checkpoint, its tensors one by one."""
+"""Broadcast a checkpoint from rank 0, its tensors one by one."""
 
 import torch
 import torch.distributed as dist
 
 
-def handed_out(ranks, read, *arguments, before_tensors=lambda plan: None):
-    """What `read(*arguments)` returns in the main process, dicts of tensors on the CPU and plain
-    values, in every process. Only the main one need have the files.
+def broadcast_checkpoint(ranks, read, *arguments, before_tensors=lambda plan: None):
+    """Call `read(*arguments)` on rank 0, the only one that needs the files, and return what it
+    returns, dicts of tensors on the CPU and plain values, on every rank.
 
     Under FSDP the numbers of weights and moments stay in the main process, which scatters them
-    later (see `parallelize`): the others' tensors are of the same shapes, with nothing in them.
+    later (`fsdp.shard_like`): the others' tensors are of the same shapes, with nothing in them.
 
     `before_tensors` is called in every process with all but the tensors, before those are sent.
 
@@ -18,7 +18,7 @@ def handed_out(ranks, read, *arguments, before_tensors=lambda plan: None):
     if ranks.is_alone:
         return read(*arguments)
     tensors = {}  # by where they are in memory: one of two names is sent once
-    plan = ranks.told(lambda: planned(read(*arguments), tensors))
+    plan = ranks.run_on_main(lambda: planned(read(*arguments), tensors))
     before_tensors(plan)
     mine = (tensor for _, tensor in tensors.values())
     return filled(plan, mine, [], scalars_only=ranks.shards)
@@ -36,7 +36,7 @@ def planned(value, tensors):
     plain numbers in memory of their own) stay, and are sent with the plan."""
     if isinstance(value, dict):
         return {key: planned(part, tensors) for key, part in value.items()}
-    if not isinstance(value, torch.Tensor) or is_odd(value):
+    if not isinstance(value, torch.Tensor) or is_nonstandard(value):
         return value
     key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
     number, _ = tensors.setdefault(key, (len(tensors), value))
@@ -60,7 +60,7 @@ def filled(plan, mine, sent, scalars_only):
     return sent[plan.number]
 
 
-def is_odd(tensor):
+def is_nonstandard(tensor):
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return True
     return tensor.nbytes > tensor.untyped_storage().nbytes()

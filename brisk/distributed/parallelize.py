@@ -1,86 +1,78 @@
-"""FSDP: every process keeps a part of each weight, of its gradient and of its moments.
+"""Data parallelism applied to a model from outside: DDP or FSDP, gradient sync, clipping."""
 
-What a block needs is gathered just before it runs and let go after it (Rajbhandari et al. 2020,
-ZeRO, stage 3; Zhao et al. 2023, PyTorch FSDP). A shard is a `DTensor`: rows of a tensor, for which
-it stands in every operation. All functions here are called by all processes together.
-"""
-
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from brisk.distributed.process_group import local
+from brisk.errors import UserError
+
+# FSDP is imported where it is used: it takes longer than the rest of a start.
 
 
-def shard(model, device, world_size, offload=False):
-    """Shard `model`, a `GPT` on the CPU, over `world_size` processes: each block is gathered by
-    itself, and so is what is around them (embeddings, the last norm, the head). All begin with the
-    main process's weights; what the others' models have in theirs is not read.
+def wrap_model(model, ranks, device, offload=False):
+    """Put `model`, so far on the CPU, on its device, such that the backward pass averages gradients
+    over the ranks; with FSDP its weights are sharded. All ranks begin with the weights of rank 0.
 
-    Blocks are moved to the device and sharded one after another: none has to hold the whole model.
-    In bfloat16 weights are gathered in it, and gradients added up in float32. A gradient scaler's
-    float16 reaches the products only, by autocast: gradients would overflow on their way.
+    Returns what a training step calls: `model` itself, or DDP around it.
     """
-    weights = dict(model.state_dict())
-    mesh = init_device_mesh(device.type, (world_size,))
-    low = torch.bfloat16 if device.dtype is torch.bfloat16 else None
-    how = {
-        "mesh": mesh,
-        # inputs are left as they come: rotary angles are wanted in float32
-        "mp_policy": MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-    }
-    for block in model.transformer.h:
-        fully_shard(block, **how)
-    fully_shard(model, **how)
-    load_weights(model, weights)
+    if ranks.shards:
+        from brisk.distributed.fsdp import shard
+
+        shard(model, device, ranks.world_size, offload)
+        return model
+    model.to(device.device)
+    if ranks.is_alone:
+        return model
+    ids = [device.device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-@torch.no_grad()
-def load_weights(model, weights):
-    """Give a sharded `model` the weights of a state dict, of which the main process's are read."""
-    for name, shards in model.state_dict(keep_vars=True).items():
-        local(shards).copy_(local(scattered(weights[name], shards)))
+def check_offload(ranks, device):
+    """Raise `UserError` where the shards of the weights cannot be kept on the host."""
+    if not ranks.shards:
+        raise UserError("--cpu_offload needs --parallel=fsdp, and several processes (torchrun)")
+    if device.type != "cuda":
+        raise UserError(f"--cpu_offload spares memory of GPUs, the device is {device.type}")
+    if device.dtype_name == "float16":
+        raise UserError("--cpu_offload does not go with the gradient scaler of --dtype=float16")
 
 
-def scattered(whole, like):
-    """The main process's tensor `whole`, sharded as the DTensor `like` is; of the others' only the
-    shape is read. Raises ValueError where it is another shape."""
-    if whole.shape != like.shape:
-        raise ValueError(f"{tuple(whole.shape)} for {tuple(like.shape)}")
-    mesh = like.device_mesh
-    if mesh.get_rank() != 0:
-        whole = torch.empty(whole.shape, dtype=whole.dtype, device=mesh.device_type)
-    shards = torch.empty_like(like)  # on the host, where those of `like` are
-    local(shards).copy_(local(distribute_tensor(whole.detach(), mesh, like.placements)))
-    return shards
+def set_grad_sync(ddp_model, ranks, sync):
+    """Whether the next backward pass averages the gradients over the ranks."""
+    if ranks.shards:
+        ddp_model.set_requires_gradient_sync(sync)
+    elif not ranks.is_alone:
+        ddp_model.require_backward_grad_sync = sync
 
 
-def gathered(tensor):
-    """A DTensor put together, in every process, on the device that they are connected by."""
-    return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+def clip_grad_norm(model, max_norm, ranks, device):
+    """Clip the norm of all gradients together to `max_norm`. Returns it as it was before, a tensor
+    () on the device."""
+    if not ranks.shards:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    from brisk.distributed.fsdp import full_tensor
+
+    weights = [p for p in model.parameters() if p.grad is not None]
+    norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in weights]))
+    torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm.to(weights[0].device))
+    return norm.to(device.device)
 
 
-@contextmanager
-def whole_weights(model):
-    """While it lasts every process has all weights of a sharded `model`, in the precision that they
-    are gathered in, and may use it alone."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
-            unit.reshard()
+def load_weights(model, weights, ranks):
+    """Load `weights`, a state dict of rank 0, into `model`, sharded or not."""
+    if not ranks.shards:
+        model.load_state_dict(weights)
+        return
+    from brisk.distributed import fsdp
+
+    fsdp.load_weights(model, weights)
+
+
+def full_weights(model, ranks):
+    """A context in which rank 0 may use `model` without the others."""
+    if not ranks.shards:
+        return nullcontext()
+    from brisk.distributed import fsdp
+
+    return fsdp.full_weights(model)

@@ -1,27 +1,26 @@
-"""The processes that train together under `torchrun`: who they are, and what each one does."""
+"""The process group of a run: which rank this process is, and what ranks tell one another."""
 
 import math
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from brisk.distributed.rendezvous import join
+from brisk.distributed.rendezvous import init_process_group
 from brisk.errors import UserError
 
 
 @dataclass
 class Ranks:
-    """This process among `world_size` processes; a plain `python` start is one of one."""
+    """This process among `world_size`; started by plain `python` it is the only one."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    parallel: str = "ddp"  # or "fsdp": each process keeps a part of the weights
+    parallel: str = "ddp"  # or "fsdp": each rank keeps a shard of the weights
 
     @classmethod
     def from_environment(cls, parallel="ddp"):
@@ -42,9 +41,9 @@ class Ranks:
     def shards(self):
         return self.parallel == "fsdp" and not self.is_alone
 
-    def join(self, backend, device, timeout=600):
-        """Start the process group: NCCL between GPUs, gloo between CPUs, or as `backend` says. A
-        process that waits `timeout` seconds for another gives up."""
+    def init(self, backend, device, timeout=600):
+        """Initialize the process group: NCCL between GPUs, gloo between CPUs, or as `backend` says.
+        A rank that waits `timeout` seconds for another gives up."""
         if self.is_alone:
             return
         if backend == "auto":
@@ -52,135 +51,62 @@ class Ranks:
         if backend == "nccl" and device.type != "cuda":
             raise UserError(f"--backend=nccl needs GPUs, the device is {device.type}; use gloo")
         if backend == "nccl":
-            backend = "cpu:gloo,cuda:nccl"  # what hosts agree on need not wait for their devices
+            backend = "cpu:gloo,cuda:nccl"  # collectives on host tensors do not wait for the GPU
         if device.type == "cpu":  # torchrun gives each process one thread unless told otherwise
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
             torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // local))
-        join(backend, self.rank, self.world_size, timeout)
+        init_process_group(backend, self.rank, self.world_size, timeout)
 
-    def leave(self):
-        """End the process group, all processes together: one that goes first takes gloo's
+    def destroy(self):
+        """Destroy the process group, all ranks together: one that goes first would take gloo's
         connections away from under the others."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 
-    def agree(self, value):
-        """The main process's `value` (plain Python), in every process."""
+    def broadcast(self, value):
+        """The `value` of rank 0 (plain Python), on every rank."""
         values = [value]
         if not self.is_alone:
             dist.broadcast_object_list(values)
         return values[0]
 
-    def told(self, work):
-        """What `work()` returns in the main process (plain Python), in every process; or its
-        `UserError`, in all of them."""
+    def run_on_main(self, work):
+        """Call `work()` on rank 0; return what it returns (plain Python), or raise its
+        `UserError`, on every rank."""
         result = mistake = None
         if self.is_main:
             try:
                 result = work()
             except UserError as error:
                 mistake = str(error)
-        result, mistake = self.agree((result, mistake))
+        result, mistake = self.broadcast((result, mistake))
         if mistake:
             raise UserError(mistake)
         return result
 
-    def sum(self, tensor):
-        """`tensor` added up over all processes, in place."""
+    def all_reduce_sum(self, tensor):
+        """Sum `tensor` over the ranks, in place."""
         if not self.is_alone:
             dist.all_reduce(tensor)
         return tensor
 
-    def largest(self, number):
-        """The largest of the processes' whole numbers, in all; no device is waited for."""
+    def all_reduce_max(self, number):
+        """The largest of the ranks' integers, on every rank; waits for no device."""
         if self.is_alone:
             return number
         number = torch.tensor(number)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
-    def check_offload(self, device):
-        """Raise `UserError` where the shards of the weights cannot be kept on the host."""
-        if not self.shards:
-            raise UserError("--cpu_offload needs --parallel=fsdp, and several processes (torchrun)")
-        if device.type != "cuda":
-            raise UserError(f"--cpu_offload spares memory of GPUs, the device is {device.type}")
-        if device.dtype_name == "float16":
-            raise UserError("--cpu_offload does not go with the gradient scaler of --dtype=float16")
+    def micro_batches(self, gradient_accumulation_steps, batch_size):
+        """This rank's micro-batches of a global batch: a list of (index, first, count).
 
-    def build(self, build_model):
-        """The model of `build_model()` on the CPU. Under FSDP only the main process calls it; the
-        others get one of its shape with nothing in it, and its `UserError`."""
-        if not self.shards:
-            return build_model()
-        built = []
+        The global batch has `gradient_accumulation_steps * batch_size` rows, whatever the number of
+        ranks. `index` numbers the micro-batches over all ranks, `first` is the row it starts at,
+        `count` its number of rows, at most `batch_size`.
 
-        def build():
-            built.append(build_model())
-            return type(built[0]), built[0].config
-
-        kind, config = self.told(build)
-        return built[0] if self.is_main else kind.empty(config)
-
-    def wrap(self, model, device, offload=False):
-        """`model`, so far on the CPU, as it is to be trained: on its device, with its gradients
-        averaged over the processes in the backward pass, under FSDP sharded. All processes begin
-        with the main one's weights."""
-        if self.shards:
-            from brisk.distributed.parallelize import shard
-
-            shard(model, device, self.world_size, offload)
-            return model
-        model.to(device.device)
-        if self.is_alone:
-            return model
-        ids = [device.device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-    def average_gradients(self, trained, now):
-        """Whether the gradients of the processes meet in the next backward pass."""
-        if self.shards:
-            trained.set_requires_gradient_sync(now)
-        elif not self.is_alone:
-            trained.require_backward_grad_sync = now
-
-    def clip_gradients(self, model, limit, device):
-        """Shorten the gradient to a norm of `limit`; its norm before, a tensor () on the device."""
-        if not self.shards:
-            return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        from brisk.distributed.parallelize import gathered
-
-        weights = [p for p in model.parameters() if p.grad is not None]
-        norm = gathered(torch.nn.utils.get_total_norm([p.grad for p in weights]))
-        torch.nn.utils.clip_grads_with_norm_(weights, limit, norm.to(weights[0].device))
-        return norm.to(device.device)
-
-    def load_weights(self, model, weights):
-        """Give `model`, which may be sharded, the main process's `weights`, a state dict."""
-        if not self.shards:
-            model.load_state_dict(weights)
-            return
-        from brisk.distributed.parallelize import load_weights
-
-        load_weights(model, weights)
-
-    def whole_weights(self, model):
-        """A context in which the main process may use `model` without the others."""
-        if not self.shards:
-            return nullcontext()
-        from brisk.distributed.parallelize import whole_weights
-
-        return whole_weights(model)
-
-    def share(self, gradient_accumulation_steps, batch_size):
-        """This process's micro-batches of a global batch: a list of (index, first, count).
-
-        The global batch is `gradient_accumulation_steps * batch_size` rows however many processes
-        share it. `index` numbers the micro-batches over all processes, `first` is the row it
-        starts at, `count` its rows, at most `batch_size`.
-
-        Raises `UserError` where the rows cannot be shared evenly.
+        Raises `UserError` where the rows cannot be divided evenly.
         """
         rows = gradient_accumulation_steps * batch_size
         if rows % self.world_size:

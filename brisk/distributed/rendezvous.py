@@ -1,5 +1,4 @@
-"""Processes of a run that find one another, again after every restart, and what is said when one
-of them is gone."""
+"""Rendezvous that survives torchrun restarts, and the error when a rank is lost."""
 
 import time
 import uuid
@@ -12,8 +11,9 @@ from torch.distributed.rendezvous import rendezvous
 from brisk.errors import RunError, UserError
 
 
-def join(backend, rank, world_size, seconds):
-    """Start the process group. A process that waits `seconds` for another gives up, now and later.
+def init_process_group(backend, rank, world_size, seconds):
+    """Initialize the process group. A rank that waits `seconds` for another gives up, here and in
+    every collective.
 
     Raises `UserError` for a `backend` that this PyTorch does not have.
     """

@@ -9,7 +9,7 @@ import re
 import sys
 from contextlib import suppress
 
-from brisk.errors import UserError, nearest, one_line
+from brisk.errors import UserError, did_you_mean, one_line
 
 HELP = """\
 Type a prompt and press enter. FILE:prompt.txt takes it from a file, an empty line is none at
@@ -98,7 +98,9 @@ def obey(command, config, keys, change):
     elif name == "settings":
         say("  ".join(f"{key}={getattr(config, key)}" for key in keys))
     elif name not in keys:
-        near = nearest(f"/{name}", [f"/{known}" for known in [*keys, "settings", "help", "quit"]])
+        near = did_you_mean(
+            f"/{name}", [f"/{known}" for known in [*keys, "settings", "help", "quit"]]
+        )
         raise UserError(
             f"unknown command /{command[1]}{near} (/help lists them; // begins a prompt with /)"
         )

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from brisk.checkpoint import is_weight, load_tensors, verify
-from brisk.errors import UserError, nearest
+from brisk.errors import UserError, did_you_mean
 from brisk.interop.families import to_config_args, to_state_dict
 from brisk.interop.tokenizer_json import tokenizer_files
 
@@ -40,7 +40,7 @@ def load_pretrained(name_or_directory):
     from_hub = name_or_directory in GPT2_NAMES and not (folder / "config.json").exists()
     if not from_hub and not folder.is_dir():
         known = ", ".join(GPT2_NAMES)
-        near = nearest(str(folder), GPT2_NAMES)
+        near = did_you_mean(str(folder), GPT2_NAMES)
         raise UserError(f"{folder} is no directory and none of {known}{near}")
 
     def find(file):

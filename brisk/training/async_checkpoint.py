@@ -96,9 +96,9 @@ def on_host(value, keeps=True, copies=None):
     key = id(value) if sharded else (value.data_ptr(), value.shape)
     if key not in copies:
         if sharded:
-            from brisk.distributed.parallelize import gathered
+            from brisk.distributed.fsdp import full_tensor
 
-            whole = gathered(value)
+            whole = full_tensor(value)
             copies[key] = whole.to("cpu") if keeps else None
         else:
             copies[key] = value.detach().to("cpu", copy=True) if keeps else None

@@ -34,7 +34,7 @@ class FolderLock:
 
         Raises `UserError` where another run has it, or nothing can be written there.
         """
-        refusal = self.ranks.agree(self.try_to(make) if self.ranks.is_main else None)
+        refusal = self.ranks.broadcast(self.try_to(make) if self.ranks.is_main else None)
         if refusal:
             raise UserError(refusal)
 

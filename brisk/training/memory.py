@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from brisk.errors import UserError
+from brisk.errors import UserError, format_bytes
 from brisk.training.loss import CHUNK
 
 OF_A_BLOCK = 50_000  # bytes that its Python objects take, whatever its size
@@ -23,8 +23,8 @@ def check_fits(config):
     rows += (config.ngrams - 1) * config.ngram_rows
     needed = config.n_layer * (4 * block + OF_A_BLOCK) + 4 * C * rows
     if needed > machine_memory():
-        has = f"this machine has {in_bytes(machine_memory())}"
-        raise UserError(f"the weights of this model take {in_bytes(needed)} of memory, {has}")
+        has = f"this machine has {format_bytes(machine_memory())}"
+        raise UserError(f"the weights of this model take {format_bytes(needed)} of memory, {has}")
 
 
 def machine_memory():
@@ -140,8 +140,3 @@ def peak_memory(device):
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def in_bytes(number):
-    """`number` of bytes in MB or GB, to two or three digits."""
-    return f"{number / 1e6:.0f} MB" if number < 1e9 else f"{number / 1e9:.1f} GB"

@@ -126,7 +126,7 @@ class MuonAdamW(Plain, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skipped = getattr(self, "found_inf", None)  # of `step_unless`
+        skipped = getattr(self, "found_inf", None)  # of `step_if_finite`
         self.muon_step(self.param_groups[0], skipped)
         self.adamw.found_inf = skipped
         self.adamw.step()
@@ -135,7 +135,7 @@ class MuonAdamW(Plain, torch.optim.Optimizer):
     def muon_step(self, group, skipped=None):
         """Nesterov momentum, orthogonalised map by map; decoupled weight decay.
 
-        `skipped` is that of `step_unless`: a gradient equal to the mean leaves the mean as it is.
+        `skipped` is that of `step_if_finite`: a gradient equal to the mean leaves the mean as it is.
         Of sharded weights (FSDP) all is done to this process's rows, but for the orthogonalising.
         """
         pairs = zip(group["params"], group["rows"], strict=True)
@@ -189,7 +189,7 @@ def orthogonal_maps(matrices, rows):
     return results
 
 
-def step_unless(skipped, optimizer):
+def step_if_finite(skipped, optimizer):
     """One step of `optimizer`, or none where `skipped`, a tensor () on the device, is 1: weights,
     moments and counts of steps then stay as they are.
 
@@ -257,9 +257,9 @@ def fitted_moments(optimizer, state):
             if not is_weight(moment) or moment.shape != weight.shape or {*kept} not in STATES:
                 raise ValueError(f"odd state of a weight of shape {tuple(weight.shape)}")
             if is_sharded(weight):
-                from brisk.distributed.parallelize import scattered
+                from brisk.distributed.fsdp import shard_like
 
-                moments[key] = scattered(moment, weight)
+                moments[key] = shard_like(moment, weight)
         fitted[number] = {**kept, **moments}
     return fitted
 
@@ -287,7 +287,7 @@ def check_rules(optimizer, state):
         )
 
 
-def learning_rate_at(step, config, decay_steps):
+def get_lr(step, config, decay_steps):
     """The learning rate of `step` (from 0): a linear warm-up over `warmup_iters`, then, by
     `schedule`, down to `min_lr` at `decay_steps`; constant where `decay_lr` is False.
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from brisk.device import Device, cpu_training_dtype, resolve_compile
-from brisk.errors import UserError
-from brisk.training.memory import expected_memory, in_bytes, shared_state
+from brisk.errors import UserError, format_bytes
+from brisk.training.memory import expected_memory, shared_state
 from brisk.training.resume import is_other_data
 
 
@@ -18,7 +18,7 @@ class Plan:
     length: str  # the setting that decides last_step, as key=value
     device: Device  # where, and in what precision
     global_batch: int  # sequences in a step, over all micro-batches and processes
-    micro_batches: tuple  # this process's (index, first, count), see `Ranks.share`
+    micro_batches: tuple  # this process's (index, first, count), see `Ranks.micro_batches`
     resolved: dict  # what a checkpoint keeps of all this
     lines: tuple  # what it says of itself
 
@@ -53,7 +53,9 @@ def make_plan(config, start, state, data, run):
         length=length,
         device=device,
         global_batch=batch,
-        micro_batches=tuple(run.ranks.share(config.gradient_accumulation_steps, config.batch_size)),
+        micro_batches=tuple(
+            run.ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
+        ),
         resolved=resolved,
         lines=tuple(describe(config, last_step, rows, device, compiling, state.model, run.ranks)),
     )
@@ -71,7 +73,7 @@ def describe(config, last_step, rows, device, compiling, model, ranks):
     yield f"tokens per iteration will be: {tokens:,}"
     yield f"plan: {steps:,} steps, {steps * tokens:,} tokens, {batch * steps / rows:.3g} epochs"
     ranks = replace(ranks, world_size=config.dry_run_ranks or ranks.world_size)
-    micro_batches = ranks.share(config.gradient_accumulation_steps, config.batch_size)
+    micro_batches = ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
     memory = expected_memory(
         model,
         max(count for _, _, count in micro_batches),
@@ -84,9 +86,9 @@ def describe(config, last_step, rows, device, compiling, model, ranks):
     compiled = "compiled" if compiling else "not compiled"
     processes = f"{ranks.world_size} processes ({config.parallel}), each on "
     where = f"{'' if ranks.is_alone else processes}{device}, {compiled}"
-    yield f"device: {where}; about {in_bytes(memory)} of memory for training"
+    yield f"device: {where}; about {format_bytes(memory)} of memory for training"
     if config.cpu_offload:
-        yield f"and {in_bytes(shared_state(model, ranks))} of the host's for each process"
+        yield f"and {format_bytes(shared_state(model, ranks))} of the host's for each process"
 
 
 def global_batch(config):
@@ -126,4 +128,4 @@ def resolve_precision(config, resolved, run):
         dtype = cpu_training_dtype(config.batch_size, config.block_size, config.n_embd)
     elif dtype == "auto":
         dtype = device.dtype_name
-    return run.ranks.agree(dtype), resolve_compile(wanted["compile"], device)
+    return run.ranks.broadcast(dtype), resolve_compile(wanted["compile"], device)

@@ -7,8 +7,8 @@ from pathlib import Path
 from brisk.checkpoint import latest_checkpoint, load_checkpoint
 from brisk.data.tokenizer import from_dict, gpt2
 from brisk.device import DTYPES
-from brisk.distributed.broadcast import handed_out
-from brisk.errors import UserError, nearest
+from brisk.distributed.broadcast import broadcast_checkpoint
+from brisk.errors import UserError, did_you_mean
 from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
 
 # ----------------------------------------------------------------------------- reading
@@ -36,7 +36,7 @@ def load_start(given, ranks):
         if start["resuming"] and "parallel" not in given.given:
             ranks.parallel = saved_parallel(start["checkpoint"], given.parallel)
 
-    start = handed_out(ranks, read_start, given, before_tensors=take_parallel)
+    start = broadcast_checkpoint(ranks, read_start, given, before_tensors=take_parallel)
     resuming, checkpoint = start.pop("resuming"), start["checkpoint"]
     return Start(**start, saved=SavedRun.of(checkpoint, given.given) if resuming else None)
 
@@ -50,7 +50,10 @@ def read_start(given):
     known = ["scratch", "resume", "auto", *GPT2_NAMES]
     source = given.init_from
     if source not in known and not Path(source).exists():
-        hint = nearest(source, known) or f"; it takes {', '.join(known)}, a folder or a checkpoint"
+        hint = (
+            did_you_mean(source, known)
+            or f"; it takes {', '.join(known)}, a folder or a checkpoint"
+        )
         raise UserError(f"--init_from={source}: no such thing{hint}")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if source == "auto" or restarted:

@@ -5,15 +5,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from brisk.checkpoint import drop_unfinished, set_aside
+from brisk.checkpoint import archive_previous_run, remove_partial
 from brisk.device import open_device
 from brisk.distributed.process_group import Ranks
 from brisk.distributed.rendezvous import lost_peers
-from brisk.errors import RunError, UserError
+from brisk.errors import RunError, UserError, format_bytes
 from brisk.reporting.run_log import RunLog
 from brisk.training.async_checkpoint import Saver
 from brisk.training.lock import FolderLock
-from brisk.training.memory import in_bytes, peak_memory
+from brisk.training.memory import peak_memory
 from brisk.training.signals import stop_requests
 
 RUN_FILES = ("ckpt.pt", "last.pt", "metrics.jsonl", "loss.png", "tensorboard", "wandb", "step-*.pt")
@@ -43,7 +43,7 @@ class Run:
 
     def stop_signal(self):
         """The number of a signal to stop that any of the processes got, or 0."""
-        return self.ranks.largest(self.stop.number or 0)
+        return self.ranks.all_reduce_max(self.stop.number or 0)
 
     def open_folder(self, config, plan, resuming):
         """Make the folder, move an earlier run's files out of the way, and begin to record."""
@@ -53,8 +53,8 @@ class Run:
         self.lock.take(make=True)
         if not self.ranks.is_main:
             return
-        drop_unfinished(self.out_dir)
-        if not resuming and (folder := set_aside(self.out_dir, RUN_FILES)):
+        remove_partial(self.out_dir)
+        if not resuming and (folder := archive_previous_run(self.out_dir, RUN_FILES)):
             self.say(f"moved an earlier run's files to {folder}")
         wandb = (config.wandb_project, config.wandb_run_name) if config.wandb_log else None
         settings = {**asdict(config), "resolved": plan.resolved}
@@ -67,8 +67,8 @@ class Run:
         failure = None
         if self.saver:
             self.saver.wait()
-            failure = self.ranks.agree(self.saver.failure)
-        self.ranks.leave()
+            failure = self.ranks.broadcast(self.saver.failure)
+        self.ranks.destroy()
         if failure:
             raise RunError(failure)
 
@@ -89,7 +89,7 @@ def open_run(given, stop=None):
         ranks = Ranks.from_environment(given.parallel)
         local_rank = None if ranks.is_alone else ranks.local_rank
         device = open_device(given.device, given.dtype, local_rank)
-        ranks.join(given.backend, device, given.timeout)
+        ranks.init(given.backend, device, given.timeout)
         stop = stop or at_end.enter_context(stop_requests())  # nothing to finish up to here
         run = Run(given, ranks, device, stop, at_end)
         if not (given.eval_only or given.dry_run):
@@ -110,7 +110,7 @@ def conclude(outcome, config, best_val_loss, run):
         sys.exit(128 + outcome.signal)
     if not config.eval_only:
         peak = peak_memory(run.device)
-        memory = f", memory at its peak {in_bytes(peak)}" if peak else ""
+        memory = f", memory at its peak {format_bytes(peak)}" if peak else ""
         run.say(f"best val loss {best_val_loss:.4f}{memory}")
         left = [name for name in RUN_FILES if Path(config.out_dir, name).exists()]
         run.say(f"{config.out_dir} has {', '.join(left)}; read what the model writes:")

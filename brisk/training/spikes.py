@@ -61,7 +61,7 @@ class SpikeWatch:
         self.ways_back = 0
 
     @torch.no_grad()
-    def look(self, step, position, loss, grad_norm):
+    def record(self, step, position, loss, grad_norm):
         """Take down a step's `loss` and `grad_norm`, tensors () on the device.
 
         Returns, for "skip" only, a tensor (): 1 where the step is not to be taken, else 0.
@@ -78,7 +78,7 @@ class SpikeWatch:
         if self.on_spike == "skip":
             return (~torch.isfinite(loss + grad_norm) | (grad_norm > limit)).float()
 
-    def read(self):
+    def poll(self):
         """The spikes among the steps since the last reading, which waits for the device."""
         if not self.unread:
             return []
@@ -102,18 +102,18 @@ class SpikeWatch:
         if self.factor and norms is not None:
             self.norms = norms.to(self.no_limit.device)
 
-    def poll(self, saver, ranks, log):
+    def respond(self, saver, ranks, log):
         """Handle the spikes among the steps since the last poll, which waits for the device.
 
         Returns None to train on, a `Path` to rewind to that checkpoint, or, as a str, why the run
         has to end.
         """
-        spikes = self.read()
+        spikes = self.poll()
         for spike in spikes:
             log.say(str(spike) + (", left out" if self.on_spike == "skip" else ""))
         if not spikes or (self.on_spike == "skip" and self.in_a_row < PATIENCE):
             return None
-        path = ranks.agree(saver.newest() if ranks.is_main else None)
+        path = ranks.broadcast(saver.newest() if ranks.is_main else None)
         self.ways_back += 1
         if path and self.on_spike == "rewind" and self.ways_back <= PATIENCE:
             log.say(f"back to {path}, and on with other batches")

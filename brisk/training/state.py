@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from brisk.distributed.parallelize import load_weights
 from brisk.training.optim import load_optimizer, load_scaler
 
 
@@ -46,5 +47,5 @@ class TrainState:
 
     def rewind(self, checkpoint, ranks):
         """Go back to a checkpoint of this run, and on with the batches that come next."""
-        ranks.load_weights(self.model, checkpoint["model"])
+        load_weights(self.model, checkpoint["model"], ranks)
         self.load_state_dict(checkpoint)
