@@ -135,7 +135,7 @@ class MuonAdamW(Plain, torch.optim.Optimizer):
     def muon_step(self, group, skipped=None):
         """Nesterov momentum, orthogonalised map by map; decoupled weight decay.
 
-        `skipped` is that of `step_if_finite`: a gradient equal to the mean leaves the mean as it is.
+        `skipped` is as in `step_if_finite`: a gradient equal to the mean leaves the mean as it is.
         Of sharded weights (FSDP) all is done to this process's rows, but for the orthogonalising.
         """
         pairs = zip(group["params"], group["rows"], strict=True)
