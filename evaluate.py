@@ -32,8 +32,9 @@ from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
 from brisk.evaluation.scoring import batches, padded, token_nats, windows
 from brisk.evaluation.tasks import addition, hellaswag, lambada
+from brisk.interop.pretrained import read_pretrained
 from configurator import NonNegativeInt, PositiveInt, configure
-from sample import load
+from model import GPT
 
 TASKS_OF_ITEMS = {"hellaswag": hellaswag, "lambada": lambada}  # which come in a file of their own
 
@@ -64,7 +65,9 @@ def main(config):
         raise UserError(f"--file goes with --task={' or --task='.join(TASKS_OF_ITEMS)}")
     with redirect_stdout(sys.stderr):
         device = open_device(config.device, config.dtype)
-        model, tokenizer, trained_with = load(config)
+        start = read_pretrained(config.init_from, config.out_dir)
+        model, tokenizer = GPT.from_checkpoint(start.checkpoint), start.tokenizer
+        trained_with = start.settings
         model.to(device.device).eval()
         rows = config.rows
         if rows == "auto":

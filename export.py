@@ -22,8 +22,9 @@ from brisk.errors import UserError, one_line_errors
 from brisk.interop.families import to_hugging_face
 from brisk.interop.gguf import is_gguf_export, write_gguf
 from brisk.interop.huggingface import is_export, write_directory
+from brisk.interop.pretrained import read_pretrained
 from configurator import configure
-from sample import load
+from model import GPT
 
 
 @dataclass
@@ -41,7 +42,8 @@ def main(config):
     for text, is_ours in ((config.to, is_export), (config.gguf, is_gguf_export)):
         if text:  # a mistake in these should cost no waiting
             check_target(Path(text), is_ours, config.overwrite)
-    model, tokenizer, trained_with = load(config)
+    start = read_pretrained(config.init_from, config.out_dir)
+    model, tokenizer = GPT.from_checkpoint(start.checkpoint), start.tokenizer
     theirs, weights = to_hugging_face(model.config, model.state_dict(), tokenizer.vocab_size)
     parameters = sum(weight.numel() for weight in weights.values())
     size = f"{parameters / 1e6:.2f}M parameters in float32, {tokenizer.vocab_size:,} tokens"
@@ -57,7 +59,7 @@ def main(config):
         print(f"wrote {config.gguf}")
     if tokenizer.eot is None:
         print("note: it has no end of text; a text goes on for as many tokens as are asked for")
-    elif knows_documents(trained_with.get("rows"), tokenizer):
+    elif knows_documents(start.settings.get("rows"), tokenizer):
         print(f"note: it learned documents from their start; begin each prompt with {EOT}")
 
 

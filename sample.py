@@ -18,22 +18,18 @@ samples of one prompt, with --interactive those of the session.
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
 import torch
 
-from brisk.checkpoint import best_checkpoint, load_checkpoint
-from brisk.data.dataset import load_tokenizer
-from brisk.data.tokenizer import EOT, from_dict, gpt2, knows_documents
+from brisk.data.tokenizer import EOT, knows_documents
 from brisk.device import open_device, resolve_compile
-from brisk.errors import UserError, did_you_mean, one_line_errors
+from brisk.errors import UserError, one_line_errors
 from brisk.generation.generate import TextStream
 from brisk.generation.prompts import open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.repl import converse
 from brisk.generation.top_tokens import as_table, likeliest_next
-from brisk.interop.huggingface import GPT2_NAMES
-from brisk.interop.tokenizer_json import read_tokenizer
+from brisk.interop.pretrained import read_pretrained
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -87,13 +83,14 @@ def main(config):
     prompts, out = before_loading(config)
     with redirect_stdout(sys.stderr):
         device = open_device(config.device, config.dtype)
-        model, tokenizer, trained_with = load(config)
+        start = read_pretrained(config.init_from, config.out_dir)
+        model, tokenizer = GPT.from_checkpoint(start.checkpoint), start.tokenizer
         model.to(device.device)
         if resolve_compile(config.compile, device):
             for block in model.transformer.h:
                 block.compile()
         print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}")
-    rows = trained_with.get("rows") if config.rows == "auto" else config.rows
+    rows = start.settings.get("rows") if config.rows == "auto" else config.rows
     documents = knows_documents(rows, tokenizer) and config.rows != "windows"
     if config.rows == "documents" and not documents:
         raise UserError("rows=documents: this tokenizer has no end of text")
@@ -186,48 +183,6 @@ def before_loading(config):
     if config.interactive and "num_samples" not in config.given:
         config.num_samples = 1
     return [] if config.interactive else prompts, out
-
-
-def load(config):
-    """What `config.init_from` means: the model (on the CPU), its tokenizer, and the settings it
-    was trained with (a dict, empty for GPT-2)."""
-    source, trained_with = config.init_from, {}
-    if source in GPT2_NAMES or Path(source).is_dir():
-        own = read_tokenizer(source)
-        whose = "its" if own else "GPT-2's"
-        print(f"weights of {source}, {whose} tokenizer")
-        model, tokenizer = GPT.from_pretrained(source), own or gpt2()
-    elif source == "resume" or Path(source).is_file():
-        path = best_checkpoint(config.out_dir) if source == "resume" else Path(source)
-        checkpoint = load_checkpoint(path)
-        print(f"checkpoint {path}, iteration {checkpoint.get('iter_num', 'unknown')}")
-        model, tokenizer = GPT.from_checkpoint(checkpoint), tokenizer_of(checkpoint)
-        trained_with = checkpoint.get("config", {})
-    else:
-        names = ["resume", *GPT2_NAMES]
-        raise UserError(
-            f"init_from={source} is no checkpoint file, no directory and none of "
-            f"{', '.join(names)}{did_you_mean(source, names)}"
-        )
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        mend = "put the data set's meta.json or meta.pkl in its folder"
-        raise UserError(f"the tokenizer has {sizes}: they do not belong together; {mend}")
-    return model, tokenizer, trained_with
-
-
-def tokenizer_of(checkpoint):
-    """The tokenizer inside a checkpoint, else that of its data set, else GPT-2's."""
-    if checkpoint.get("tokenizer"):
-        return from_dict(checkpoint["tokenizer"])
-    trained_with = checkpoint.get("config", {})
-    folders = [trained_with.get("data_dir"), Path("data", trained_with.get("dataset", ""))]
-    for folder in filter(None, folders):
-        if tokenizer := load_tokenizer(folder):
-            print(f"tokenizer of {folder}")
-            return tokenizer
-    print("No meta.pkl found, assuming GPT-2 encodings...")
-    return gpt2()
 
 
 def encode_prompt(text, tokenizer, documents):

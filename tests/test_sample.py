@@ -255,7 +255,7 @@ def test_a_classic_checkpoint_of_a_compiled_model(run, folder, description):
 
 
 def test_without_any_description_the_tokenizer_is_gpt2s(run, folder, monkeypatch):
-    monkeypatch.setattr(sample, "gpt2", tiny_bpe)
+    monkeypatch.setattr("brisk.interop.pretrained.gpt2", tiny_bpe)
     write_checkpoint(folder / "out" / "ckpt.pt", 320)
     assert texts(run("--start=the end"))[0].startswith("the end")
     assert "assuming GPT-2 encodings" in run.notices
@@ -273,7 +273,7 @@ def test_init_from_a_file_and_a_hugging_face_directory(run, folder, monkeypatch)
     sizes = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=259, n_positions=32)
     config = transformers.GPT2Config(**sizes, bos_token_id=258, eos_token_id=258)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "exported")
-    monkeypatch.setattr(sample, "gpt2", tiny_bpe)
+    monkeypatch.setattr("brisk.interop.pretrained.gpt2", tiny_bpe)
     assert texts(run("--init_from=exported", "--start=the"))[0].startswith("the")
 
 
@@ -395,7 +395,7 @@ def test_prompts_are_lines_of_a_file(run, folder):
 )
 def test_mistakes_are_told_before_the_model_is_loaded(run, folder, monkeypatch, argv, words):
     (folder / "latin1.txt").write_bytes(b"caf\xe9")
-    monkeypatch.setattr(sample, "load", lambda config: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sample, "read_pretrained", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=words):
         run(*argv)
     assert not (folder / "new.jsonl").exists()

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import sample
 import train
 from brisk.checkpoint import save_checkpoint
 from brisk.data.dataset import write_dataset
 from brisk.data.loader import TokenFile
 from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError
+from brisk.interop import pretrained
 from brisk.training.inputs import vocabulary_rows
 from configurator import configure
 
@@ -631,8 +631,8 @@ def test_ids_without_a_description_are_gpt2s(train_tiny, tmp_path, monkeypatch):
     run = train_tiny(tmp_path / "out", **changes)
     assert run.checkpoint()["model_args"]["vocab_size"] == 50304
     assert run.series("loss")[0] == pytest.approx(math.log(50304), abs=0.1)
-    monkeypatch.setattr(sample, "gpt2", lambda: "GPT-2's")
-    assert sample.tokenizer_of(run.checkpoint()) == "GPT-2's"
+    monkeypatch.setattr(pretrained, "gpt2", lambda: "GPT-2's")
+    assert pretrained.tokenizer_of(run.checkpoint()) == "GPT-2's"
 
 
 # ----------------------------------------------------------------------------- the file

@@ -1,0 +1,66 @@
+"""A trained model, by whatever `init_from` names: the run in `out_dir`, a checkpoint file, GPT-2,
+or a Hugging Face directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from brisk.checkpoint import best_checkpoint, load_checkpoint
+from brisk.data.dataset import load_tokenizer
+from brisk.data.tokenizer import from_dict, gpt2
+from brisk.errors import UserError, did_you_mean
+from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
+from brisk.interop.tokenizer_json import read_tokenizer
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The parts of a trained model."""
+
+    checkpoint: dict  # with `model_args`, of GPTConfig, and `model`, the state dict on the CPU
+    tokenizer: object
+    settings: dict  # it was trained with; empty for what is no run of ours
+
+
+def read_pretrained(init_from, out_dir):
+    """The `Pretrained` that `init_from` names; the run in `out_dir` where that is "resume".
+
+    Prints what was read. Raises `UserError` for a name that is none of these, a damaged file, or
+    a tokenizer that does not belong to the model.
+    """
+    settings = {}
+    if init_from in GPT2_NAMES or Path(init_from).is_dir():
+        own = read_tokenizer(init_from)
+        print(f"weights of {init_from}, {'its' if own else 'GPT-2'} tokenizer")
+        model_args, weights = load_pretrained(init_from)
+        checkpoint, tokenizer = {"model_args": model_args, "model": weights}, own or gpt2()
+    elif init_from == "resume" or Path(init_from).is_file():
+        path = best_checkpoint(out_dir) if init_from == "resume" else Path(init_from)
+        checkpoint = load_checkpoint(path)
+        print(f"checkpoint {path}, iteration {checkpoint.get('iter_num', 'unknown')}")
+        tokenizer, settings = tokenizer_of(checkpoint), checkpoint.get("config", {})
+    else:
+        names = ["resume", *GPT2_NAMES]
+        raise UserError(
+            f"init_from={init_from} is no checkpoint file, no directory and none of "
+            f"{', '.join(names)}{did_you_mean(init_from, names)}"
+        )
+    rows = checkpoint["model_args"]["vocab_size"]
+    if tokenizer.vocab_size > rows:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {rows}"
+        mend = "put the data set's meta.json or meta.pkl in its folder"
+        raise UserError(f"the tokenizer has {sizes}: they do not belong together; {mend}")
+    return Pretrained(checkpoint, tokenizer, settings)
+
+
+def tokenizer_of(checkpoint):
+    """The tokenizer inside a checkpoint, else that of its data set, else GPT-2's."""
+    if checkpoint.get("tokenizer"):
+        return from_dict(checkpoint["tokenizer"])
+    settings = checkpoint.get("config", {})
+    folders = [settings.get("data_dir"), Path("data", settings.get("dataset", ""))]
+    for folder in filter(None, folders):
+        if tokenizer := load_tokenizer(folder):
+            print(f"tokenizer of {folder}")
+            return tokenizer
+    print("No meta.pkl found, assuming GPT-2 encodings...")
+    return gpt2()
