@@ -9,6 +9,7 @@ On two nodes, on each:   torchrun --nnodes=2 --node_rank=<0 or 1> --master_addr=
 What a run would do:     python train.py config/train_gpt2.py --dry_run=True
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -249,22 +250,11 @@ def train(config, plan, state, data, run):
 
         # once in a while: evaluate, and save
         if evaluating:
-            state.model.eval()
-            losses = [
-                estimate_loss(state.model, split, config, plan, run, forecast, not finished)
-                for split in data.evaluated.values()
-            ]
-            if not finished and run.stop_signal():  # it was cut short
+            record = evaluate(config, plan, state, data, run, forecast, may_stop=not finished)
+            if record is None:  # a stop cut it short
                 continue
-            record = dict(zip(("train_loss", "val_loss"), losses, strict=True))
-            record["tokens"] = state.position * config.block_size
-            if data.prompt:
-                with full_weights(state.model, ranks):
-                    if ranks.is_main:
-                        drawn = (state.model, data.tokenizer, data.prompt, config, device)
-                        record["samples"] = draw_samples(*drawn)
             log.evaluation(step, record)
-            state.model.train()
+            losses = (record["train_loss"], record["val_loss"])
             # An evaluation that only a resume makes changes nothing. One that a stop cut short is
             # made up for by the resume: its model is saved if it is the best.
             is_best = due and losses[1] < state.best_val_loss
@@ -279,40 +269,10 @@ def train(config, plan, state, data, run):
         lr = get_lr(step, config, plan.decay_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
+        step_loss, grad_norm = train_step(config, plan, state, data, run, forecast)
+        clipped += grad_norm > (config.grad_clip or math.inf)  # on the device, which need not wait
 
-        # forward and backward through this process's micro-batches of the global batch
-        step_targets = data.train.targets(state.position, plan.global_batch)
-        step_loss = torch.zeros((), device=device.device)
-        for index, first, count in forecast.timed("micro-batch", plan.micro_batches):
-            batch = to_device(data.train.batch(state.position + first, count), device)
-            weight = data.train.targets(state.position + first, count) / step_targets
-            torch.manual_seed(hash64(config.seed, step, index))  # of dropout: resume is exact
-            # Ranks exchange gradients in the last micro-batch only: they add up until then.
-            set_grad_sync(state.ddp_model, ranks, sync=index == plan.micro_batches[-1][0])
-            with device.autocast():
-                _, loss = state.ddp_model(*batch, return_logits=False)
-            step_loss += loss.detach() * weight
-            # DDP and FSDP take the mean of the gradients over the ranks; a sum is needed here.
-            state.scaler.scale(loss * (weight * ranks.world_size)).backward()
-        ranks.all_reduce_sum(step_loss)
-
-        # clip, and take the step
-        state.scaler.unscale_(state.optimizer)
-        limit = config.grad_clip or float("inf")
-        grad_norm = clip_grad_norm(state.model, limit, ranks, device)
-        clipped += grad_norm > limit  # on the device, which need not wait
-        is_spike = state.spikes.record(step, state.position, step_loss, grad_norm)
-        if config.on_spike == "skip":
-            # Gradients are unscaled already, and the scaler skips those that are not finite as
-            # this does: its own step has nothing to add.
-            step_if_finite(is_spike, state.optimizer)
-        else:
-            state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.position += plan.global_batch
-        state.step += 1
-
+        # once in a while: a line of the loss
         steps_timed += 1
         if step % config.log_interval == 0:
             loss = step_loss.item()  # waits for the device
@@ -333,6 +293,62 @@ def train(config, plan, state, data, run):
             log.iteration(step, record)
             t0, steps_timed = time.perf_counter(), 0
         log.advance()
+
+
+def train_step(config, plan, state, data, run, forecast):
+    """One step on the global batch at `state.position`. Returns its loss and the norm of its
+    gradient before clipping, tensors () on the device, which is not waited for."""
+    device, ranks = plan.device, run.ranks
+    step_targets = data.train.targets(state.position, plan.global_batch)
+    step_loss = torch.zeros((), device=device.device)
+    for index, first, count in forecast.timed("micro-batch", plan.micro_batches):
+        batch = to_device(data.train.batch(state.position + first, count), device)
+        weight = data.train.targets(state.position + first, count) / step_targets
+        torch.manual_seed(hash64(config.seed, state.step, index))  # of dropout: resume is exact
+        # Gradients add up on each rank; in the last micro-batch they are averaged over the ranks.
+        set_grad_sync(state.ddp_model, ranks, sync=index == plan.micro_batches[-1][0])
+        with device.autocast():
+            _, loss = state.ddp_model(*batch, return_logits=False)
+        step_loss += loss.detach() * weight
+        # DDP and FSDP average gradients over the ranks, and `weight` is a share of the global
+        # batch: times world_size the average is the sum.
+        state.scaler.scale(loss * (weight * ranks.world_size)).backward()
+    ranks.all_reduce_sum(step_loss)
+
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = clip_grad_norm(state.model, config.grad_clip or math.inf, ranks, device)
+    is_spike = state.spikes.record(state.step, state.position, step_loss, grad_norm)
+    if config.on_spike == "skip":
+        # This skips a step whose gradients are not finite, as the scaler's own step would;
+        # `update` below lowers the scale by what `unscale_` found, either way.
+        step_if_finite(is_spike, state.optimizer)
+    else:
+        state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.position += plan.global_batch
+    state.step += 1
+    return step_loss, grad_norm
+
+
+def evaluate(config, plan, state, data, run, forecast, may_stop):
+    """Losses of both splits, and texts if they are asked for, as `RunLog.evaluation` takes them;
+    None where a signal to stop cut it short, which it may with `may_stop`."""
+    state.model.eval()
+    record = {
+        f"{split}_loss": estimate_loss(state.model, tokens, config, plan, run, forecast, may_stop)
+        for split, tokens in data.evaluated.items()
+    }
+    if may_stop and run.stop_signal():
+        return None
+    record["tokens"] = state.position * config.block_size
+    if data.prompt:
+        with full_weights(state.model, run.ranks):
+            if run.ranks.is_main:
+                drawn = (state.model, data.tokenizer, data.prompt, config, plan.device)
+                record["samples"] = draw_samples(*drawn)
+    state.model.train()
+    return record
 
 
 @torch.no_grad()
