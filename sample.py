@@ -30,7 +30,7 @@ from brisk.device import open_device, resolve_compile
 from brisk.errors import UserError, nearest, one_line_errors
 from brisk.generation import TextStream
 from brisk.huggingface import GPT2_NAMES
-from brisk.likeliest import as_table, likeliest_next
+from brisk.likeliest import as_table, top_next_tokens
 from brisk.prompts import open_new, read_prompt, read_prompts, write_sample
 from brisk.tokenizer import EOT, from_dict, gpt2, knows_documents
 from brisk.tokenizer_files import read_tokenizer
@@ -116,8 +116,8 @@ def main(config):
                 print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
             ids = ids.to(device.device)
             if config.show_next:
-                likeliest = likeliest_next(model, ids[None], config.show_next, **drawable)
-                print(as_table(*likeliest, tokenizer), DASHES, sep="\n", flush=True)
+                top = top_next_tokens(model, ids[None], config.show_next, **drawable)
+                print(as_table(*top, tokenizer), DASHES, sep="\n", flush=True)
                 continue
             numbers = range(first, first + config.num_samples)
             samples += [Sample(text, ids, shown, number) for number in numbers]
