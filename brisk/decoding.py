@@ -30,7 +30,7 @@ class Norm:
 
     def __call__(self, x):
         if self.rms:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -79,6 +79,7 @@ class Decoder:
         self.ngrams = parts.ngrams if self.config.ngrams > 1 else None
         self.layers = [self.layer(block) for block in parts.h]
         self.norm, self.head = Norm.of(parts.ln_f), Linear(model.lm_head)
+        self.no_mask = torch.zeros(1, 1, 1)
 
     def layer(self, block):
         attn, mlp = block.attn, block.mlp
@@ -115,7 +116,7 @@ class Decoder:
     def mask(self, mask):
         """The mask of a `CacheStep` with one entry a key/value head; zero for None."""
         if mask is None:
-            return torch.zeros(1, 1, 1)
+            return self.no_mask
         return mask.expand(-1, self.config.kv_heads, -1, -1).flatten(0, 1)
 
     def attention(self, layer, x, step, i, cos_sin, mask):

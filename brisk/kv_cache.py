@@ -23,6 +23,7 @@ class KVCache:
         memory: a tensor (2, rows, n_kv_head, size, head_dim) a layer: keys, then values.
         size: positions a row can hold, at most the model's block_size.
         last_ids: (rows, ngrams - 1), the newest ids of each row, -1 before its first.
+        positions: (size,), 0 to size - 1 on the device.
     """
 
     def __init__(self, model, rows, positions):
@@ -35,6 +36,7 @@ class KVCache:
         self.memory = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.n_layer)]
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.last_ids = torch.full((rows, c.ngrams - 1), -1, device=weight.device)
+        self.positions = torch.arange(self.size, device=weight.device)
 
     def reset(self, rows):
         """Empty `rows`, a list of row numbers, for other sequences.
@@ -76,11 +78,10 @@ class KVCache:
         else:
             self.lengths[rows] = starts + (T if counts is None else counts)
         if start + T == longest:
-            positions = torch.arange(start, longest, device=idx.device)
-            masked = T > 1 and start > 0
+            positions, masked = self.positions[start:longest], T > 1 and start > 0
         else:
             start, positions, masked = None, starts[:, None].to(idx.device), True
-        return CacheStep(self.memory, positions, rows, longest, before, start, masked)
+        return CacheStep(self, rows, positions, longest, before, start, masked)
 
     def static_step(self, idx, positions):
         """The `CacheStep` of all rows for idx (rows, 1) at `positions` (rows, 1), a tensor.
@@ -89,7 +90,7 @@ class KVCache:
         be captured in a CUDA graph. The caller adds 1 to the `lengths`.
         """
         before = self.push_ids(idx)
-        return CacheStep(self.memory, positions, None, self.size, before, None, masked=True)
+        return CacheStep(self, None, positions, self.size, before, start=None, masked=True)
 
     def push_ids(self, idx, rows=None, counts=None):
         """Shift the ids idx (R, T) into `last_ids`; the ids (R, ngrams - 1) before them, which
@@ -112,9 +113,8 @@ class CacheStep:
     """One forward pass over rows of a `KVCache`: the argument `cache` of `GPT.forward`.
 
     Args:
-        memory: that of the cache.
-        positions: of the new ids, on the device: (T,), the same for all rows, or (R, 1).
         rows: R row numbers, or None for all.
+        positions: of the new ids, on the device: (T,), the same for all rows, or (R, 1).
         longest: positions that attention reads, the new ones included.
         before: see `KVCache.push_ids`.
         start: the first position where `positions` is (T,), else None.
@@ -124,28 +124,24 @@ class CacheStep:
         mask: added to the scores, (R or 1, 1, T, longest), or None.
     """
 
-    def __init__(self, memory, positions, rows, longest, before, start, masked):
-        self.memory, self.positions, self.before = memory, positions, before
-        self.start, self.longest, self.mask = start, longest, None
-        self.span = self.rows = None  # of adjacent rows a view is read, of others a copy
-        if rows is not None and list(rows) == [*range(rows[0], rows[0] + len(rows))]:
-            if len(rows) < memory[0].size(1):
-                self.span = rows[0], len(rows)
-        elif rows is not None:
-            self.rows = torch.tensor(rows, device=positions.device)
-        if start is None or self.rows is not None:  # written by index, each (R, T)
-            every = self.rows if self.rows is not None else self.all_rows()
-            self.slots = every[:, None], positions
-        else:
-            self.slots = None
+    def __init__(self, cache, rows, positions, longest, before, start, masked):
+        self.memory, self.positions, self.before = cache.memory, positions, before
+        self.start, self.longest = start, longest
+        self.span, self.rows = (0, len(cache.lengths)), None
+        if rows is not None:
+            self.span = rows[0], len(rows)  # adjacent rows are read as a view, others as a copy
+            if rows != [*range(rows[0], rows[0] + len(rows))]:
+                self.rows = torch.tensor(rows, device=positions.device)
+        self.slots = self.mask = None
+        if start is None or self.rows is not None:  # written by indices that broadcast to (R, T)
+            first, R = self.span
+            adjacent = torch.arange(first, first + R, device=positions.device)
+            numbers = adjacent if self.rows is None else self.rows
+            self.slots = numbers[:, None], positions
         if masked:
-            beyond = torch.arange(longest, device=positions.device) > positions[..., None]
-            mask = beyond.float().masked_fill_(beyond, -torch.inf)
+            hidden = cache.positions[:longest] > positions[..., None]
+            mask = hidden.float().masked_fill_(hidden, -torch.inf)
             self.mask = mask.view(-1, 1, *mask.shape[-2:])
-
-    def all_rows(self):
-        first, count = self.span or (0, self.memory[0].size(1))
-        return torch.arange(first, first + count, device=self.positions.device)
 
     def layer(self, i):
         """Layer i of the cache, for its attention."""
@@ -154,19 +150,20 @@ class CacheStep:
     def write(self, memory, new):
         """Store new (..., R, n_kv_head, T, head_dim), keys, values or both, in `memory`."""
         if self.slots is None:
-            if self.span is not None:
-                memory = memory.narrow(-4, *self.span)
-            memory.narrow(-2, self.start, new.size(-2)).copy_(new)
+            self.rows_of(memory).narrow(-2, self.start, new.size(-2)).copy_(new)
         else:
             rows, positions = self.slots
             memory.transpose(-3, -2)[..., rows, positions, :, :] = new.transpose(-3, -2)
 
     def read(self, memory):
         """What attention reads of `memory`: (..., R, n_kv_head, longest, head_dim)."""
-        memory = memory.narrow(-2, 0, self.longest)
+        return self.rows_of(memory.narrow(-2, 0, self.longest))
+
+    def rows_of(self, memory):
+        """`memory` (..., rows, n_kv_head, T, head_dim) of the R rows alone."""
         if self.rows is not None:
             return memory.index_select(-4, self.rows)
-        return memory if self.span is None else memory.narrow(-4, *self.span)
+        return memory if self.span[1] == memory.size(-4) else memory.narrow(-4, *self.span)
 
 
 class CacheLayer:
