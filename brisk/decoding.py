@@ -18,6 +18,7 @@ IN_CACHE = 2**20  # weights: a larger matrix is bound by memory, and a transpose
 class Norm:
     """A layer norm or RMS norm over the last dimension."""
 
+    shape: torch.Size
     weight: torch.Tensor
     bias: torch.Tensor | None
     eps: float
@@ -26,12 +27,13 @@ class Norm:
     @classmethod
     def of(cls, module):
         rms = isinstance(module, torch.nn.RMSNorm)
-        return cls(module.weight, None if rms else module.bias, module.eps, rms)
+        bias = None if rms else module.bias
+        return cls(module.weight.shape, module.weight, bias, module.eps, rms)
 
     def __call__(self, x):
         if self.rms:
-            return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return torch.rms_norm(x, self.shape, self.weight, self.eps)
+        return torch.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 class Linear:
@@ -131,9 +133,10 @@ class Decoder:
             qk.copy_(apply_rotary_emb(qk, cos_sin))
         memory = step.memory[i]
         step.write(memory, qkv[:, heads:].view(B, 2, kv, 1, D).transpose(0, 1))
-        keys, values = step.read(memory).flatten(1, 2)  # (B * kv, T, D) each
+        keys, values = step.read(memory).flatten(1, 2).unbind()  # (B * kv, T, D) each
         q = qkv[:, :heads].reshape(B * kv, heads // kv, D)  # the queries that share a key
-        shares = torch.baddbmm(mask, q, keys.mT, alpha=D**-0.5).softmax(-1)
+        beta = 0 if mask is self.no_mask else 1  # 0: the mask is not read
+        shares = torch.baddbmm(mask, q, keys.mT, beta=beta, alpha=D**-0.5).softmax(-1)
         return torch.bmm(shares, values).view(B, heads * D)
 
     def hidden(self, layer, x):

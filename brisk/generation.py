@@ -105,7 +105,7 @@ def generate(
             for step in range(max_new_tokens):
                 if rows := cache.full_rows() if step else [*range(B)]:
                     texts = [ids[row, longest - lengths[row] : end] for row in rows]
-                    prefill_window(model, texts, cache, rows, exact_window)
+                    prefill_window(model, texts, cache, rows, exact_window=exact_window)
                 logits = decode_step(model, ids[:, end - 1 : end], cache, decoder=decoder)
                 logits = mask_logits(logits[:, :vocab_size], never)
                 new = sample_rows(logits, uniforms[:, step], settings)

@@ -78,7 +78,7 @@ class KVCache:
         else:
             self.lengths[rows] = starts + (T if counts is None else counts)
         if start + T == longest:
-            positions, masked = self.positions[start:longest], T > 1 and start > 0
+            positions, masked = None, T > 1 and start > 0
         else:
             start, positions, masked = None, starts[:, None].to(idx.device), True
         return CacheStep(self, rows, positions, longest, before, start, masked)
@@ -114,10 +114,10 @@ class CacheStep:
 
     Args:
         rows: R row numbers, or None for all.
-        positions: of the new ids, on the device: (T,), the same for all rows, or (R, 1).
+        positions: of the new ids, (R, 1) on the device, or None where `start` is given.
         longest: positions that attention reads, the new ones included.
         before: see `KVCache.push_ids`.
-        start: the first position where `positions` is (T,), else None.
+        start: the position of the first new id of every row; None where they differ.
         masked: whether a query must not see some of the `longest` positions.
 
     Attributes:
@@ -125,23 +125,32 @@ class CacheStep:
     """
 
     def __init__(self, cache, rows, positions, longest, before, start, masked):
-        self.memory, self.positions, self.before = cache.memory, positions, before
-        self.start, self.longest = start, longest
-        self.span, self.rows = (0, len(cache.lengths)), None
-        if rows is not None:
+        self.memory, self.own_positions, self.before = cache.memory, positions, before
+        self.start, self.longest, self.all_positions = start, longest, cache.positions
+        self.every, self.rows = rows is None, None
+        if self.every:
+            self.span = 0, len(cache.lengths)
+        else:
             self.span = rows[0], len(rows)  # adjacent rows are read as a view, others as a copy
             if rows != [*range(rows[0], rows[0] + len(rows))]:
-                self.rows = torch.tensor(rows, device=positions.device)
+                self.rows = torch.tensor(rows, device=cache.positions.device)
         self.slots = self.mask = None
         if start is None or self.rows is not None:  # written by indices that broadcast to (R, T)
             first, R = self.span
-            adjacent = torch.arange(first, first + R, device=positions.device)
+            adjacent = torch.arange(first, first + R, device=cache.positions.device)
             numbers = adjacent if self.rows is None else self.rows
-            self.slots = numbers[:, None], positions
+            self.slots = numbers[:, None], self.positions
         if masked:
-            hidden = cache.positions[:longest] > positions[..., None]
+            hidden = cache.positions[:longest] > self.positions[..., None]
             mask = hidden.float().masked_fill_(hidden, -torch.inf)
             self.mask = mask.view(-1, 1, *mask.shape[-2:])
+
+    @property
+    def positions(self):
+        """Of the new ids, on the device: (T,), the same for all rows, or (R, 1)."""
+        if self.start is None:
+            return self.own_positions
+        return self.all_positions[self.start : self.longest]
 
     def layer(self, i):
         """Layer i of the cache, for its attention."""
@@ -150,20 +159,18 @@ class CacheStep:
     def write(self, memory, new):
         """Store new (..., R, n_kv_head, T, head_dim), keys, values or both, in `memory`."""
         if self.slots is None:
-            self.rows_of(memory).narrow(-2, self.start, new.size(-2)).copy_(new)
+            memory = memory if self.every else memory.narrow(-4, *self.span)
+            memory.narrow(-2, self.start, self.longest - self.start).copy_(new)
         else:
             rows, positions = self.slots
             memory.transpose(-3, -2)[..., rows, positions, :, :] = new.transpose(-3, -2)
 
     def read(self, memory):
         """What attention reads of `memory`: (..., R, n_kv_head, longest, head_dim)."""
-        return self.rows_of(memory.narrow(-2, 0, self.longest))
-
-    def rows_of(self, memory):
-        """`memory` (..., rows, n_kv_head, T, head_dim) of the R rows alone."""
+        memory = memory.narrow(-2, 0, self.longest)
         if self.rows is not None:
             return memory.index_select(-4, self.rows)
-        return memory if self.span[1] == memory.size(-4) else memory.narrow(-4, *self.span)
+        return memory if self.every else memory.narrow(-4, *self.span)
 
 
 class CacheLayer:
@@ -221,7 +228,8 @@ def prefill_window(model, texts, cache, rows, exact_window=False):
     """Empty `rows` and read into each the window of its text, a tensor (T,), T >= 1, but for the
     last token, which is `decode_step`'s. For new sequences, and for those that fill their row:
     positions are part of what is cached, so a window that moves is read again."""
-    cache.reset(rows)
+    if held := [row for row, n in zip(rows, cache.lengths[rows].tolist(), strict=True) if n]:
+        cache.reset(held)
     size = model.config.block_size
     windows = [text[window_start(len(text), size, exact_window) : -1] for text in texts]
     prefill(model, windows, cache, rows)
