@@ -421,6 +421,7 @@ class GPT(nn.Module):
         x = self.backbone(idx)
         return self.lm_head(x if targets else x[:, -1:])
 
+    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """Append `max_new_tokens` sampled tokens to the prompts idx (B, T); `temperature=0` takes
         the likeliest. For further options see `brisk.generation.generate`."""
@@ -430,22 +431,16 @@ class GPT(nn.Module):
             return generate(self, idx, max_new_tokens, temperature, top_k, **options)
         if options:
             raise TypeError(f"without the brisk package generate has no {', '.join(options)}")
-        return self.generate_uncached(idx, max_new_tokens, temperature, top_k)
-
-    @torch.no_grad()
-    def generate_uncached(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """nanoGPT's loop, for where this file is alone: it reads the whole window at each step."""
         was_training = self.training
         self.eval()
-        for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[0][:, -1]
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k:
-                    kth = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), num_samples=1)
+        if temperature == 0:
+            temperature, top_k = 1.0, 1
+        for _ in range(max_new_tokens):  # nanoGPT's loop, which reads the whole window every time
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1] / temperature
+            if top_k:
+                kth = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
             idx = torch.cat((idx, new), dim=1)
         self.train(was_training)
         return idx
