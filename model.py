@@ -3,9 +3,8 @@
 What came after GPT-2 is there by further fields of `GPTConfig`, each with its source; their
 defaults leave GPT-2. The fields of config/model/modern.py together make the network of Qwen3.
 
-Readable alone: nothing here knows of files, ranks, precision or text. What a trained model needs
-from outside (pretrained weights, a checkpoint, an optimizer, a way to generate) is asked of the
-`brisk` package when it is called for; the network itself can be copied out and used without.
+Nothing here knows of files, ranks, precision or text. Faster kernels, samplers and optimizers come
+from the `brisk` package. Copied out alone, this file trains and generates in plain PyTorch.
 
 Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2), and
 https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -14,6 +13,7 @@ Shapes: B sequences of T tokens, n_embd channels, n_head heads of head_dim = n_e
 and as many heads of keys and values (n_kv_head) unless the config says fewer.
 """
 
+import importlib.util
 import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
@@ -22,6 +22,8 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+HAS_BRISK = importlib.util.find_spec("brisk") is not None  # False where this file is alone
 
 PositiveInt = Annotated[int, (1, math.inf)]  # (lowest, highest), both allowed
 NonNegativeInt = Annotated[int, (0, math.inf)]
@@ -130,33 +132,32 @@ def make_norm(config):
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-def rotary_angles(positions, head_dim, theta):
-    """Cosines and sines (…, T, 1, head_dim / 2) of the angles by which `rotated` turns each pair of
-    channels at `positions` (…, T). In float32: bfloat16 cannot tell position 1000 from 1001."""
+def rotary_cos_sin(positions, head_dim, theta):
+    """Cosines and sines, each (..., T, 1, head_dim / 2), of the rotation at `positions` (..., T).
+    In float32: bfloat16 cannot tell position 1000 from 1001."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[..., None, None] * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
-def rotated(x, angles):
-    """Heads x (B, T, heads, head_dim), channel i turned together with i + head_dim / 2, so that a
-    query times a key depends on how far apart they are (Su et al. 2021, section 3.2; in pairs
-    as in GPT-NeoX and Llama)."""
-    cos, sin = angles
+def apply_rotary_emb(x, cos_sin):
+    """Rotate heads x (B, T, heads, head_dim) by position, channel i paired with i + head_dim / 2
+    as in GPT-NeoX and Llama (Su et al. 2021, section 3.2)."""
+    cos, sin = cos_sin
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def drops_on_cpu(x, p):
-    """Whether x meets dropout where PyTorch's own is slow."""
-    return 0 < p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+def has_cpu_dropout(x, p):
+    """Whether `brisk` has a faster kernel for dropout of x: PyTorch's is slow on a CPU."""
+    return HAS_BRISK and 0 < p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Dropout(nn.Dropout):
     """Each channel is zero with probability p in training, and the others are scaled up."""
 
     def forward(self, x):
-        if self.training and drops_on_cpu(x, self.p):
+        if self.training and has_cpu_dropout(x, self.p):
             from brisk.cpu.dropout import dropout
 
             return dropout(x, self.p)
@@ -164,12 +165,12 @@ class Dropout(nn.Dropout):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what came before it.
+    """Multi-head causal self-attention.
 
-    With a `cache`, what came before includes the positions read in earlier calls: its
-    `extend(k, v)` takes these keys and values, (B, n_kv_head, T, head_dim) each, and returns all
-    that there are, and the mask that is added to the scores, or None.
-    With `angles` (see `rotary_angles`) queries and keys are turned by their positions.
+    With a `cache`, queries also attend to earlier calls' positions: `cache.update(k, v)` stores the
+    new keys and values, (B, n_kv_head, T, head_dim) each, and returns all keys, all values and the
+    mask to add to the scores, or None.
+    With `cos_sin` (see `rotary_cos_sin`) queries and keys are rotated by position.
 
     Fewer heads of keys and values than of queries: Ainslie et al. 2023 (GQA). Norms of queries
     and keys: Henry et al. 2020, here over each head before the rotation, as in Qwen3.
@@ -188,27 +189,27 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
 
-    def queries_keys_values(self, x, angles=None):
+    def queries_keys_values(self, x, cos_sin=None):
         """Of x (B, T, n_embd): (B, n_head or n_kv_head, T, head_dim) each."""
         q, k, v = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         if self.qk_norm:  # in the precision of the weights: autocast leaves norms as they come
             q = self.q_norm(q.type_as(self.q_norm.weight))
             k = self.k_norm(k.type_as(self.k_norm.weight))
-        if angles is not None:
-            q, k = rotated(q, angles), rotated(k, angles)
+        if cos_sin is not None:
+            q, k = apply_rotary_emb(q, cos_sin), apply_rotary_emb(k, cos_sin)
         return q.type_as(v).transpose(1, 2), k.type_as(v).transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, cache=None, angles=None):
+    def forward(self, x, cache=None, cos_sin=None):
         B, T, C = x.shape
-        q, k, v = self.queries_keys_values(x, angles)
+        q, k, v = self.queries_keys_values(x, cos_sin)
         mask = None
         if cache is not None:
-            k, v, mask = cache.extend(k, v)
-        causal = k.size(2) == T  # with more keys than queries there is one query, which sees all
+            k, v, mask = cache.update(k, v)
+        causal = mask is None and k.size(2) == T  # one query with more keys attends to all of them
         dropout = self.dropout if self.training else 0.0
-        if drops_on_cpu(x, dropout):
+        if has_cpu_dropout(x, dropout):
             from brisk.cpu.attention import (
-                attention,  # the fused kernel below knows no dropout there
+                attention,  # PyTorch's fused kernel has no dropout on a CPU
             )
 
             y = attention(q, k, v, dropout)
@@ -263,8 +264,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
 
-    def forward(self, x, cache=None, angles=None):
-        x = x + self.attn(self.ln_1(x), cache, angles)
+    def forward(self, x, cache=None, cos_sin=None):
+        x = x + self.attn(self.ln_1(x), cache, cos_sin)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -386,7 +387,7 @@ class GPT(nn.Module):
             targets: the token after each one (B, T); positions with -1 are ignored.
             return_logits: training says False, and the loss is computed in parts, without
                 the logits of all positions in memory at once.
-            cache: what was read before `idx`, which is then one position a row; see `hidden`.
+            cache: keys and values of earlier positions; see `backbone`.
 
         Returns:
             (logits, loss): with targets, logits (B, T, vocab_size) (or None) and the mean
@@ -396,63 +397,79 @@ class GPT(nn.Module):
         Raises:
             ValueError: T exceeds `block_size`.
         """
-        x = self.hidden(idx, cache)
+        x = self.backbone(idx, cache)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        if not return_logits:
+        if not return_logits and HAS_BRISK:
             from brisk.training.loss import linear_cross_entropy
 
             head = self.lm_head.weight
             return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
         logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits if return_logits else None, loss
 
-    def hidden(self, idx, cache=None):
+    def backbone(self, idx, cache=None):
         """The normalised output of the last block (B, T, n_embd) for token ids (B, T).
 
-        With a `cache` (`KVCache`) T is 1: `idx` stands at the position after those
-        that each row has in it, and is taken in.
+        With a `cache` (`kv_cache.CacheStep`) the ids follow the positions that it holds.
         """
-        start, before = cache.step(idx) if cache else (0, None)
-        x, angles = self.embed(idx, start, before)
+        positions, before = (cache.positions, cache.before) if cache else (None, None)
+        x, cos_sin = self.embed(idx, positions, before)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache.layers[i] if cache else None, angles)
+            x = block(x, cache.layer(i) if cache else None, cos_sin)
         return self.transformer.ln_f(x)
 
-    def embed(self, idx, start=0, before=None):
-        """What the first block reads: vectors (B, T, n_embd) of the ids (B, T) at the positions
-        from `start` on, an int or one for each row (B, 1), and the angles of rotary positions, or
-        None. `before` is what `NgramEmbedding` takes."""
+    def embed(self, idx, positions=None, before=None):
+        """The input of the first block: vectors (B, T, n_embd) of the ids (B, T), and the cosines
+        and sines of rotary positions, or None. `positions` is (T,) or (B, T), by default 0 to
+        T - 1; `before` is as in `NgramEmbedding`."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(
                 f"a sequence of {T} tokens exceeds block_size={self.config.block_size}"
             )
-        positions = start + torch.arange(T, device=idx.device)
-        x, angles = self.transformer.wte(idx), None
+        if positions is None:
+            positions = torch.arange(T, device=idx.device)
+        x, cos_sin = self.transformer.wte(idx), None
         if self.config.position == "learned":
             x = x + self.transformer.wpe(positions)
         else:  # once for all blocks, from the positions alone: nothing to store, move or cast
-            angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+            cos_sin = rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         if self.config.ngrams > 1:
             x = x + self.transformer.ngrams(idx, before)
-        return self.transformer.drop(x), angles
+        return self.transformer.drop(x), cos_sin
 
     @torch.no_grad()
     def predict(self, idx, targets=True):
         """Logits of the next token: after every position (B, T, vocab_size), or, with
         `targets=False`, after the last one only (B, 1, vocab_size)."""
-        x = self.hidden(idx)
+        x = self.backbone(idx)
         return self.lm_head(x if targets else x[:, -1:])
 
+    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """The ids (B, T) with `max_new_tokens` more drawn after them (B, T + max_new_tokens).
+        """Append `max_new_tokens` sampled tokens to the prompts idx (B, T); `temperature=0` takes
+        the likeliest. For further options see `brisk.generation.generate`."""
+        if HAS_BRISK:
+            from brisk.generation.generate import generate
 
-        `temperature=0` takes the likeliest token. Further options: `brisk.generation.generate`.
-        """
-        from brisk.generation.generate import generate
-
-        return generate(self, idx, max_new_tokens, temperature, top_k, **options)
+            return generate(self, idx, max_new_tokens, temperature, top_k, **options)
+        if options:
+            raise TypeError(f"without the brisk package generate has no {', '.join(options)}")
+        was_training = self.training
+        self.eval()
+        if temperature == 0:
+            temperature, top_k = 1.0, 1
+        for _ in range(max_new_tokens):  # nanoGPT's loop, which reads the whole window every time
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1] / temperature
+            if top_k:
+                kth = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+            idx = torch.cat((idx, new), dim=1)
+        self.train(was_training)
+        return idx
 
     @classmethod
     def from_pretrained(cls, name_or_directory, override_args=None):
@@ -530,6 +547,11 @@ class GPT(nn.Module):
         """AdamW in nanoGPT's two groups: matrices and embeddings decay, vectors do not. With
         `muon`, its (learning rate, momentum), Muon for the matrices in the blocks; a third entry
         is the processes that share its work, a `brisk.distributed.process_group.Ranks`."""
+        if not HAS_BRISK and not muon:
+            weights = [p for p in self.parameters() if p.requires_grad]
+            decayed = {"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay}
+            others = {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}
+            return torch.optim.AdamW([decayed, others], lr=learning_rate, betas=betas)
         from brisk.training.optim import adamw, muon_adamw
 
         if muon:

@@ -28,7 +28,7 @@ from brisk.errors import UserError, one_line_errors
 from brisk.generation.generate import TextStream
 from brisk.generation.prompts import open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.repl import converse
-from brisk.generation.top_tokens import as_table, likeliest_next
+from brisk.generation.top_tokens import as_table, top_next_tokens
 from brisk.interop.pretrained import read_pretrained
 from configurator import (
     NonNegativeFloat,
@@ -113,8 +113,8 @@ def main(config):
                 print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
             ids = ids.to(device.device)
             if config.show_next:
-                likeliest = likeliest_next(model, ids[None], config.show_next, **drawable)
-                print(as_table(*likeliest, tokenizer), DASHES, sep="\n", flush=True)
+                top = top_next_tokens(model, ids[None], config.show_next, **drawable)
+                print(as_table(*top, tokenizer), DASHES, sep="\n", flush=True)
                 continue
             numbers = range(first, first + config.num_samples)
             samples += [Sample(text, ids, shown, number) for number in numbers]

@@ -231,3 +231,15 @@ def test_preparing_is_timed_without_imports(side, tmp_path):
     figures = sides.work(side, {**job, "modules": []})
     assert figures["seconds"] >= 1 and "slow" in figures["modules"]
     assert sides.work(side, {**job, "modules": figures["modules"]})["seconds"] < 1
+
+
+def test_decode_step_is_timed(capsys, monkeypatch):
+    script = load("decode_ratio")
+    sizes = dict(n_layer=1, n_head=2, n_embd=8, block_size=128, vocab_size=9)
+    monkeypatch.setattr(script, "MODELS", {"tiny": sizes})
+    argv = ["--models=tiny", "--rows=1,3", "--rounds=2", "--steps=2"]
+    script.main(configure(script.DecodeRatioConfig, argv))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[2:]] == [["tiny", "1"], ["tiny", "3"]]
+    with pytest.raises(UserError, match="models=tony is none of tiny"):
+        script.main(configure(script.DecodeRatioConfig, ["--models=tony"]))

@@ -1,4 +1,4 @@
-"""Drawing: the right distribution, reproducible, and never what was ruled out."""
+"""Sampling: the right distribution, reproducible, and never a suppressed token."""
 
 import re
 
@@ -7,11 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brisk.cpu.decode import Decoder
 from brisk.data.tokenizer import ByteTokenizer, CharTokenizer
-from brisk.generation.generate import TextStream, draw, generate
-from brisk.generation.kv_cache import KVCache, fill, next_token_logits
-from brisk.generation.top_tokens import as_table, likeliest_next
+from brisk.generation.generate import TextStream, generate, sample_token
+from brisk.generation.kv_cache import KVCache, decode_step, prefill_window
+from brisk.generation.top_tokens import as_table, top_next_tokens
 from model import GPT, GPTConfig
 
 
@@ -75,57 +74,22 @@ def test_greedy_is_the_argmax_at_every_step_past_the_block_size(model, window):
         )
 
 
-@pytest.mark.parametrize("first", [0, 1, 7, 15])
-def test_the_cache_does_not_change_the_logits_at_any_position(model, first):
-    model.eval()
-    ids = torch.randint(40, (3, 16))
-    with torch.no_grad():
-        cache = KVCache(model, 3, 99)
-        fill(model, list(ids[:, :first]), cache, [0, 1, 2])
-        found, memory = [], set()
-        for i in range(first, 16):
-            found.append(model(ids[:, i : i + 1], cache=cache)[0])
-            memory.update(layer.memory.data_ptr() for layer in cache.layers)
-        assert torch.allclose(torch.cat(found, dim=1), model.predict(ids)[:, first:], atol=1e-4)
-        assert len(memory) == 2  # that of two layers, taken once
-        with pytest.raises(ValueError, match="16 positions is full"):
-            model(ids[:, :1], cache=cache)
-
-
-@pytest.mark.parametrize("decoding", [False, True])
-def test_rows_that_begin_anew_leave_the_others_alone(model, decoding):
-    """Rows of 3, 0, 9 and 15 positions go on; then the first and the last change their text."""
-    model.eval()
-    ids, lengths = torch.randint(40, (4, 16)), [3, 0, 9, 15]
-    with torch.no_grad():
-        cache, expected = KVCache(model, 4, 16), model.predict(ids)
-        read = Decoder.of(model, ids.device).logits_after if decoding else model
-        step = read if decoding else lambda new, cache: model(new, cache=cache)[0][:, 0]
-        fill(model, [row[:n] for row, n in zip(ids, lengths, strict=True)], cache, range(4))
-        for begun in (lengths, [8, 1, 10, 2]):
-            if begun is not lengths:
-                fill(model, [ids[0, :8], ids[3, :2]], cache, [0, 3])
-            new = torch.stack([ids[i, n] for i, n in enumerate(begun)])[:, None]
-            logits = step(new, cache)
-            assert cache.lengths == [n + 1 for n in begun]
-            for row, n in enumerate(begun):
-                assert torch.allclose(logits[row], expected[row, n], atol=1e-4)
-
-
 @given(st.integers(1, 9), st.integers(1, 40), st.booleans())
 def test_each_token_is_read_once_until_the_window_is_full_and_half_again_then(size, T, exact):
     """On a model that says what it has read at which positions."""
 
     class Reader(GPT):
-        def embed(self, idx, start=0, before=None):
-            read.append((idx[0].tolist(), start))
-            return super().embed(idx, start, before)
+        def embed(self, idx, positions=None, before=None):
+            read.append((idx[0].tolist(), positions.flatten()[0].item()))
+            return super().embed(idx, positions, before)
 
     model = Reader(GPTConfig(block_size=size, vocab_size=100, n_layer=1, n_head=1, n_embd=1))
     ids, first, read, seen, counts = torch.arange(100)[None], T, [], [], []
     cache = KVCache(model, 1, 100)
     for T in range(first, 100):
-        next_token_logits(model, ids[:, :T], [T], cache, exact_window=exact)
+        if T == first or cache.full_rows():
+            prefill_window(model, [ids[0, :T]], cache, [0], exact)
+        decode_step(model, ids[:, T - 1 : T], cache)
         counts.append(sum(len(tokens) for tokens, _ in read))
         for tokens, start in read:
             seen[start:] = tokens
@@ -219,7 +183,7 @@ def test_top_k_and_top_p_keep_the_likeliest_in_proportion():
     logits, uniform = probs.log().expand(n, -1), (torch.arange(n) + 0.5) / n
 
     def shares(**options):
-        return torch.bincount(draw(logits, uniform, **options), minlength=5) / n
+        return torch.bincount(sample_token(logits, uniform, **options), minlength=5) / n
 
     def near(found, expected):
         return torch.allclose(found, torch.tensor(expected, dtype=torch.float32), atol=1e-3)
@@ -240,7 +204,7 @@ def test_the_edges_of_the_distribution_never_give_an_impossible_token(options):
     logits = torch.tensor([-torch.inf, 0.0, -1e4, 1.0, -torch.inf]).expand(4, -1)
     uniform = torch.tensor([0.0, 1.0 - 2**-24, 1.0, 0.5])
     for row in range(4):  # the same where the impossible tokens stand first, last, in between
-        ids = draw(logits.roll(row, dims=1), uniform, **options)
+        ids = sample_token(logits.roll(row, dims=1), uniform, **options)
         assert set((ids - row).remainder(5).tolist()) == {1, 3}
 
 
@@ -270,16 +234,16 @@ def test_suppressed_tokens_are_never_drawn_and_the_others_in_proportion():
 def test_the_likeliest_next_tokens_are_those_of_the_softmax(model):
     model.eval()
     expected = torch.softmax(model(prompt())[0][0, -1, :30], -1)
-    ids, probs = likeliest_next(model, prompt(), 5, vocab_size=30)
+    ids, probs = top_next_tokens(model, prompt(), 5, vocab_size=30)
     assert ids.tolist() == expected.argsort(descending=True)[:5].tolist()
     assert torch.allclose(probs, expected[ids])
-    ids, probs = likeliest_next(model, prompt(), 999, vocab_size=30)
+    ids, probs = top_next_tokens(model, prompt(), 999, vocab_size=30)
     assert sorted(ids.tolist()) == list(range(30)) and torch.allclose(probs.sum(), torch.ones(()))
     likeliest = ids[0].item()
-    ids, probs = likeliest_next(model, prompt(), 999, vocab_size=30, suppress=[likeliest])
+    ids, probs = top_next_tokens(model, prompt(), 999, vocab_size=30, suppress=[likeliest])
     assert sorted([*ids.tolist(), likeliest]) == list(range(30))
     assert torch.allclose(probs.sum(), torch.ones(()))
-    assert likeliest_next(model, prompt(), 1, suppress=[likeliest])[0] != likeliest
+    assert top_next_tokens(model, prompt(), 1, suppress=[likeliest])[0] != likeliest
 
 
 def test_the_table_shows_each_token_and_keeps_its_columns_even():

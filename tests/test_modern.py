@@ -19,7 +19,7 @@ from brisk.cpu.decode import Decoder
 from brisk.device import Device
 from brisk.errors import UserError
 from brisk.generation.generate import generate
-from brisk.generation.kv_cache import KVCache, fill
+from brisk.generation.kv_cache import KVCache, decode_step, prefill
 from brisk.training.memory import expected_memory
 from configurator import configure
 from model import GPT, GPTConfig
@@ -196,7 +196,7 @@ def test_angles_are_precise_under_autocast_and_in_a_model_of_16_bits():
         if precision == "weights":
             model.bfloat16()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
-            model.hidden(torch.zeros(1, 3002, dtype=torch.int64))
+            model.backbone(torch.zeros(1, 3002, dtype=torch.int64))
         cos, sin = (part[-1, 0].double() for part in seen["angles"])
         turned = 3001 / 10000 ** (torch.arange(4, dtype=torch.float64) / 4)
         assert (cos - turned.cos()).abs().max() < 1e-3
@@ -231,19 +231,17 @@ def test_bfloat16_is_close_to_float32(variant, every_warning, recwarn):
 def test_the_cache_does_not_change_the_logits_at_any_position(variant, first, decoding):
     """Of two rows, one five positions behind the other."""
     model, idx = random_model(**variant), random_ids()
-    decoder, cache = Decoder.of(model, idx.device), KVCache(model, 2, 24)
+    decoder, cache = Decoder.of(model) if decoding else None, KVCache(model, 2, 24)
     found = []
-    with torch.no_grad():
-        fill(model, [idx[0, : first + 5], idx[1, :first]], cache, [0, 1])
-        for i in range(first, 19):
-            new = torch.stack((idx[0, i + 5], idx[1, i]))[:, None]
-            step = decoder.logits_after if decoding else lambda *a: model(a[0], cache=a[1])[0][:, 0]
-            found.append(step(new, cache))
+    prefill(model, [idx[0, : first + 5], idx[1, :first]], cache, [0, 1])
+    for i in range(first, 19):
+        new = torch.stack((idx[0, i + 5], idx[1, i]))[:, None]
+        found.append(decode_step(model, new, cache, decoder=decoder))
     found, expected = torch.stack(found, dim=1), model.predict(idx)
     assert torch.allclose(found[0], expected[0, first + 5 :], atol=1e-5)
     assert torch.allclose(found[1], expected[1, first:19], atol=1e-5)
     heads = variant.get("n_kv_head") or 4
-    assert cache.layers[0].memory.shape == (2, 2, heads, 24, 8) and cache.lengths == [24, 19]
+    assert cache.memory[0].shape == (2, 2, heads, 24, 8) and cache.lengths.tolist() == [24, 19]
 
 
 UNLIKE_PROMPTS = [[7], [3, 1, 4, 1, 5], [*range(23)], [*range(24)], [*range(2, 60)]]
@@ -269,12 +267,12 @@ def test_so_it_does_under_autocast(variant):
     expected = [model.predict(torch.tensor([ids[-24:]])) for ids in UNLIKE_PROMPTS]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         cache = KVCache(model, 5, 24)
-        fill(model, [torch.tensor(ids)[-24:-1] for ids in UNLIKE_PROMPTS], cache, range(5))
+        prefill(model, [torch.tensor(ids)[-24:-1] for ids in UNLIKE_PROMPTS], cache, [*range(5)])
         last = torch.tensor([ids[-1] for ids in UNLIKE_PROMPTS])[:, None]
-        found = model(last, cache=cache)[0]
+        found = decode_step(model, last, cache)
         assert len(generate(model, UNLIKE_PROMPTS, 40)[0]) == 41
     for row, logits in zip(found, expected, strict=True):
-        assert (row[0] - logits[0, -1]).abs().max() < 0.05 * logits.abs().max()
+        assert (row - logits[0, -1]).abs().max() < 0.05 * logits.abs().max()
 
 
 def test_rows_stop_each_at_their_own_stop_id():
@@ -295,8 +293,8 @@ def test_rows_stop_each_at_their_own_stop_id():
 def test_the_decoder_leaves_bfloat16_to_the_network():
     model = random_model()
     with torch.autocast("cpu", torch.bfloat16):
-        assert Decoder.of(model, torch.device("cpu")) is None
-    assert Decoder.of(model.bfloat16(), torch.device("cpu")) is None
+        assert Decoder.of(model) is None
+    assert Decoder.of(model.bfloat16()) is None
 
 
 def test_past_the_block_size_the_newer_half_is_read_anew():

@@ -226,9 +226,9 @@ def test_end_of_text_cuts_each_sample_and_is_not_shown(run, folder):
 
 
 def test_generation_ends_once_all_samples_are_cut(run, monkeypatch):
-    steps = []
-    draw = generate.draw
-    monkeypatch.setattr(generate, "draw", lambda *a: steps.append(1) or draw(*a))
+    steps, sample_token = [], generate.sample_token
+    counted = lambda *a: steps.append(1) or sample_token(*a)  # noqa: E731
+    monkeypatch.setattr(generate, "sample_token", counted)
     run("--temperature=0", tokens=200)
     assert len(steps) == 200
     first_drawn = texts(run("--temperature=0", tokens=1))[0][-1]
@@ -328,13 +328,13 @@ def test_a_recorded_sample_can_be_drawn_again(run):
 
 def test_samples_are_on_the_disk_while_the_next_are_drawn(run, monkeypatch):
     monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 1)
-    counts, draw = set(), generate.draw
+    counts, sample_token = set(), generate.sample_token
 
-    def counting_draw(*args):
+    def counting(*args):
         counts.add(len(records("samples.jsonl")))
-        return draw(*args)
+        return sample_token(*args)
 
-    monkeypatch.setattr(generate, "draw", counting_draw)
+    monkeypatch.setattr(generate, "sample_token", counting)
     run("--out=samples.jsonl")
     assert counts == {0, 1, 2}
 

@@ -35,7 +35,7 @@ def shard(model, device, world_size, offload=False):
     low = torch.bfloat16 if device.dtype is torch.bfloat16 else None
     how = {
         "mesh": mesh,
-        # inputs are left as they come: rotary angles are wanted in float32
+        # inputs are left as they come: rotary cosines and sines stay in float32
         "mp_policy": MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }

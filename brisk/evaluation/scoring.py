@@ -27,7 +27,7 @@ def token_nats(model, inputs, targets):
         a higher logit; 0 and True where the target is -1.
     """
     scored = targets >= 0
-    x, wanted = model.hidden(inputs)[scored], targets[scored]  # (N, n_embd), (N,)
+    x, wanted = model.backbone(inputs)[scored], targets[scored]  # (N, n_embd), (N,)
     nats = torch.zeros(targets.shape, device=targets.device)
     likeliest = torch.ones_like(scored)
     costs, hits = [], []

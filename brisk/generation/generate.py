@@ -1,7 +1,7 @@
-"""Ids after ids: how a model's logits become a sample, and a sample becomes text as it comes.
+"""Autoregressive sampling, and sampled ids as a stream of text.
 
-`generate` draws; `TextStream` turns the drawn ids into text that can be shown at once. Text
-needs a tokenizer with `token_bytes`; drawing needs a `GPT`.
+`generate` samples from a `GPT`. `TextStream` turns the ids of one sample into text as they come,
+with a tokenizer that has `token_bytes`.
 """
 
 import codecs
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from brisk.cpu.decode import Decoder
-from brisk.generation.kv_cache import KVCache, next_token_logits
+from brisk.generation.kv_cache import KVCache, decode_step, prefill_window
 
 # A word is a run without white space. Chinese and Japanese write no spaces: there a character is
 # one, with the signs around it, as word processors count them.
@@ -35,57 +35,56 @@ def generate(
     on_token=None,
     exact_window=False,
 ):
-    """Continue each of B prompts by up to `max_new_tokens` drawn tokens.
+    """Continue each of B prompts by up to `max_new_tokens` sampled tokens.
 
-    They are read and continued as one batch, of unlike lengths too, and each as if it were alone.
-    The model sees all tokens so far, up to `block_size` of them, and each is read once: its keys
-    and values are kept (`KVCache`). Beyond, it sees the newest of them, from half of `block_size`
-    to all of it: when the window is full, its older half is dropped and the newer half read again
-    at the positions from 0 on, for its position, learned or rotary, is part of what is kept. So a
-    token costs there what it costs before, and one position more, read in a batch of them. On the
-    characters of Shakespeare (4 layers of 128, block_size 64, 2000 steps) it costs no quality:
-    validation tokens seen so, after 33 to 64 tokens, have a mean loss of 1.877 nats
-    (evaluate.py --stride=32), those after the full 64 1.893 (--stride=1). What the model sees
-    depends on the number of tokens alone: a text continued in two calls is that of one. It is put
-    in eval mode for the call.
+    Prompts of any lengths run as one batch, each as if it were alone. The model sees the whole text
+    up to `block_size` tokens, each computed once (see `kv_cache`). A longer text is seen through
+    a window of its newest tokens: when the window is full its older half is dropped, and the newer
+    half is computed again at positions from 0, because cached keys and values depend on their
+    position. The window depends on the number of tokens alone: a text continued in two calls is
+    that of one. It costs no quality: on characters of Shakespeare (4 layers of 128, block_size 64,
+    2000 steps) the mean loss of validation tokens is 1.877 nats after 33 to 64 tokens
+    (evaluate.py --stride=32) and 1.893 after 64 (--stride=1). The model is in eval mode for the
+    call.
+
+    Each of `temperature`, `top_k`, `top_p` and `seed` is one value, or a list with one for each
+    prompt.
 
     Args:
-        idx: ids of the prompts, on the model's device: (B, T), T at least 1; or a list of B
-            prompts of any lengths, each a tensor (T,) or a list of ints.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens; None or 0 means all.
-        top_p: draw among the fewest likeliest tokens that together reach this probability
-            (nucleus sampling, Holtzman et al. 2020); None or 1 means all.
-        stop_ids: a sample that drew one of these is finished and repeats it from there on.
-        vocab_size: ids from here on are never drawn (rows that only pad the vocabulary).
-        suppress: these ids are never drawn either, the unknown word for instance.
-        seed: sample i draws its random numbers from (`seed`, `samples`[i]), whatever is in the
-            batch beside it. None takes torch's global generator.
+        idx: token ids of the prompts: (B, T), T at least 1; or a list of B prompts of any lengths,
+            each a tensor (T,) or a list of ints.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens; None or 0 means all.
+        top_p: sample from the smallest set of most likely tokens with at least this total
+            probability (nucleus sampling, Holtzman et al. 2020); None or 1 means all.
+        stop_ids: a sample that reaches one of these is finished and repeats it.
+        vocab_size: ids from here on are never sampled (padding of the vocabulary).
+        suppress: further ids that are never sampled, such as that of the unknown word.
+        seed: the random numbers of sample i follow from (`seed`, `samples`[i]) alone. None takes
+            PyTorch's global generator.
         samples: the numbers of the samples in a larger set; None: 0 to B - 1.
-        on_token: called as `on_token(step, ids)` with the ids (B,) just drawn; returning True
-            ends the generation.
-        exact_window: past `block_size` see the newest `block_size` tokens at every step, as
-            nanoGPT does, which means to read all of them at every step.
+        on_token: called as `on_token(step, ids)` with the sampled ids (B,); True ends the
+            generation.
+        exact_window: past `block_size` see the newest `block_size` tokens at every step, as nanoGPT
+            does, at the cost of computing all of them at every step.
 
     Returns:
-        Prompts and drawn tokens: (B, T + n), or, for a list of prompts, a list of tensors
-        (T + n,). n is less than `max_new_tokens` where every sample was finished or `on_token`
-        ended it.
+        Prompts and samples: (B, T + n), or, for a list of prompts, a list of tensors (T + n,). n is
+        less than `max_new_tokens` where every sample finished or `on_token` ended the generation.
 
     Raises:
         ValueError: no prompt or an empty one, a negative temperature, top_k or number of tokens,
-            a top_p outside 0 to 1, every token suppressed.
+            a top_p outside 0 to 1, a list of another length than B, every token suppressed.
     """
     prompts, device = as_tensors(idx, model), model.lm_head.weight.device
     lengths, B = [len(prompt) for prompt in prompts], len(prompts)
     if B == 0 or 0 in lengths:
         raise ValueError("the prompt is empty; a model needs one token to go on from")
-    if max_new_tokens < 0 or temperature < 0 or (top_k or 0) < 0:
-        raise ValueError("max_new_tokens, temperature and top_k cannot be negative")
-    if top_p is not None and not 0 <= top_p <= 1:
-        raise ValueError(f"top_p={top_p} is not a probability")
+    if max_new_tokens < 0:
+        raise ValueError("max_new_tokens cannot be negative")
+    settings = sampling_settings(B, temperature, top_k, top_p)
 
-    # Prompts end in the same column, so that what is drawn has one column a step.
+    # Prompts end in the same column, so that sampled tokens have one column a step.
     end = longest = max(lengths)
     ids = torch.zeros(B, longest + max_new_tokens, dtype=torch.long, device=device)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -95,21 +94,21 @@ def generate(
     uniforms = uniforms.to(device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
-    never = never_drawn(suppress, vocab_size, device)
+    never = suppressed_ids(suppress, vocab_size, device)
     cache = KVCache(model, B, longest + max_new_tokens)
-    decoder = Decoder.of(model, device)
+    decoder = Decoder.of(model)
 
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for step in range(max_new_tokens):
-                so_far = [length + step for length in lengths]
-                logits = next_token_logits(
-                    model, ids[:, :end], so_far, cache, decoder, exact_window
-                )
-                logits = without(logits[:, :vocab_size], never)
-                new = draw(logits, uniforms[:, step], temperature, top_k, top_p)
+                if rows := cache.full_rows() if step else [*range(B)]:
+                    texts = [ids[row, longest - lengths[row] : end] for row in rows]
+                    prefill_window(model, texts, cache, rows, exact_window=exact_window)
+                logits = decode_step(model, ids[:, end - 1 : end], cache, decoder=decoder)
+                logits = mask_logits(logits[:, :vocab_size], never)
+                new = sample_rows(logits, uniforms[:, step], settings)
                 if len(stops):
                     new = torch.where(finished, ids[:, end - 1], new)
                 ids[:, end] = new
@@ -128,18 +127,39 @@ def generate(
 
 
 def as_tensors(prompts, model):
-    """Each of the prompts, as `generate` takes them, as a tensor (T,) on the model's device."""
+    """The prompts of `generate` as a list of tensors (T,) on the model's device."""
     device = model.lm_head.weight.device
     return [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in prompts]
 
 
-def never_drawn(suppress, vocab_size, device):
-    """The ids to suppress as a tensor, without those that `vocab_size` rules out already."""
+def per_row(value, rows):
+    """`value` as a list with one entry for each of `rows` rows."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * rows
+    if len(values) != rows:
+        raise ValueError(f"{len(values)} settings for {rows} rows")
+    return values
+
+
+def sampling_settings(rows, temperature=1.0, top_k=None, top_p=None):
+    """A list of (temperature, top_k, top_p), one for each of `rows` rows, for `sample_rows`; each
+    of the three is one value or a list. Raises ValueError for values out of range."""
+    values = (per_row(value, rows) for value in (temperature, top_k, top_p))
+    settings = list(zip(*values, strict=True))
+    for temperature, top_k, top_p in settings:
+        if temperature < 0 or (top_k or 0) < 0:
+            raise ValueError("temperature and top_k cannot be negative")
+        if top_p is not None and not 0 <= top_p <= 1:
+            raise ValueError(f"top_p={top_p} is not a probability")
+    return settings
+
+
+def suppressed_ids(suppress, vocab_size, device):
+    """The ids of `suppress` below `vocab_size` as a tensor."""
     ids = sorted(i for i in set(suppress) if vocab_size is None or i < vocab_size)
     return torch.tensor(ids, dtype=torch.long, device=device)
 
 
-def without(logits, ids):
+def mask_logits(logits, ids):
     """The logits (B, V) with those of `ids`, a tensor, at minus infinity."""
     if len(ids) == 0:
         return logits
@@ -150,28 +170,41 @@ def without(logits, ids):
 
 
 def draw_uniforms(samples, n, seed):
-    """Numbers (B, n) from 0 to 1; those of a row depend on (`seed`, its number in `samples`)
-    alone, and a longer row begins with the shorter one."""
+    """Uniform random numbers (B, n) from 0 to 1. Those of a row depend on its seed and its number
+    in `samples` alone, and a longer row begins with the shorter one. `seed` is one for all rows or
+    a list; None draws from PyTorch's global generator."""
     rows = torch.empty(len(samples), n)
     if seed is None:
         return rows.uniform_()
-    for row, number in zip(rows, samples, strict=True):
-        # numpy mixes both numbers into the state: seed 1, sample 2 is not seed 2, sample 1
-        generator = np.random.default_rng((seed % 2**64, number))
+    for row, number, own in zip(rows, samples, per_row(seed, len(samples)), strict=True):
+        # NumPy hashes the pair into the state: seed 1, sample 2 is not seed 2, sample 1
+        generator = np.random.default_rng((own % 2**64, number))
         row.copy_(torch.from_numpy(generator.random(n, dtype=np.float32)))
     return rows
 
 
-def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
-    """One id per row (B,) from logits (B, V) by inverting the cumulative distribution at
-    `uniform` (B,)."""
+def sample_rows(logits, uniform, settings):
+    """`sample_token` with settings for each row, a list of B (temperature, top_k, top_p). Rows of
+    equal settings are sampled together, so a row is sampled as if it were alone."""
+    if len(groups := set(settings)) == 1:
+        return sample_token(logits, uniform, *settings[0])
+    ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    for one in groups:
+        rows = [row for row, own in enumerate(settings) if own == one]
+        ids[rows] = sample_token(logits[rows], uniform[rows], *one)
+    return ids
+
+
+def sample_token(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+    """One id per row (B,) from logits (B, V), by inverting the cumulative distribution at `uniform`
+    (B,)."""
     if temperature < 1e-6 or top_k == 1 or top_p == 0:  # dividing by less could overflow
         return logits.argmax(dim=-1)
     nucleus = top_p is not None and top_p < 1
     top, ids = logits.float(), None
     kept = min(top_k or top.size(-1), top.size(-1))
     if nucleus or kept < top.size(-1):
-        top, ids = top.topk(kept)  # likeliest first
+        top, ids = top.topk(kept)  # in descending order
     probs = torch.softmax(top / temperature, dim=-1)
     if nucleus:
         before = probs.cumsum(dim=-1) - probs
@@ -179,7 +212,7 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     cdf = probs.cumsum(dim=-1)
     choice = torch.searchsorted(cdf, uniform.unsqueeze(1) * cdf[:, -1:], right=True)
     choice = choice.clamp(max=cdf.size(-1) - 1)
-    # At an edge, rounding may choose a token that has no probability: the likeliest instead.
+    # At an edge, rounding may choose a token of probability 0: take the most likely one instead.
     likeliest = probs.argmax(dim=-1, keepdim=True)
     choice = choice.where(probs.gather(1, choice) > 0, likeliest)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)

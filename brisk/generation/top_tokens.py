@@ -1,30 +1,29 @@
-"""What a model expects next: its likeliest tokens, as numbers and as a table."""
+"""The most likely next tokens of a prompt, as numbers and as a table."""
 
 import unicodedata
 
 import torch
 
-from brisk.generation.generate import never_drawn, without
+from brisk.generation.generate import mask_logits, suppressed_ids
 
 
 @torch.no_grad()
-def likeliest_next(model, idx, n, *, vocab_size=None, suppress=()):
-    """The `n` likeliest tokens after one prompt `idx` (1, T), or all where there are fewer.
+def top_next_tokens(model, idx, n, *, vocab_size=None, suppress=()):
+    """Ids (n,) and probabilities (n,) of the `n` most likely tokens after one prompt idx (1, T).
 
-    Returns their ids (n,) and probabilities (n,), likeliest first. The probabilities are the
-    model's own, those of temperature 1, over all tokens that `generate` may draw with the same
-    `vocab_size` and `suppress`, after the newest `block_size` tokens. The model should be in eval
-    mode.
+    The most likely comes first. Probabilities are those of temperature 1 over all tokens that
+    `generate` samples from with the same `vocab_size` and `suppress`, given the newest `block_size`
+    tokens; n is at most their number. The model should be in eval mode.
     """
-    never = never_drawn(suppress, vocab_size, idx.device)
+    never = suppressed_ids(suppress, vocab_size, idx.device)
     logits = model(idx[:, -model.config.block_size :])[0][:, -1, :vocab_size]
-    logits = without(logits, never)[0].float()
+    logits = mask_logits(logits, never)[0].float()
     probs, ids = torch.softmax(logits, dim=-1).topk(min(n, len(logits) - len(never)))
     return ids, probs
 
 
 def as_table(ids, probs, tokenizer):
-    """Lines of rank, token and probability in percent, the columns even in a terminal."""
+    """Lines of rank, token and probability in percent, aligned in a terminal."""
     names = [token_name(tokenizer.token_bytes(i)) for i in ids.tolist()]
     digits, width = len(str(len(names))), max(map(columns, names))
     lines = []
@@ -35,7 +34,7 @@ def as_table(ids, probs, tokenizer):
 
 
 def token_name(token):
-    """The bytes of a token in quotes, with escapes for what cannot be seen."""
+    """The bytes of a token in quotes, invisible characters escaped."""
     try:
         return repr(token.decode("utf-8"))
     except UnicodeDecodeError:  # a part of a character

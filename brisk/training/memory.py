@@ -116,12 +116,12 @@ def kept_by_block(model, device, low=None):
 
         idx = torch.zeros(sequences, model.config.block_size, dtype=torch.int64)
         with torch.random.fork_rng(), torch.no_grad():
-            x, angles = model.embed(idx)
+            x, cos_sin = model.embed(idx)
         x = x.to(device.device, low).requires_grad_()
-        angles = angles and tuple(t.to(device.device) for t in angles)
+        cos_sin = cos_sin and tuple(t.to(device.device) for t in cos_sin)
         with torch.random.fork_rng():  # dropout draws here must not move the run's
             with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
-                _graph = block(x, None, angles)  # while it lives what it keeps stays apart
+                _graph = block(x, None, cos_sin)  # while it lives what it keeps stays apart
         return sum(size for key, size in kept.items() if key not in mine), x.nbytes
 
     (one, x), (two, _) = kept_of(1), kept_of(2)
