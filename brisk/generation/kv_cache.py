@@ -45,7 +45,10 @@ class KVCache:
         """
         index = torch.tensor(rows, device=self.last_ids.device)
         for memory in self.memory:
-            memory.index_fill_(1, index, 0)
+            if len(rows) == len(self.lengths):
+                memory.zero_()
+            else:
+                memory.index_fill_(1, index, 0)
         self.last_ids[index] = -1
         self.lengths[rows] = 0
 
