@@ -345,9 +345,9 @@ class GPT(nn.Module):
             self.init_weights()
 
     @classmethod
-    def empty(cls, config):
-        """A model on the CPU with nothing in its weights yet, for `init_weights` or
-        `load_state_dict` to fill: what PyTorch's layers would draw first is not drawn."""
+    def uninitialized(cls, config):
+        """A model on the CPU whose weights are not initialized, for `init_weights` or
+        `load_state_dict`: the values that PyTorch's layers would draw first are not drawn."""
         with torch.device("meta"):
             model = cls(config)
         for module in model.modules():
@@ -479,7 +479,7 @@ class GPT(nn.Module):
         from brisk.interop.huggingface import load_pretrained
 
         config_args, state_dict = load_pretrained(name_or_directory)
-        return cls.with_weights(config_args, state_dict, override_args)
+        return cls.from_state_dict(config_args, state_dict, override_args)
 
     @classmethod
     def from_checkpoint(cls, checkpoint, override_args=None):
@@ -491,13 +491,13 @@ class GPT(nn.Module):
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
         try:
-            return cls.with_weights(checkpoint["model_args"], checkpoint["model"], override_args)
+            return cls.from_state_dict(checkpoint["model_args"], checkpoint["model"], override_args)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the checkpoint is not of a model known here: {reason}") from error
 
     @classmethod
-    def with_weights(cls, config_args, state_dict, override_args=None):
+    def from_state_dict(cls, config_args, state_dict, override_args=None):
         """A model with these arguments of `GPTConfig` and these weights."""
         if unknown := (override_args or {}).keys() - {"dropout", "ngram_dropout"}:
             raise ValueError(f"only dropouts can be overridden, not {', '.join(sorted(unknown))}")
@@ -505,7 +505,7 @@ class GPT(nn.Module):
         layers = sum(name.endswith(".ln_1.weight") for name in state_dict)
         if layers != config.n_layer:  # before a claim of a billion is believed
             raise ValueError(f"n_layer={config.n_layer}, and the weights are of {layers} layers")
-        model = cls.empty(config)
+        model = cls.uninitialized(config)
         model.load_state_dict(state_dict)
         return model.eval()
 

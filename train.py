@@ -168,13 +168,13 @@ def initial_state(config, start, data, run):
         except ValueError as error:  # sizes that do not go together
             raise UserError(str(error)) from error
         check_fits(sizes)
-        model = GPT.empty(sizes)
+        model = GPT.uninitialized(sizes)
         if not sharded_here:
             model.init_weights()
     elif start.checkpoint:
         model = GPT.from_checkpoint(start.checkpoint, dropouts)
     else:
-        model = GPT.with_weights(start.model_args, start.weights, dropouts)
+        model = GPT.from_state_dict(start.model_args, start.weights, dropouts)
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if config.freeze_layers > config.n_layer:
