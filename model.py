@@ -75,8 +75,8 @@ class GPTConfig:
         if self.position == "rotary" and self.head_dim % 2 != 0:
             odd = f"n_embd / n_head = {self.head_dim} is odd"
             raise ValueError(f"position=rotary turns channels of a head in pairs, and {odd}")
-        if not 0 < self.rope_theta < math.inf:
-            raise ValueError(f"rope_theta={self.rope_theta} is not positive")
+        if not 0 < self.rope_theta <= torch.finfo(torch.float64).max:  # an int may be above it
+            raise ValueError(f"rope_theta={self.rope_theta} is not positive and finite")
 
     @classmethod
     def from_settings(cls, settings, **changes):
@@ -478,8 +478,8 @@ class GPT(nn.Module):
         `dropout`."""
         from brisk.interop.huggingface import load_pretrained
 
-        config_args, state_dict = load_pretrained(name_or_directory)
-        return cls.from_state_dict(config_args, state_dict, override_args)
+        model_args, state_dict = load_pretrained(name_or_directory)
+        return cls.from_checkpoint({"model_args": model_args, "model": state_dict}, override_args)
 
     @classmethod
     def from_checkpoint(cls, checkpoint, override_args=None):

@@ -171,10 +171,9 @@ def initial_state(config, start, data, run):
         model = GPT.uninitialized(sizes)
         if not sharded_here:
             model.init_weights()
-    elif start.checkpoint:
-        model = GPT.from_checkpoint(start.checkpoint, dropouts)
     else:
-        model = GPT.from_state_dict(start.model_args, start.weights, dropouts)
+        parts = {"model_args": start.model_args, "model": start.weights}
+        model = GPT.from_checkpoint(parts, dropouts)
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if config.freeze_layers > config.n_layer:

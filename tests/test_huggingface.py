@@ -118,6 +118,30 @@ def test_a_qwen3_with_other_positions_or_weights_is_refused(tmp_path):
     assert "does not state hidden_size" in error_after()
 
 
+@pytest.mark.parametrize(
+    "make, changes",
+    [
+        (random_gpt2, {"tie_word_embeddings": [1, "2"]}),
+        (random_gpt2, {"n_head": 3}),
+        (random_qwen3, {"tie_word_embeddings": 2}),
+        (random_qwen3, {"num_key_value_heads": "x"}),
+        (random_qwen3, {"num_key_value_heads": [2]}),
+        (random_qwen3, {"num_key_value_heads": 3}),
+        (random_qwen3, {"rope_parameters": {"rope_theta": "x"}}),
+        (random_qwen3, {"rope_parameters": {"rope_theta": 10**400}}),
+    ],
+)
+def test_config_with_invalid_values_is_refused(tmp_path, make, changes, train_tiny):
+    """In one line, by whoever reads the directory: the model itself, or a run that starts there."""
+    make().save_pretrained(tmp_path)
+    config = {**json.loads((tmp_path / "config.json").read_text()), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        GPT.from_pretrained(tmp_path)
+    with pytest.raises(UserError):
+        train_tiny(tmp_path / "out", init_from=tmp_path)
+
+
 def test_qwen3_finetunes_from_its_directory(tmp_path, train_tiny):
     random_qwen3().save_pretrained(tmp_path / "qwen3")
     run = train_tiny(tmp_path / "out", init_from=tmp_path / "qwen3", max_iters=3)

@@ -59,7 +59,10 @@ def load_pretrained(name_or_directory):
         weights = read_weights(find("pytorch_model.bin"))
     else:
         weights = read_weights(find("model.safetensors"))
-    return config_args, to_state_dict(weights, config_args, name_or_directory)
+    try:
+        return config_args, to_state_dict(weights, config_args, name_or_directory)
+    except (TypeError, ValueError) as error:  # sizes that are no integers
+        raise UserError(f"{folder / 'config.json'} is no config of a model: {error}") from error
 
 
 def shards_in(index):
