@@ -1,15 +1,46 @@
 """A field of the network is written once, in `GPTConfig`; all else knows it from there."""
 
-import re
 import shutil
 
 import torch
 from conftest import ROOT
 
+# Run in a copy of the code with one more field. Its arguments: those of a tiny run.
+CHECK = """
+import contextlib, io, re, sys
+import bench, train
+from brisk.errors import UserError
+from configurator import configure
+
+def printed(call, *arguments):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        call(*arguments)
+    return out.getvalue()
+
+for Config in (train.TrainConfig, bench.BenchConfig):
+    shown = printed(configure, Config, ["--help"])
+    assert re.search("^  --width_of_dummies=3 +dummies in a block$", shown, re.MULTILINE), shown
+    try:
+        configure(Config, ["--width_of_dummies=0"])
+    except UserError as error:
+        assert "width_of_dummies=0" in str(error)
+    else:
+        raise AssertionError("0 is out of bounds")
+small = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=8 --vocab_size=50 --steps=1 --device=cpu"
+bench.main(configure(bench.BenchConfig, [*small.split(), "--width_of_dummies=5"]))
+tiny = sys.argv[1:]
+train.main(configure(train.TrainConfig, [*tiny, "--max_iters=1", "--width_of_dummies=5"]))
+out = next(argument for argument in tiny if argument.startswith("--out_dir="))
+resumed = ["--init_from=resume", out, "--device=cpu", "--max_iters=2", "--width_of_dummies=4"]
+said = printed(train.main, configure(train.TrainConfig, resumed))
+assert "width_of_dummies=5 stays" in said, said
+"""
+
 
 def test_a_new_field_is_known_everywhere(script, settings, tmp_path):
-    """A copy of the code with one more field: train.py and bench.py take it, help lists it, a
-    checkpoint keeps it, and a resume holds on to it."""
+    """train.py and bench.py take it within its bounds, help lists it, a checkpoint keeps it, and a
+    resume holds on to it."""
     root = tmp_path / "code"
     root.mkdir()
     for file in ROOT.glob("*.py"):
@@ -20,29 +51,10 @@ def test_a_new_field_is_known_everywhere(script, settings, tmp_path):
     assert model.count(line) == 1
     field = "    width_of_dummies: PositiveInt = 3  # dummies in a block\n"
     (root / "model.py").write_text(model.replace(line, field + line), encoding="utf-8")
-
-    def run(name, *argv):
-        return script(name, *argv, root=root, cwd=tmp_path)
-
-    for name in ("train.py", "bench.py"):
-        shown = run(name, "--help").stdout
-        assert re.search(r"^  --width_of_dummies=3 +dummies in a block$", shown, re.MULTILINE)
-        wrong = run(name, "--width_of_dummies=0")
-        assert wrong.returncode == 2 and "width_of_dummies=0" in wrong.stderr
-    small = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--vocab_size=50")
-    bench = run("bench.py", *small, "--width_of_dummies=5", "--steps=1", "--device=cpu")
-    assert bench.returncode == 0, bench.stderr
-
-    out = tmp_path / "out"
-    first = run("train.py", *settings(out, max_iters=1), "--width_of_dummies=5")
-    assert first.returncode == 0, first.stderr
-    checkpoint = torch.load(out / "last.pt")
-    assert checkpoint["model_args"]["width_of_dummies"] == 5
-    resumed = ("--init_from=resume", f"--out_dir={out}", "--device=cpu", "--max_iters=2")
-    again = run("train.py", *resumed, "--width_of_dummies=4")
-    assert again.returncode == 0, again.stderr
-    assert "width_of_dummies=5 stays" in again.stdout
-    assert torch.load(out / "last.pt")["model_args"]["width_of_dummies"] == 5
+    (root / "check.py").write_text(CHECK, encoding="utf-8")
+    result = script("check.py", *settings(tmp_path / "out"), root=root, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert torch.load(tmp_path / "out" / "last.pt")["model_args"]["width_of_dummies"] == 5
 
 
 def test_vocab_size(train_tiny, settings, script, tmp_path, text):

@@ -335,7 +335,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # an example takes seconds to shrink
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -371,7 +371,7 @@ AT_A_RESUME = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
