@@ -20,7 +20,7 @@ test: .venv/tested
 	.venv/bin/python -m pytest -q -m "not slow" $(PARALLEL) $(TESTS)
 
 test-all: .venv/tested
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q $(PARALLEL)
 
 lint: .venv/tested
 	.venv/bin/ruff format --check .
