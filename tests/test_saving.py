@@ -149,10 +149,11 @@ def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, in
     out, original = tmp_path / "out", train.get_lr
 
     def vanish(step, *rest):
-        if step == 5:
-            for thread in threading.enumerate():  # of a folder that goes while it is being written
-                if thread.name == "saver":  # to, that save is lost
+        if step in (5, 10):
+            for thread in threading.enumerate():  # a save that is under way comes to its end first
+                if thread.name == "saver":
                     thread.join()
+        if step == 5:
             shutil.rmtree(out)
             if instead == "a file":
                 out.write_text("")
