@@ -59,7 +59,7 @@ class GPTConfig:
     mlp_width: NonNegativeInt = 0  # channels there; 0: 4 n_embd, for swiglu about 8/3 n_embd
     tied: bool = True  # the head is the token embedding
     zero_init: bool = False  # output projections, and an untied head, start at zero
-    ngrams: PositiveInt = 1  # runs of 2 to so many tokens have embeddings too
+    ngrams: PositiveInt = 1  # n-grams of 2 to this many tokens have embeddings too
     ngram_rows: PositiveInt = 16384  # embeddings for each length, which runs share by hashing
     ngram_dropout: UnitFloat = 0.0  # share of them that training leaves out
 

@@ -256,6 +256,21 @@ def test_another_kind_of_device_derives_dtype_and_compile_anew(train_until, carr
     assert run.checkpoint()["resolved"]["device"] == "cpu"
 
 
+def test_parallel_stays_the_run_s_in_one_process_too(train_until, carry_on, tmp_path):
+    """What a dry run says of 8 ranks is of the FSDP that the run was started with."""
+
+    def memory(**changes):
+        said = carry_on(tmp_path / "out", dry_run=True, dry_run_ranks=8, **sizes, **changes).console
+        return re.search(
+            r"^device: 8 processes \((\w+)\).* about (.*) of memory", said, re.M
+        ).groups()
+
+    large = {"n_embd": 256, "n_layer": 8}
+    sizes = {"gradient_accumulation_steps": 8}
+    train_until(tmp_path / "out", 1, parallel="fsdp", max_iters=1, **large)
+    assert memory() == memory(parallel="fsdp") != memory(parallel="ddp")
+
+
 # ----------------------------------------------------------------------------- other data
 
 

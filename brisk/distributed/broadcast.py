@@ -16,7 +16,9 @@ def broadcast_checkpoint(ranks, read, *arguments, before_tensors=lambda plan: No
     Raises its `UserError` in all of them.
     """
     if ranks.is_alone:
-        return read(*arguments)
+        whole = read(*arguments)
+        before_tensors(whole)
+        return whole
     tensors = {}  # by where they are in memory: one of two names is sent once
     plan = ranks.run_on_main(lambda: planned(read(*arguments), tensors))
     before_tensors(plan)

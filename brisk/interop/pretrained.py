@@ -18,7 +18,7 @@ class Pretrained:
 
     checkpoint: dict  # with `model_args`, of GPTConfig, and `model`, the state dict on the CPU
     tokenizer: object
-    settings: dict  # it was trained with; empty for what is no run of ours
+    settings: dict  # of the run that trained it; empty for GPT-2 and directories
 
 
 def read_pretrained(init_from, out_dir):

@@ -23,7 +23,7 @@ class RunData:
 
 
 def open_data(config, start, run):
-    """The `Data` of the run, checked. Raises `UserError` where it is not there, or not whole."""
+    """The `RunData` of the run, checked. Raises `UserError` where it is not there, or not whole."""
     folder = find_data_dir(config.data_dir, config.dataset)
     meta, tokenizer = read_meta(folder), load_tokenizer(folder)
     if config.verify_data:
