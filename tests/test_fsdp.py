@@ -172,7 +172,7 @@ def poison(self, step, position, loss, grad_norm):
     return look(self, step, position, loss, grad_norm)
 
 SpikeWatch.record = poison
-with one_line_errors():
+with train.clean_end(), one_line_errors():
     train.main(train.configure(train.TrainConfig, sys.argv[1:]))
 """
 
@@ -262,7 +262,8 @@ def save(self, state, *_):
     sys.stdout.write(f"held {{2 * sum(weights.values()) + sum(moments)}}\\n")
 
 brisk.training.async_checkpoint.Saver.save = save
-train.main(train.configure(train.TrainConfig, sys.argv[1:]))
+with train.clean_end():
+    train.main(train.configure(train.TrainConfig, sys.argv[1:]))
 """
 
 
