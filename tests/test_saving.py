@@ -280,3 +280,12 @@ def test_the_error_of_a_save_is_a_persons(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError):
         save_checkpoint(a_checkpoint(), tmp_path / "out" / "last.pt")
+
+
+@pytest.mark.parametrize("max_iters", [3, 5])
+def test_resume_removes_half_written_files(train_tiny, resume, tmp_path, max_iters):
+    """Also where the run turns out to be at its end, and does nothing else."""
+    out = train_tiny(tmp_path / "out", max_iters=3).out_dir
+    (out / "last.pt.writing").write_bytes(b"a process killed in a save leaves this")
+    resume(out, max_iters=max_iters)
+    assert not list(out.glob("*.writing"))

@@ -45,15 +45,20 @@ class Run:
         """The number of a signal to stop that any of the processes got, or 0."""
         return self.ranks.all_reduce_max(self.stop.number or 0)
 
+    def take_folder(self, make=False):
+        """Lock the folder, if it is there or with `make`, and clear it of half-written files."""
+        self.lock.take(make)
+        if self.ranks.is_main:
+            remove_partial(self.out_dir)
+
     def open_folder(self, config, plan, resuming):
         """Make the folder, move an earlier run's files out of the way, and begin to record."""
         self.saver = self.at_end.enter_context(Saver(self.out_dir, self.say, self.ranks.is_main))
         if config.eval_only:
             return
-        self.lock.take(make=True)
+        self.take_folder(make=True)
         if not self.ranks.is_main:
             return
-        remove_partial(self.out_dir)
         if not resuming and (folder := archive_previous_run(self.out_dir, RUN_FILES)):
             self.say(f"moved an earlier run's files to {folder}")
         wandb = (config.wandb_project, config.wandb_run_name) if config.wandb_log else None
@@ -93,7 +98,7 @@ def open_run(given, stop=None):
         stop = stop or at_end.enter_context(stop_requests())  # nothing to finish up to here
         run = Run(given, ranks, device, stop, at_end)
         if not (given.eval_only or given.dry_run):
-            run.lock.take()  # before anything is read that another run may be writing
+            run.take_folder()  # before anything is read that another run may be writing
         yield run
         run.close()
 
