@@ -552,7 +552,8 @@ class GPT(nn.Module):
             decayed = {"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay}
             others = {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}
             return torch.optim.AdamW([decayed, others], lr=learning_rate, betas=betas)
-        from brisk.training.optim import adamw, muon_adamw
+        from brisk.training.muon import muon_adamw
+        from brisk.training.optim import adamw
 
         if muon:
             return muon_adamw(self, weight_decay, learning_rate, betas, device_type, *muon)

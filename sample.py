@@ -25,9 +25,8 @@ import torch
 from brisk.data.tokenizer import EOT, knows_documents
 from brisk.device import open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors
-from brisk.generation.generate import TextStream
-from brisk.generation.prompts import open_new, read_prompt, read_prompts, write_sample
-from brisk.generation.repl import converse
+from brisk.generation.repl import converse, open_new, read_prompt, read_prompts, write_sample
+from brisk.generation.text_stream import TextStream
 from brisk.generation.top_tokens import as_table, top_next_tokens
 from brisk.interop.pretrained import read_pretrained
 from configurator import (

@@ -19,10 +19,10 @@ import torch
 
 from brisk.checkpoint import load_checkpoint
 from brisk.data.loader import hash64, to_device
-from brisk.distributed.activation_checkpointing import checkpoint_activations
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.distributed.parallelize import (
     check_offload,
+    checkpoint_activations,
     clip_grad_norm,
     full_weights,
     set_grad_sync,
@@ -31,7 +31,7 @@ from brisk.distributed.parallelize import (
 from brisk.distributed.process_group import clean_end
 from brisk.errors import UserError, one_line_errors
 from brisk.generation.preview import draw_samples
-from brisk.reporting.run_log import Forecast
+from brisk.reporting.forecast import Forecast
 from brisk.training.inputs import open_data
 from brisk.training.memory import check_fits, peak_memory
 from brisk.training.optim import get_lr, step_if_finite

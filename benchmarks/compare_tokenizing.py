@@ -30,8 +30,8 @@ import tiktoken
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from brisk.data.bpe import gpt2
 from brisk.data.dataset import write_dataset
-from brisk.data.tokenizer import gpt2
 from brisk.errors import UserError, one_line_errors
 from configurator import PositiveInt, configure
 

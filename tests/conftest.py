@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,10 +35,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
 
 from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
+from brisk.data.bpe import gpt2  # noqa: E402
 from brisk.data.dataset import load_tokenizer, read_meta, write_dataset  # noqa: E402
-from brisk.data.tokenizer import CharTokenizer, gpt2  # noqa: E402
+from brisk.data.tokenizer import CharTokenizer  # noqa: E402
 from brisk.errors import UserError, one_line_errors  # noqa: E402
 from configurator import configure  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 # Shakespeare, sonnets 18 and 116.
 TEXT = """Shall I compare thee to a summer's day?
@@ -352,3 +355,41 @@ def torchrun():
         return run_script(name, *argv, launcher=launcher, **more)
 
     return run
+
+
+def free_port():
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        return some.getsockname()[1]
+
+
+def a_checkpoint(step=10, seed=0):
+    """A whole checkpoint of a tiny model that has made one step."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    idx = torch.zeros((1, 8), dtype=torch.int64)
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "model_args": model.config.to_args(),
+        "iter_num": step,
+        "best_val_loss": 1.5,
+        "config": {"dataset": "sonnets", "learning_rate": 1e-3, "compile": "auto"},
+        "tokenizer": {"kind": "char", "characters": "\nabc…", "eot": False},
+        "precision": ("cpu", "float32"),
+        "scaler": {},
+    }
+
+
+def same(a, b):
+    """Equal, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from brisk.data.dataset import write_dataset
 from brisk.data.loader import TokenFile
@@ -18,9 +19,10 @@ from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError
 from configurator import configure
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 CHECKOUT = Path(os.environ.get("NANOGPT") or "nowhere")
 sys.path.insert(0, str(FOLDER))  # where its scripts find each other
+
 
 import ratios  # noqa: E402 (found by the line above)
 import sides  # noqa: E402

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import a_checkpoint, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,39 +23,7 @@ from brisk.checkpoint import (
     save_checkpoint,
 )
 from brisk.errors import UserError
-from model import GPT, GPTConfig
-
-
-def a_checkpoint(step=10, seed=0):
-    """A whole checkpoint of a tiny model that has made one step."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    idx = torch.zeros((1, 8), dtype=torch.int64)
-    model(idx, idx)[1].backward()
-    optimizer.step()
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "model_args": model.config.to_args(),
-        "iter_num": step,
-        "best_val_loss": 1.5,
-        "config": {"dataset": "sonnets", "learning_rate": 1e-3, "compile": "auto"},
-        "tokenizer": {"kind": "char", "characters": "\nabc…", "eot": False},
-        "precision": ("cpu", "float32"),
-        "scaler": {},
-    }
-
-
-def same(a, b):
-    """Equal, tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
+from model import GPTConfig
 
 
 @pytest.fixture

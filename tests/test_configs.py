@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import bench
 import evaluate
@@ -12,7 +13,7 @@ import train
 from configurator import configure
 from model import GPT, GPTConfig
 
-CONFIGS = sorted(str(path) for path in (Path(__file__).parent.parent / "config").rglob("*.py"))
+CONFIGS = sorted(str(path) for path in (ROOT / "config").rglob("*.py"))
 PRESETS = {"gpt2": 124.4, "gpt2-medium": 354.8, "gpt2-large": 774.0, "gpt2-xl": 1557.6}
 
 
@@ -22,7 +23,7 @@ def preset(name):
 
 @pytest.fixture(autouse=True)
 def at_the_top(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: Path(path).stem)

@@ -8,17 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-from test_restarts import free_port
+from conftest import ROOT, free_port
 
 from brisk.checkpoint import load_checkpoint
 from configurator import configure
 from train import TrainConfig
-
-ROOT = Path(__file__).parent.parent
 
 # Stand-ins: one node, which is this machine, and a queue that takes note of what comes back to it.
 SLURM = {

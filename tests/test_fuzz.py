@@ -18,8 +18,9 @@ import export
 import plot
 import sample
 import train
+from brisk.data.bpe import train_bpe
 from brisk.data.dataset import write_dataset
-from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, train_bpe
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer
 from configurator import check_values, configure
 
 

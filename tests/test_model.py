@@ -8,25 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import SIZES, random_ids, random_model
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-
-SIZES = dict(block_size=24, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
-
-
-def random_model(**settings):
-    """A small model in eval mode in which every weight, biases and norms too, is random."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SIZES, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def random_ids(B=2, T=24):
-    return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(1))
 
 
 def reference_logits(model, idx):

@@ -4,11 +4,11 @@ import math
 import shutil
 from dataclasses import fields
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from test_model import SIZES, random_ids, random_model
+from conftest import ROOT
+from networks import MODERN, SIZES, VARIANTS, random_ids, random_model
 
 import bench
 import evaluate
@@ -23,24 +23,6 @@ from brisk.generation.kv_cache import KVCache, decode_step, prefill
 from brisk.training.memory import expected_memory
 from configurator import configure
 from model import GPT, GPTConfig
-
-MODERN = dict(position="rotary", norm="rms", qk_norm=True, mlp="swiglu", bias=False, zero_init=True)
-VARIANTS = [
-    {"n_kv_head": 2},
-    {"n_kv_head": 1, "bias": False},
-    {"position": "rotary"},
-    {"position": "rotary", "n_kv_head": 2, "rope_theta": 100.0},
-    {"norm": "rms"},
-    {"qk_norm": True},
-    {"mlp": "swiglu"},
-    {"mlp": "relu2", "mlp_width": 48},
-    {"tied": False},
-    {"ngrams": 3, "ngram_rows": 50},
-    {"position": "rotary", "ngrams": 2, "ngram_rows": 7, "n_kv_head": 2},
-    MODERN,
-    {**MODERN, "n_kv_head": 2, "tied": False, "ngrams": 5},
-]
-
 
 # ----------------------------------------------------------------------------- the definitions
 
@@ -404,7 +386,6 @@ def test_memory_is_foretold():
 
 # ----------------------------------------------------------------------------- in the scripts
 
-ROOT = Path(__file__).parent.parent
 PRESET = str(ROOT / "config" / "model" / "modern.py")
 UNLIKE = {
     "n_kv_head": 1,

@@ -23,7 +23,7 @@ import train
 from brisk.checkpoint import load_checkpoint
 from brisk.data.dataset import load_tokenizer, read_meta, verify_data
 from brisk.data.loader import TokenFile
-from brisk.data.tokenizer import from_dict
+from brisk.data.saved_tokenizer import from_dict
 from brisk.device import open_device
 from brisk.errors import UserError
 from brisk.evaluation.tasks import lambada
@@ -330,7 +330,7 @@ def test_byte_pairs_in_a_checkpoint_without_all_bytes(trained_pairs):
 
 @pytest.fixture(scope="module")
 def trained_pairs():
-    from brisk.data.tokenizer import train_bpe
+    from brisk.data.bpe import train_bpe
 
     return train_bpe([TEXT], 300).to_dict()
 

@@ -1,13 +1,10 @@
 """The tour runs from top to bottom, on characters and on Chinese, and shows what it says."""
 
-from pathlib import Path
-
 import pytest
+from conftest import ROOT
 
 from brisk.data.dataset import write_dataset
 from brisk.data.tokenizer import CharTokenizer
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture

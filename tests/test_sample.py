@@ -13,8 +13,9 @@ import tiktoken
 import torch
 
 import sample
+from brisk.data.bpe import BPETokenizer
 from brisk.data.dataset import write_dataset
-from brisk.data.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
 from brisk.generation import generate
 from configurator import configure

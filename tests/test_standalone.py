@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import random_ids, random_model
+from networks import random_ids, random_model
 
 import model as model_file
 

@@ -2,14 +2,14 @@
 
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation
 import magnitudes
@@ -78,7 +78,7 @@ def test_an_ablation_takes_back_one_part_at_a_time(letters, tmp_path, capsys, qu
 
 
 def test_the_shipped_recipe_has_the_parts_that_the_ablation_takes_back():
-    fast = Path(__file__).parents[1] / "config" / "train_shakespeare_char_fast.py"
+    fast = ROOT / "config" / "train_shakespeare_char_fast.py"
     assert {"muon", "rotary"} <= set(ablation.parts_of(fast, ""))
 
 
@@ -167,7 +167,7 @@ def test_a_recipe_that_is_not_there(study):
 def test_every_recipe_of_the_study_is_one_of_train_py(letters):
     for keys in stability.RECIPES.values():
         argv = stability.keys_of(stability.StabilityConfig(), keys).split()
-        root = Path(__file__).parents[1]
+        root = ROOT
         configure(stability.train.TrainConfig, [str(root / a) if a[0] != "-" else a for a in argv])
 
 

@@ -20,9 +20,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from brisk.data.saved_tokenizer import from_dict, read_meta_pkl
 from brisk.data.text_files import blocks, checksum
 from brisk.data.tokenize_files import write_bin
-from brisk.data.tokenizer import EOT, from_dict, id_dtype, read_meta_pkl
+from brisk.data.tokenizer import EOT, id_dtype
 from brisk.errors import UserError
 
 FORMAT = 1

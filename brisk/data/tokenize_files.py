@@ -27,7 +27,8 @@ from operator import length_hint
 import numpy as np
 from tqdm import tqdm
 
-from brisk.data.tokenizer import from_dict, id_dtype
+from brisk.data.saved_tokenizer import from_dict
+from brisk.data.tokenizer import id_dtype
 from brisk.errors import UserError
 
 BATCH = 2**20  # characters handed to a worker at a time

@@ -1,13 +1,32 @@
-"""Data parallelism applied to a model from outside: DDP or FSDP, gradient sync, clipping."""
+"""What is applied to a model from outside: activation checkpointing, DDP or FSDP, clipping."""
 
 from contextlib import nullcontext
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from brisk.errors import UserError
 
 # FSDP is imported where it is used: it takes longer than the rest of a start.
+
+
+def checkpoint_activations(block, draws):
+    """Let `block` keep nothing of its forward pass in training but its input: the backward pass
+    computes the rest again (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost).
+
+    With `draws`, of dropout, it draws the same random numbers again, which costs a look at the
+    generators' states. Call it before `block.compile()` and before the block is sharded: both then
+    act around it. Names of weights stay as they are.
+    """
+    forward = block.forward
+
+    def recomputed(*inputs):
+        if not torch.is_grad_enabled():  # an evaluation: there is no backward pass
+            return forward(*inputs)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws)
+
+    block.forward = recomputed
 
 
 def wrap_model(model, ranks, device, offload=False):

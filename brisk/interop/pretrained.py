@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brisk.checkpoint import best_checkpoint, load_checkpoint
+from brisk.data.bpe import gpt2
 from brisk.data.dataset import load_tokenizer
-from brisk.data.tokenizer import from_dict, gpt2
+from brisk.data.saved_tokenizer import from_dict
 from brisk.errors import UserError, did_you_mean
 from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
 from brisk.interop.tokenizer_json import read_tokenizer

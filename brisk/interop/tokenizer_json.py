@@ -9,15 +9,8 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from brisk.data.tokenizer import (
-    EOT,
-    GPT2_PATTERN,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    byte_alphabet,
-    tiktoken,
-)
+from brisk.data.bpe import GPT2_PATTERN, BPETokenizer, byte_alphabet, tiktoken
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer
 from brisk.errors import UserError
 
 # GPT-2's pattern as tiktoken writes it: it cuts every text as GPT2_PATTERN does, but is faster.

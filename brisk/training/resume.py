@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brisk.checkpoint import latest_checkpoint, load_checkpoint
-from brisk.data.tokenizer import from_dict, gpt2
+from brisk.data.bpe import gpt2
+from brisk.data.saved_tokenizer import from_dict
 from brisk.device import DTYPES
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.errors import UserError, did_you_mean

@@ -19,10 +19,11 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from brisk.data.bpe import gpt2, train_bpe
 from brisk.data.dataset import write_dataset
 from brisk.data.documents import Corpus, pieces, sample_evenly, split_documents
 from brisk.data.tokenize_files import parts
-from brisk.data.tokenizer import ByteTokenizer, CharTokenizer, gpt2, learn_words, train_bpe
+from brisk.data.tokenizer import ByteTokenizer, CharTokenizer, learn_words
 from brisk.errors import one_line_errors
 from configurator import NonNegativeInt, PositiveInt, configure
 

@@ -16,10 +16,10 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from brisk.data.bpe import gpt2
 from brisk.data.dataset import join_datasets, write_dataset
 from brisk.data.documents import Picked, find_files
 from brisk.data.tables import Rows, download_from_hub, files_on_hub, load_rows
-from brisk.data.tokenizer import gpt2
 from brisk.errors import UserError, one_line_errors
 from configurator import NonNegativeInt, configure
 

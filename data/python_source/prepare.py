@@ -17,8 +17,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from brisk.data.bpe import train_bpe
 from brisk.data.dataset import write_dataset
-from brisk.data.tokenizer import ByteTokenizer, train_bpe
+from brisk.data.tokenizer import ByteTokenizer
 from brisk.errors import UserError, one_line_errors
 from configurator import PositiveInt, configure
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from brisk.data.bpe import gpt2
 from brisk.data.dataset import split_text, write_dataset
 from brisk.data.text_files import find_text
-from brisk.data.tokenizer import gpt2
 from brisk.errors import one_line_errors
 from configurator import configure
 

@@ -11,15 +11,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from brisk.data import dataset
+from brisk.data.bpe import train_bpe
 from brisk.data.dataset import join_datasets, write_dataset
-from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, find_words, train_bpe
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, find_words
 from brisk.errors import UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

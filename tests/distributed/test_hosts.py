@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from test_distributed import assert_same_run
+from conftest import ROOT
+from test_data_parallel import assert_same_run
 
 from brisk.checkpoint import load_checkpoint
 
-ROOT = Path(__file__).parent.parent
 PATIENCE = 120  # seconds, for what takes a few on a machine that has nothing else to do
 LENGTH = {"max_iters": 60, "lr_decay_iters": 60, "eval_interval": 20, "log_interval": 1}
 LENGTH |= {"learning_rate": 1e-3, "min_lr": 1e-4}  # larger ones grow what rounding differs in

@@ -4,8 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from test_model import SIZES, random_ids, random_model
-from test_modern import MODERN
+from networks import MODERN, SIZES, random_ids, random_model
 
 from brisk.cpu.decode import Decoder
 from brisk.generation.kv_cache import KVCache, decode_step, prefill

@@ -7,7 +7,8 @@ import torch
 
 from brisk.checkpoint import save_checkpoint
 from brisk.errors import UserError
-from brisk.training.optim import get_lr, load_optimizer, orthogonalize
+from brisk.training.muon import orthogonalize
+from brisk.training.optim import get_lr, load_optimizer
 from model import GPT, GPTConfig
 
 BETAS = (0.9, 0.95)

@@ -10,14 +10,9 @@ from safetensors.torch import load_file
 import export
 import sample
 from brisk.checkpoint import save_checkpoint
-from brisk.data.tokenizer import (
-    EOT,
-    ByteTokenizer,
-    CharTokenizer,
-    WordTokenizer,
-    from_dict,
-    train_bpe,
-)
+from brisk.data.bpe import train_bpe
+from brisk.data.saved_tokenizer import from_dict
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
 from brisk.interop.tokenizer_json import last_merge, read_tokenizer, to_tokenizers, tokenizer_files
 from configurator import configure

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_checkpoint import a_checkpoint, same
+from conftest import a_checkpoint, same
 
 from brisk.checkpoint import load_checkpoint, save_checkpoint
 from brisk.errors import RunError, UserError

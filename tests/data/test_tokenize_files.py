@@ -9,18 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_corpus import DOCUMENTS, small_bpe, write
+from test_dataset import DOCUMENTS, small_bpe, write
 
 from brisk.data import tokenize_files
 from brisk.data.tokenizer import ByteTokenizer, CharTokenizer
 from brisk.errors import UserError, one_line_errors
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_workers_write_the_same_files_as_one_process(tmp_path, monkeypatch):

@@ -14,19 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brisk.data.bpe import BPETokenizer, gpt2, learn_pairs, train_bpe
+from brisk.data.saved_tokenizer import from_dict, read_meta_pkl
 from brisk.data.tokenizer import (
     EOT,
-    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     WordTokenizer,
     find_words,
-    from_dict,
-    gpt2,
-    learn_pairs,
     learn_words,
-    read_meta_pkl,
-    train_bpe,
 )
 from brisk.errors import UserError
 

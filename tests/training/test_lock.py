@@ -6,15 +6,14 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from brisk.distributed.process_group import Ranks
 from brisk.errors import UserError
 from brisk.training.lock import FolderLock
 
-ROOT = Path(__file__).parent.parent
 LONG = {"max_iters": 100000, "eval_interval": 50, "log_interval": 10}
 
 

@@ -13,7 +13,8 @@ import bench
 import evaluate
 from brisk.checkpoint import load_checkpoint
 from brisk.data.loader import TokenFile
-from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, from_dict
+from brisk.data.saved_tokenizer import from_dict
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer
 from brisk.device import open_device
 from brisk.errors import UserError
 from configurator import configure

@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_export import CHARACTERS, MODELS, TEXTS, make_model, make_tokenizer, run_export
 
-from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer, byte_alphabet
+from brisk.data.bpe import byte_alphabet
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
 
 gguf = pytest.importorskip("gguf")

@@ -4,8 +4,7 @@ import random
 
 import pytest
 import torch
-from test_model import random_ids, random_model
-from test_modern import MODERN, VARIANTS
+from networks import MODERN, VARIANTS, random_ids, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from brisk.cpu.decode import Decoder

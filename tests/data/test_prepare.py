@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from brisk.data.dataset import load_tokenizer, read_meta
 from brisk.data.tokenizer import EOT
 
-ROOT = Path(__file__).parents[1]
 DATA = os.environ.get("BRISK_DATA", "")
 needs_shakespeare = pytest.mark.skipif(
     not DATA or not Path(DATA, "tinyshakespeare.txt").exists(),

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brisk.data.bpe import BPETokenizer
 from brisk.data.dataset import load_tokenizer, read_meta, split_text, write_dataset
-from brisk.data.tokenizer import EOT, BPETokenizer, ByteTokenizer, CharTokenizer
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer
 from brisk.errors import UserError
 
 DOCUMENTS = [

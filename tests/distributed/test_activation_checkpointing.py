@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brisk.device import Device
-from brisk.distributed.activation_checkpointing import checkpoint_activations
+from brisk.distributed.parallelize import checkpoint_activations
 from brisk.training.memory import expected_memory
 from model import GPT, GPTConfig
 

@@ -3,7 +3,6 @@ the run ends as if nothing had been."""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import assert_same_run
+from conftest import ROOT, free_port
+from test_data_parallel import assert_same_run
 
 from brisk.checkpoint import load_checkpoint
 from brisk.distributed.rendezvous import lost_peers, name_of_this_start
 from brisk.errors import RunError
 
-ROOT = Path(__file__).parent.parent
 LENGTH = {"max_iters": 80, "lr_decay_iters": 80, "eval_interval": 10, "dropout": 0.1}
 BATCH = {"gradient_accumulation_steps": 2, "batch_size": 3}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -125,12 +124,6 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(
 
 
 # ----------------------------------------------------------------------------- by themselves
-
-
-def free_port():
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return some.getsockname()[1]
 
 
 def start_rank(rank, argv, port, cwd):

@@ -8,11 +8,14 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from brisk.data.dataset import write_dataset
-from brisk.data.tokenizer import CharTokenizer, from_dict
+from brisk.data.saved_tokenizer import from_dict
+from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError
-from brisk.reporting.run_log import Forecast, RunLog, cut_metrics, duration
+from brisk.reporting.forecast import Forecast, duration
+from brisk.reporting.run_log import RunLog, cut_metrics
 from model import GPT
 
 RECORD = {"loss": 2.5, "step_ms": 20.0, "mfu": 0.5, "tokens_per_second": 1000.0, "tokens": 768}
@@ -379,7 +382,7 @@ def test_a_terminal_shows_a_progress_bar(settings, tmp_path):
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 120, 0, 0))
     argv = settings(tmp_path / "out", log_interval=1)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = ROOT
     train = [sys.executable, os.path.join(root, "train.py"), *argv]
     with subprocess.Popen(train, stdout=subprocess.PIPE, stderr=side, cwd=tmp_path) as process:
         os.close(side)

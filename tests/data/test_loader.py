@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -278,7 +279,7 @@ def test_data_are_found_from_another_folder(tmp_path, monkeypatch):
 
 def test_repository_is_the_clone(tmp_path, monkeypatch):
     """Wherever in the package the caller stands; an installed package has none."""
-    assert brisk.repository().samefile(Path(__file__).parent.parent)
+    assert brisk.repository().samefile(ROOT)
     assert (brisk.repository() / "train.py").exists()
     monkeypatch.setattr(brisk, "__file__", str(tmp_path / "site-packages/brisk/__init__.py"))
     assert brisk.repository() is None

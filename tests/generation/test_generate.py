@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brisk.data.tokenizer import ByteTokenizer, CharTokenizer
-from brisk.generation.generate import TextStream, generate, sample_token
+from brisk.generation.generate import generate, sample_token
 from brisk.generation.kv_cache import KVCache, decode_step, prefill_window
+from brisk.generation.text_stream import TextStream
 from brisk.generation.top_tokens import as_table, top_next_tokens
 from model import GPT, GPTConfig
 
