@@ -33,6 +33,7 @@ from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 from brisk.errors import UserError, did_you_mean
+from brisk.renamed_keys import RENAMED_KEYS, new_key
 
 # Types that say which values make sense. The bounds are (lowest, highest), both allowed.
 PositiveInt = Annotated[int, (1, math.inf)]
@@ -55,27 +56,26 @@ IN_SCOPE = {
 def configure(Config, argv):
     """Build a `Config` from its defaults, then `argv` in order: config files and `--key=value`.
 
-    Returns an instance of `Config` with one attribute more, `given`: the names of the keys that
-    a config file or the command line set, as a tuple, the one set last at the end. `--help` prints
-    every key and leaves with status 0. Raises `UserError` for a file that cannot be run, an unknown
-    key, a value of the wrong kind, or a file that sets two keys of which `Config.exclusive` allows
-    one.
+    A dataclass with a field `given` gets in it the names of the keys that a config file or the
+    command line set, as a tuple, the one set last at the end. `--help` prints every key and leaves
+    with status 0. Raises `UserError` for a file that cannot be run, an unknown key, a value of the
+    wrong kind, or a file that sets two keys of which `Config.exclusive` allows one.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(Config))
         sys.exit(0)
-    types = get_type_hints(Config, include_extras=True)
-    config = Config()
-    config.given = ()
+    types = key_types(Config)
+    values, given = as_dict(Config()), ()
 
     def set_key(key, value, where):
-        setattr(config, key, checked(value, types[key], key, where))
-        config.given = in_order(config.given, key)
+        nonlocal given
+        values[key] = checked(value, types[key], key, where)
+        given = in_order(given, key)
 
     for argument in argv:
         if argument.startswith("-"):
             key, equals, text = argument.lstrip("-").partition("=")
-            key = key.replace("-", "_")
+            key = new_key(key.replace("-", "_"))
             if key not in types:
                 raise UserError(
                     f"unknown key --{key}{did_you_mean(key, types)} (--help lists them all)"
@@ -83,18 +83,20 @@ def configure(Config, argv):
             if not equals and bool in options(types[key]):
                 text = "True"  # a switch
             elif not equals:
-                raise UserError(f"--{key} needs a value, as in --{key}={getattr(config, key)}")
+                raise UserError(f"--{key} needs a value, as in --{key}={values[key]}")
             set_key(key, parsed(text, types[key]), "on the command line")
         elif "=" in argument and not os.path.exists(argument):
             raise UserError(f"'{argument}' should start with dashes: --{argument}")
         else:
-            assigned = run_config_file(argument, config, types)
+            assigned = run_config_file(argument, values, types)
             for keys in getattr(Config, "exclusive", ()):
                 if assigned.keys() >= set(keys):
                     raise UserError(f"{argument} sets {' and '.join(keys)}; leave one of them out")
             for key, value in assigned.items():
                 set_key(key, value, f"in {argument}")
-    return config
+    if "given" in Config.__dataclass_fields__:
+        values["given"] = given
+    return Config(**values)
 
 
 def in_order(given, *keys):
@@ -103,14 +105,22 @@ def in_order(given, *keys):
     return tuple(key for i, key in enumerate(every) if key not in every[i + 1 :])
 
 
-def run_config_file(path, config, types):
-    """Run one config file; return the keys of this script that it assigned, as a dict."""
+def key_types(Config):
+    """{key: its type} of the settings of a script."""
+    types = get_type_hints(Config, include_extras=True)
+    return {field.name: types[field.name] for field in fields(Config) if field.name != "given"}
+
+
+def run_config_file(path, values, types):
+    """Run one config file on the `values` of the keys so far; return the keys of this script that
+    it assigned, as a dict."""
     try:
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or what is no path at all
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the config file {path}: {reason}") from error
-    before = {key: getattr(config, key) for key in types}
+    before = {**values}
+    before |= {old: values[new] for old, new in RENAMED_KEYS.items() if new in values}
     before |= {name: importlib.import_module(module) for name, module in IN_SCOPE.items()}
     scope = {**before, "__file__": str(path), "__name__": "config"}
     try:
@@ -126,9 +136,9 @@ def run_config_file(path, config, types):
         unchanged = name in before and value is before[name] and name not in assigned
         if unchanged or name.startswith("_") or callable(value) or isinstance(value, ModuleType):
             continue
-        if name in types:
-            ours[name] = value
-        elif name not in keys_of_all_scripts():
+        if new_key(name) in types:
+            ours[new_key(name)] = value
+        elif new_key(name) not in keys_of_all_scripts():
             if near := did_you_mean(name, types):
                 helper = "a name of your own starts with _"
                 raise UserError(f"{path}: unknown key {name} ({helper}){near}")
@@ -170,7 +180,7 @@ def checked(value, kind, key, where):
 
 def check_values(config, where):
     """Raise `UserError` where a setting is none that its key takes; `where` it came from."""
-    for key, kind in get_type_hints(type(config), include_extras=True).items():
+    for key, kind in key_types(type(config)).items():
         checked(getattr(config, key), kind, key, where)
 
 
@@ -224,7 +234,7 @@ def help_text(Config):
     for key, comment in help_lines(Config).items():
         lines.append(f"  {f'--{key}={defaults[key]}':<36} {comment}".rstrip())
     if start_keys := getattr(Config, "start_keys", ()):
-        run_keys = [field.name for field in fields(Config) if field.name not in start_keys]
+        run_keys = [key for key in key_types(Config) if key not in start_keys]
         lines += [
             "",
             "Keys of a start, which --init_from=resume does not take from the checkpoint:",
@@ -247,6 +257,7 @@ def help_lines(Config):
         source = inspect.getsource(kind)
         found = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
         comments |= {key: found.get(key, "") for key in kind.__annotations__ if key not in comments}
+    comments.pop("given", None)
     return comments
 
 
@@ -257,7 +268,7 @@ def keys_of_all_scripts():
         for node in ast.parse(script.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                 keys |= {a.target.id for a in node.body if isinstance(a, ast.AnnAssign)}
-    return keys
+    return keys - {"given"}
 
 
 def assigned_names(source):
@@ -276,4 +287,4 @@ def assigned_names(source):
 
 def as_dict(config):
     """The settings as a plain dict, for a checkpoint or a logger."""
-    return {field.name: getattr(config, field.name) for field in fields(config)}
+    return {key: getattr(config, key) for key in key_types(type(config))}

@@ -27,7 +27,7 @@ from configurator import configure
 from model import GPT
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportConfig:
     init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
     out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume

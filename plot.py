@@ -19,7 +19,7 @@ from brisk.reporting.curves import draw, picture_kind, read_runs, save
 from configurator import PositiveInt, configure
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlotConfig:
     to: str = ""  # the picture, .png or .svg; none means loss.png, in the run's folder if it is one
     x: Literal["steps", "tokens", "seconds"] = "steps"  # what the losses are drawn against

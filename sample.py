@@ -4,7 +4,7 @@
     $ python sample.py --init_from=gpt2-xl --start="The answer is" --num_samples=5
     $ python sample.py --start=FILE:prompt.txt --stop="<|endoftext|>" --temperature=0
     $ python sample.py --prompts=prompts.txt --max_words=50 --out=samples.jsonl
-    $ python sample.py --start="The answer is" --show_next=10
+    $ python sample.py --start="The answer is" --top_next=10
     $ python sample.py --interactive
 
 Standard output is the text alone, a sample begun with its prompt and ended by a line of dashes;
@@ -17,7 +17,7 @@ samples of one prompt, with --interactive those of the session.
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_type_hints
 
 import torch
@@ -53,7 +53,7 @@ SHAPING = ("temperature", "top_k", "top_p", "max_new_tokens", "max_words", "stop
 ORIGIN = ("init_from", "out_dir")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleConfig:
     init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
     out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
@@ -70,16 +70,19 @@ class SampleConfig:
     rows: Literal["auto", "windows", "documents"] = "auto"  # text goes on, or ends as documents do
     stop: str = ""  # a sample ends before this text, which is not shown; <|endoftext|> too
     seed: Seed = 1337  # the same seed gives the same text
-    show_next: NonNegativeInt = 0  # instead of samples, the n likeliest next tokens
+    top_next: NonNegativeInt = 0  # instead of samples, the n likeliest next tokens
     out: str = ""  # write prompts and samples to this new file too, one JSON object a line
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
     compile: bool | Literal["auto"] = False  # compile the blocks: a slow start, then faster
+    given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 
 
 def main(config):
     sys.stdout.reconfigure(encoding="utf-8")  # elsewhere than on Windows it is that already
     prompts, out = before_loading(config)
+    if config.interactive and "num_samples" not in config.given:
+        config = replace(config, num_samples=1)
     with redirect_stdout(sys.stderr):
         device = open_device(config.device, config.dtype)
         start = read_pretrained(config.init_from, config.out_dir)
@@ -103,7 +106,7 @@ def main(config):
             where = f"{config.prompts}, prompt {number}: " if config.prompts else ""
             raise UserError(f"{where}{error}") from error
 
-    def answer(texts, first=0):
+    def answer(config, texts, first=0):
         """Write what the model says after each of `texts`, in samples numbered from `first`."""
         samples = []
         for text in texts:
@@ -111,8 +114,8 @@ def main(config):
             if unknown := ids.tolist().count(unk):
                 print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
             ids = ids.to(device.device)
-            if config.show_next:
-                top = top_next_tokens(model, ids[None], config.show_next, **drawable)
+            if config.top_next:
+                top = top_next_tokens(model, ids[None], config.top_next, **drawable)
                 print(as_table(*top, tokenizer), DASHES, sep="\n", flush=True)
                 continue
             numbers = range(first, first + config.num_samples)
@@ -127,21 +130,25 @@ def main(config):
                 for sample, text in zip(batch, drawn, strict=True):
                     write_sample(out, sample.prompt, sample.number, text, settings)
 
-    def change(key, text):
-        """Set a key of the settings, from what a person typed."""
+    def change(config, key, text):
+        """The settings with the value of a key that a person typed."""
         kind = get_type_hints(SampleConfig, include_extras=True)[key]
         value = checked(parsed(text, kind), kind, key, "here")
         if key == "stop":
             check_stop(value, tokenizer)
-        setattr(config, key, value)
-        config.given = in_order(config.given, key)
+        return replace(config, **{key: value}, given=in_order(config.given, key))
 
     with device.autocast():
-        answer(prompts)
+        answer(config, prompts)
         if config.interactive:
             about = help_lines(SampleConfig)
-            keys = {key: about[key] for key in (*SHAPING, "num_samples", "show_next")}
-            converse(config, keys, change, lambda line, first: answer([read_prompt(line)], first))
+            keys = {key: about[key] for key in (*SHAPING, "num_samples", "top_next")}
+            converse(
+                config,
+                keys,
+                change,
+                lambda config, line, first: answer(config, [read_prompt(line)], first),
+            )
 
 
 @dataclass
@@ -175,12 +182,10 @@ def before_loading(config):
     """The prompts, and the file for samples or None: mistakes in these should cost no waiting."""
     if (config.start != "") + (config.prompts != "") + config.interactive > 1:
         raise UserError("start, prompts and interactive exclude each other: give one of them")
-    if config.out and config.show_next and not config.interactive:
-        raise UserError("show_next draws no samples for out: leave one of them out")
+    if config.out and config.top_next and not config.interactive:
+        raise UserError("top_next draws no samples for out: leave one of them out")
     prompts = read_prompts(config.prompts) if config.prompts else [read_prompt(config.start)]
     out = open_new(config.out) if config.out else None
-    if config.interactive and "num_samples" not in config.given:
-        config.num_samples = 1
     return [] if config.interactive else prompts, out
 
 

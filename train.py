@@ -12,7 +12,7 @@ What a run would do:     python train.py config/train_gpt2.py --dry_run=True
 import math
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -53,7 +53,7 @@ from configurator import (
 from model import GPT, GPTConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig(GPTConfig):
     # the run
     out_dir: str = "out"  # folder of the run: checkpoints, metrics.jsonl and loss.png
@@ -65,9 +65,9 @@ class TrainConfig(GPTConfig):
     eval_start: str = ""  # what they begin with
     eval_only: bool = False  # evaluate once and stop; saves nothing
     always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
-    keep_checkpoints: NonNegativeInt = 0  # newest saves kept as step-<step>.pt too; 0 for none
+    keep_last: NonNegativeInt = 0  # newest saves kept as step-<step>.pt too; 0 for none
     dry_run: bool = False  # say what the run would do and stop
-    dry_run_ranks: NonNegativeInt = 0  # as if by so many processes; 0: by those there are
+    dry_run_world_size: NonNegativeInt = 0  # as if by so many processes; 0: by those there are
     seed: Seed = 1337  # of the weights, the order of the data, and dropout
     wandb_log: bool = False  # log to Weights & Biases
     wandb_project: str = "owt"  # its project
@@ -101,7 +101,7 @@ class TrainConfig(GPTConfig):
     spike_factor: NonNegativeFloat = 0.0  # also for norms this many times the median; 0: any norm
     # learning-rate schedule: warm-up, then a cosine, or a constant rate and a line down at the end
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
-    decay_share: UnitFloat = 0.2  # of lr_decay_iters, in which wsd goes down to min_lr
+    decay_frac: UnitFloat = 0.2  # of lr_decay_iters, in which wsd goes down to min_lr
     decay_lr: bool = True  # False: a constant rate
     warmup_iters: NonNegativeInt = 2000  # steps of warm-up
     lr_decay_iters: NonNegativeInt = 600000  # step of min_lr; with max_epochs the last by default
@@ -116,10 +116,12 @@ class TrainConfig(GPTConfig):
     cpu_offload: bool = False  # with fsdp: keep the parts on the host, less memory and slower
     activation_checkpointing: bool = False  # compute blocks again in backward: less memory
 
+    given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
+
     # Of a start or of this machine: a resume does not take these from its checkpoint. All other
     # keys are the run's; dtype and compile stay as they were resolved.
-    start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_ranks", "verify_data")
-    start_keys += ("device", "backend", "timeout", "cpu_offload")
+    start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_world_size")
+    start_keys += ("verify_data", "device", "backend", "timeout", "cpu_offload")
     exclusive = (("max_iters", "max_epochs"),)  # in one config file
 
 
@@ -172,8 +174,7 @@ def initial_state(config, start, data, run):
         if not sharded_here:
             model.init_weights()
     else:
-        parts = {"model_args": start.model_args, "model": start.weights}
-        model = GPT.from_checkpoint(parts, dropouts)
+        model = GPT.from_checkpoint(start.checkpoint, dropouts)
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if config.freeze_layers > config.n_layer:
@@ -222,7 +223,7 @@ def train(config, plan, state, data, run):
     def save(is_best, losses=()):
         """last.pt, and ckpt.pt too where this is the best so far, or always."""
         as_best = is_best or config.always_save_checkpoint
-        run.saver.save({**state.state_dict(), **header}, as_best, config.keep_checkpoints, losses)
+        run.saver.save({**state.state_dict(), **header}, as_best, config.keep_last, losses)
 
     while True:
         step, finished = state.step, state.step > plan.last_step

@@ -28,7 +28,7 @@ from configurator import PositiveInt, configure
 from sides import DATASET, ROOT, alternate, open_sides, run
 
 
-@dataclass
+@dataclass(frozen=True)
 class RaceConfig:
     peer: str = ""  # a checkout of nanoGPT
     recipe: str = "config/train_shakespeare_char_fast.py"  # arguments of our train.py

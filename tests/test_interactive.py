@@ -98,7 +98,7 @@ def test_stop_and_words_by_command(converse, batch):
 
 
 def test_the_likeliest_next_tokens_by_command(converse, batch):
-    out, _ = converse("/show_next 2", "ab", "/show_next 0", "/temperature=0", "ab")
+    out, _ = converse("/top_next 2", "ab", "/top_next 0", "/temperature=0", "ab")
     table, text = out.split(DASHES)[:2]
     drawn = text[2]
     assert table.startswith(f"1  {drawn!r}") and len(table.splitlines()) == 2
@@ -146,7 +146,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(converse, batch, line, words)
 def test_help_names_every_command(converse):
     out, notices = converse("/help")
     text = "\n".join(notices)
-    for name in ("settings", "help", "quit", *sample.SHAPING, "num_samples", "show_next"):
+    for name in ("settings", "help", "quit", *sample.SHAPING, "num_samples", "top_next"):
         assert f"  /{name}" in text
     assert "/temperature 0.8" in text and "Ctrl-C" in text and "another text" in text and out == ""
 

@@ -99,7 +99,7 @@ HARD = {"dropout": 0.2, "gradient_accumulation_steps": 3}
         ({"dtype": "auto", "dropout": 0.1}, 3),
         ({"decay_lr": False, "grad_clip": 0, "weight_decay": 0}, 3),
         ({"optimizer": "muon", "dropout": 0.2}, 3),
-        ({"optimizer": "muon", "schedule": "wsd", "decay_share": 0.5}, 4),
+        ({"optimizer": "muon", "schedule": "wsd", "decay_frac": 0.5}, 4),
     ],
     ids=str,
 )
@@ -480,7 +480,7 @@ def test_the_learning_rate_is_nanogpts(train_tiny, tmp_path):
 @pytest.mark.parametrize("warmup, decay", [(0, 0), (5, 5), (6, 3), (0, 1)])
 def test_no_schedule_ends_in_a_division_by_zero(warmup, decay, schedule, share):
     config = SimpleNamespace(decay_lr=True, learning_rate=1.0, min_lr=0.1)
-    config.schedule, config.decay_share = schedule, share
+    config.schedule, config.decay_frac = schedule, share
     config.warmup_iters = warmup
     rates = [train.get_lr(step, config, decay) for step in range(10)]
     assert all(0 < rate <= 1 for rate in rates) and rates[-1] == pytest.approx(0.1)

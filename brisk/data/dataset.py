@@ -75,10 +75,11 @@ def verify_data(data_dir, meta):
             raise UserError(f"{file} is damaged: its checksum is not the one in meta.json")
 
 
-def load_tokenizer(data_dir):
+def load_tokenizer(data_dir, meta=None):
     """The tokenizer of a prepared data set: from its `meta.json`, else from nanoGPT's `meta.pkl`,
-    else None (nanoGPT's GPT-2 sets, and those without any text)."""
-    if meta := read_meta(data_dir):
+    else None (nanoGPT's GPT-2 sets, and those without any text). `meta` is the contents of
+    `meta.json`, where they have been read."""
+    if meta := meta or read_meta(data_dir):
         tokenizer = from_dict(meta["tokenizer"])
         if tokenizer.vocab_size != meta["vocab_size"]:
             sizes = f"{meta['vocab_size']} tokens, its tokenizer {tokenizer.vocab_size}"

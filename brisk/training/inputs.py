@@ -25,7 +25,8 @@ class RunData:
 def open_data(config, start, run):
     """The `RunData` of the run, checked. Raises `UserError` where it is not there, or not whole."""
     folder = find_data_dir(config.data_dir, config.dataset)
-    meta, tokenizer = read_meta(folder), load_tokenizer(folder)
+    meta = read_meta(folder)
+    tokenizer = load_tokenizer(folder, meta)
     if config.verify_data:
         verify_data(folder, meta)
     if tokenizer is None:

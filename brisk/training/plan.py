@@ -72,7 +72,7 @@ def describe(config, last_step, rows, device, compiling, model, ranks):
         yield f"note: {later}={getattr(config, later):g}, given after {earlier}, decides"
     yield f"tokens per iteration will be: {tokens:,}"
     yield f"plan: {steps:,} steps, {steps * tokens:,} tokens, {batch * steps / rows:.3g} epochs"
-    ranks = replace(ranks, world_size=config.dry_run_ranks or ranks.world_size)
+    ranks = replace(ranks, world_size=config.dry_run_world_size or ranks.world_size)
     micro_batches = ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
     memory = expected_memory(
         model,

@@ -86,8 +86,8 @@ def open_run(given, stop=None):
     signals to stop, for tests. Raises `UserError` where the machine does not have what is asked
     for, or another run is in the folder.
     """
-    if given.dry_run_ranks and not given.dry_run:
-        raise UserError("--dry_run_ranks goes with --dry_run=True; torchrun starts processes")
+    if given.dry_run_world_size and not given.dry_run:
+        raise UserError("--dry_run_world_size goes with --dry_run=True; torchrun starts processes")
     if not given.out_dir:
         raise UserError("--out_dir= is empty; name a folder for the run")
     with lost_peers(), ExitStack() as at_end:

@@ -28,7 +28,7 @@ from brisk.errors import one_line_errors
 from configurator import NonNegativeInt, PositiveInt, configure
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # files, folders, patterns, separated by commas, or a data set on the hub
     tokenizer: Literal["char", "byte", "word", "bpe", "gpt2"] = "bpe"  # what a token is

@@ -26,7 +26,7 @@ from configurator import NonNegativeInt, configure
 REPOSITORY, FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT/"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     source: str = ""  # parquet files of your own (a folder or a pattern), instead of the hub's
     shards: NonNegativeInt = 0  # how many of the files; all if 0

@@ -20,7 +20,7 @@ from brisk.errors import one_line_errors
 from configurator import NonNegativeInt, UnitFloat, configure
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     source: str = "Skylion007/openwebtext"  # a set on the hub, a file or a folder of files
     test_size: UnitFloat = 0.0005  # share of the documents for validation, as in nanoGPT

@@ -28,7 +28,7 @@ SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "turtledemo"
 SKIPPED |= {"site-packages", "dist-packages"}  # not of the library
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # a folder with .py files; the running Python's standard library if empty
     tokenizer: Literal["bpe", "byte"] = "bpe"  # pairs of bytes merged, learned here, or bytes

@@ -30,7 +30,7 @@ URL = "https://raw.githubusercontent.com/great-luao/my_min_gpt/master/data/revie
 SHA256 = "8b21f52b90b3d5659d17d4028cc028dab3e6f56951bd3f904eae5c16b743d633"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # a csv file with a header; if empty, 5,000 Chinese film reviews
     column: str = "review"  # where it has the texts

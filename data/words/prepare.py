@@ -24,7 +24,7 @@ URL = "https://raw.githubusercontent.com/diixo/numoGPT/main/data/train-nn.txt"
 SHA256 = "4d1036d6294a7fdef77e0b01648cbdd0ba29073c2852355fba5863b8bd90a53c"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # a text file; if empty, 50 kB of abstracts on text clustering
     stop_words: str = "english"  # words to leave out: a file of them, english, or none

@@ -339,7 +339,7 @@ def test_an_unknown_character_in_the_start_is_told_before_training(train_tiny, t
 
 
 def test_texts_need_a_tokenizer(train_tiny, char_data, tmp_path, monkeypatch):
-    monkeypatch.setattr("brisk.training.inputs.load_tokenizer", lambda folder: None)
+    monkeypatch.setattr("brisk.training.inputs.load_tokenizer", lambda *_: None)
     monkeypatch.setattr("brisk.training.inputs.describe_tokenizer", lambda *_: None)
     run = train_tiny(tmp_path / "out", eval_samples=1)
     assert run.console.count("--eval_samples needs a tokenizer") == 1

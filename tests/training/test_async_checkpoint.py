@@ -251,9 +251,9 @@ def test_what_is_no_number_is_not_saved(saver, said, tmp_path, what):
 # ----------------------------------------------------------------------------- history
 
 
-def test_keep_checkpoints(train_tiny, resume, tmp_path):
+def test_keep_last(train_tiny, resume, tmp_path):
     out = tmp_path / "out"
-    train_tiny(out, max_iters=11, eval_interval=2, keep_checkpoints=3, always_save_checkpoint=False)
+    train_tiny(out, max_iters=11, eval_interval=2, keep_last=3, always_save_checkpoint=False)
     assert sorted(p.name for p in out.glob("step-*")) == [
         f"step-{step:06d}.pt" for step in (8, 10, 12)
     ]
@@ -264,7 +264,7 @@ def test_keep_checkpoints(train_tiny, resume, tmp_path):
     for name in ("last.pt", "ckpt.pt"):  # an older one put back
         (out / name).unlink()
         shutil.copyfile(out / "step-000008.pt", out / name)
-    resume(out, max_iters=10, eval_interval=1, keep_checkpoints=2)
+    resume(out, max_iters=10, eval_interval=1, keep_last=2)
     steps = [load_checkpoint(path)["iter_num"] for path in sorted(out.glob("step-*"))]
     assert steps == [10, 11, 12]  # the two newest; what is ahead is another start's
     train_tiny(out, max_iters=3)

@@ -260,7 +260,9 @@ def test_parallel_stays_the_run_s_in_one_process_too(train_until, carry_on, tmp_
     """What a dry run says of 8 ranks is of the FSDP that the run was started with."""
 
     def memory(**changes):
-        said = carry_on(tmp_path / "out", dry_run=True, dry_run_ranks=8, **sizes, **changes).console
+        said = carry_on(
+            tmp_path / "out", dry_run=True, dry_run_world_size=8, **sizes, **changes
+        ).console
         return re.search(
             r"^device: 8 processes \((\w+)\).* about (.*) of memory", said, re.M
         ).groups()
@@ -408,7 +410,7 @@ def test_a_resume_with_other_settings_follows_them(
         last = (longer or length)["max_iters"]
     else:
         wanted = (longer or length)["max_epochs"] * windows(char_data, now["block_size"])
-        last = stop + round((wanted - first) / batch) - 1
+        last = round(stop + (wanted - first) / batch) - 1
         same = batch == 4 and now["block_size"] == 16
         last = round(wanted / 4) - 1 if same else last
     if last < stop:
@@ -427,3 +429,22 @@ def test_a_resume_with_other_settings_follows_them(
     saved = {key: checkpoint["config"][key] for key in changes}
     assert saved == changes
     assert run.checkpoint()["resolved"]["dtype"] == changes.get("dtype", "float32")
+
+
+def test_settings_under_old_names_are_resumed(train_until, carry_on, tmp_path):
+    train_until(tmp_path / "out", 4, keep_last=2, schedule="wsd", decay_frac=0.5)
+    path = tmp_path / "out" / "last.pt"
+    checkpoint = torch.load(path)
+    old = {"keep_last": "keep_checkpoints", "decay_frac": "decay_share"}
+    checkpoint["config"] = {old.get(k, k): value for k, value in checkpoint["config"].items()}
+    checkpoint["given"] = [old.get(k, k) for k in checkpoint["given"]]
+    save_checkpoint(checkpoint, path, [tmp_path / "out" / "ckpt.pt"])
+    config = carry_on(tmp_path / "out").checkpoint()["config"]
+    assert (config["keep_last"], config["decay_frac"]) == (2, 0.5)
+
+
+def test_vocab_size_given_at_a_resume_is_noted(train_until, carry_on, tmp_path):
+    train_until(tmp_path / "out", 4)
+    assert re.search(
+        r"the checkpoint's vocab_size=\d+ stays", carry_on(tmp_path / "out", vocab_size=999).console
+    )
