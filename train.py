@@ -12,7 +12,7 @@ What a run would do:     python train.py config/train_gpt2.py --dry_run=True
 import math
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -32,6 +32,7 @@ from brisk.distributed.process_group import clean_end
 from brisk.errors import UserError, one_line_errors
 from brisk.generation.preview import draw_samples
 from brisk.reporting.forecast import Forecast
+from brisk.training.budget import fit_to_minutes, seconds_per_step
 from brisk.training.inputs import open_data
 from brisk.training.memory import check_fits, peak_memory
 from brisk.training.optim import get_lr, step_if_finite
@@ -39,16 +40,16 @@ from brisk.training.plan import make_plan
 from brisk.training.resume import load_start, resolve, resumed_position
 from brisk.training.run import Outcome, conclude, open_run, peak_flops_of
 from brisk.training.spikes import SpikeWatch
-from brisk.training.state import TrainState
+from brisk.training.state import TrainState, checkpoint_header
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     Seed,
     UnitFloat,
-    as_dict,
     check_values,
     configure,
+    in_order,
 )
 from model import GPT, GPTConfig
 
@@ -91,6 +92,8 @@ class TrainConfig(GPTConfig):
     muon_momentum: UnitFloat = 0.95  # decay of the mean of their gradients
     max_iters: NonNegativeInt = 600000  # the last step's number, counted from 0
     max_epochs: NonNegativeFloat = 0.0  # passes over the data; of it and max_iters the later counts
+    minutes: NonNegativeFloat = 0.0  # about how long to train: sets max_iters; 0: no limit
+    patience: NonNegativeInt = 0  # evaluations without a lower val loss that end the run; 0: off
     weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
     beta1: UnitFloat = 0.9  # decay of the mean of the gradients
     beta2: UnitFloat = 0.95  # decay of the mean of their squares
@@ -121,7 +124,7 @@ class TrainConfig(GPTConfig):
     # Of a start or of this machine: a resume does not take these from its checkpoint. All other
     # keys are the run's; dtype and compile stay as they were resolved.
     start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_world_size")
-    start_keys += ("verify_data", "device", "backend", "timeout", "cpu_offload")
+    start_keys += ("minutes", "verify_data", "device", "backend", "timeout", "cpu_offload")
     exclusive = (("max_iters", "max_epochs"),)  # in one config file
 
 
@@ -140,6 +143,8 @@ def main(given, stop=None):
             run.say(f"Resuming training from {config.out_dir} at step {start.step}")
         if config.cpu_offload and not config.dry_run:
             check_offload(run.ranks, run.device)
+        if config.minutes:
+            config = fit_length(config, start, run)
         data = open_data(config, start, run)
         state = initial_state(config, start, data, run)
         plan = make_plan(config, start, state, data, run)
@@ -150,8 +155,8 @@ def main(given, stop=None):
         parallelize(state, config, plan, run)
         if start.saved:
             state.load_state_dict(start.checkpoint)
-            if state.step > plan.last_step and not config.eval_only:
-                run.say(f"the run is at its end: step {state.step} is past {plan.length}")
+            if (end := plan.reason_to_end(state)) and not config.eval_only:
+                run.say(f"the run is at its end: {end}")
                 return
         run.open_folder(config, plan, resuming=start.saved is not None)
         del start  # free memory
@@ -181,9 +186,6 @@ def initial_state(config, start, data, run):
         raise UserError(f"--freeze_layers={config.freeze_layers}: there are {config.n_layer}")
     if config.freeze_layers:
         model.freeze_layers(config.freeze_layers)
-    run.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
-    if config.ngrams > 1:
-        run.say(f"and of n-grams: {model.transformer.ngrams.weight.numel() / 1e6:.2f}M")
     state = TrainState(model, step=start.step)
     if start.saved:
         state.position = resumed_position(start.saved, config, data.identity, run.log)
@@ -209,6 +211,21 @@ def parallelize(state, config, plan, run):
     state.scaler = plan.device.scaler()
     scaled = state.scaler.is_enabled()
     state.spikes = SpikeWatch(plan.device.device, config.on_spike, config.spike_factor, scaled)
+
+
+def fit_length(config, start, run):
+    """The settings with the number of steps that `minutes` allow, by the time of a few steps on a
+    model that is thrown away."""
+    data = open_data(config, start, run)
+    state = initial_state(config, start, data, run)
+    plan = make_plan(config, start, state, data, run)
+    parallelize(state, config, plan, run)
+    silent = Forecast(lambda line: None, plan.device, 0, 1, 0, 0)
+    seconds = seconds_per_step(
+        lambda: train_step(config, plan, state, data, run, silent), plan.device
+    )
+    values = run.ranks.broadcast(fit_to_minutes(config, plan, seconds, run.say))
+    return replace(config, **values, given=in_order(config.given, *values))
 
 
 def train(config, plan, state, data, run):
@@ -259,12 +276,13 @@ def train(config, plan, state, data, run):
             # made up for by the resume: its model is saved if it is the best.
             is_best = due and losses[1] < state.best_val_loss
             state.best_val_loss = losses[1] if is_best else state.best_val_loss
+            state.evals_since_best = 0 if is_best else state.evals_since_best + due
             if step > plan.first_step or (is_best and step and not config.eval_only):
                 log.say(f"saving checkpoint to {config.out_dir}")
                 save(is_best, losses)
             t0, steps_timed = time.perf_counter(), 0
-        if finished or config.eval_only:
-            return Outcome()
+        if (end := plan.reason_to_end(state)) or config.eval_only:
+            return Outcome(reason="" if finished else end)
 
         lr = get_lr(step, config, plan.decay_steps)
         for group in state.optimizer.param_groups:
@@ -370,18 +388,6 @@ def estimate_loss(model, tokens, config, plan, run, forecast, may_stop=False):
         nats += loss * targets
         count += targets
     return (ranks.all_reduce_sum(nats) / ranks.all_reduce_sum(count)).item()
-
-
-def checkpoint_header(config, plan, state, data):
-    """The entries of a checkpoint that stay the same through a run."""
-    return {
-        "model_args": state.model.config.to_args(),
-        "config": as_dict(config),
-        "given": config.given,
-        "resolved": plan.resolved,
-        "data": data.identity,
-        "tokenizer": data.described,
-    }
 
 
 if __name__ == "__main__":

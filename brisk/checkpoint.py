@@ -27,6 +27,7 @@ PARTS = {  # what loading relies on, where it is there
     "scaler": (dict,),
     "iter_num": (int,),
     "position": (int,),
+    "evals_since_best": (int,),
     "precision": (tuple,),  # of version 0.1
     "given": (tuple, list),
     "resolved": (dict,),
@@ -175,7 +176,7 @@ def invalid_entries(checkpoint):
     if odd:
         return odd
     config, sizes = checkpoint.get("config", {}), checkpoint["model_args"]
-    counts = {key: checkpoint.get(key, 0) for key in ("iter_num", "position")}
+    counts = {key: checkpoint.get(key, 0) for key in ("iter_num", "position", "evals_since_best")}
     best = torch.as_tensor(checkpoint.get("best_val_loss", 0.0))
     odd = [key for key, number in counts.items() if not 0 <= number < 2**63]
     odd += [key for key in SIZES if not isinstance(sizes[key], int)]

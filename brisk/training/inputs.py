@@ -1,6 +1,7 @@
 """What a run reads: token files, and the tokenizer that made them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from brisk.data.dataset import load_tokenizer, read_meta, verify_data
 from brisk.data.loader import TokenFile, find_data_dir
@@ -13,6 +14,7 @@ from brisk.training.resume import describe_tokenizer, identity
 class RunData:
     """What a run reads: its token files, and the tokenizer that made them."""
 
+    folder: Path
     train: TokenFile
     evaluated: dict  # {split: TokenFile}, rows spread evenly over each
     tokenizer: object  # None where the data does not describe one
@@ -44,8 +46,8 @@ def open_data(config, start, run):
         return TokenFile(folder / f"{split}.bin", *sizes, config.seed, config.rows, eot, evenly)
 
     train_data, eval_rows = open_tokens("train"), config.eval_iters * config.batch_size
-    run.say(f"data: {folder}, {len(train_data.tokens):,} training tokens")
     return RunData(
+        folder=folder,
         train=train_data,
         evaluated={split: open_tokens(split, eval_rows) for split in ("train", "val")},
         tokenizer=tokenizer,

@@ -18,6 +18,7 @@ class Plan:
     length: str  # the setting that decides last_step, as key=value
     device: Device  # where, and in what precision
     global_batch: int  # sequences in a step, over all micro-batches and processes
+    patience: int  # evaluations without a lower validation loss that end the run; 0: any number
     micro_batches: tuple  # this process's (index, first, count), see `Ranks.micro_batches`
     resolved: dict  # what a checkpoint keeps of all this
     lines: tuple  # what it says of itself
@@ -25,6 +26,15 @@ class Plan:
     @property
     def compile(self):
         return self.resolved["compile"]
+
+    def reason_to_end(self, state):
+        """Why a run at `state` makes no further step, in words; "" where it does."""
+        if state.step > self.last_step:
+            return f"step {state.step} is past {self.length}"
+        if self.patience and state.evals_since_best >= self.patience:
+            best = f"best {state.best_val_loss:.4f}"
+            return f"{state.evals_since_best} evaluations without a lower val loss ({best})"
+        return ""
 
 
 def make_plan(config, start, state, data, run):
@@ -53,25 +63,30 @@ def make_plan(config, start, state, data, run):
         length=length,
         device=device,
         global_batch=batch,
+        patience=config.patience,
         micro_batches=tuple(
             run.ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
         ),
         resolved=resolved,
-        lines=tuple(describe(config, last_step, rows, device, compiling, state.model, run.ranks)),
+        lines=tuple(describe(config, last_step, data, device, compiling, state.model, run.ranks)),
     )
 
 
-def describe(config, last_step, rows, device, compiling, model, ranks):
-    """Lines that say what is about to happen: how many steps and tokens, in how many passes over
-    `rows` rows of data, where, and in how much memory."""
+def describe(config, last_step, data, device, compiling, model, ranks):
+    """Lines that describe the run: data, steps and tokens, device, and expected memory."""
+    yield f"data: {data.folder}, {len(data.train.tokens):,} training tokens"
     batch = global_batch(config)
+    yield f"number of parameters: {model.get_num_params() / 1e6:.2f}M"
+    if config.ngrams > 1:
+        yield f"and of n-grams: {model.transformer.ngrams.weight.numel() / 1e6:.2f}M"
     tokens, steps = batch * config.block_size, last_step + 1
     if {"max_iters", "max_epochs"} <= {*config.given} and config.max_epochs:
         pair = ("max_iters", "max_epochs")
         later, earlier = pair[::-1] if epochs_to_train(config) else pair
         yield f"note: {later}={getattr(config, later):g}, given after {earlier}, decides"
     yield f"tokens per iteration will be: {tokens:,}"
-    yield f"plan: {steps:,} steps, {steps * tokens:,} tokens, {batch * steps / rows:.3g} epochs"
+    epochs = batch * steps / data.train.rows
+    yield f"plan: {steps:,} steps, {steps * tokens:,} tokens, {epochs:.3g} epochs"
     ranks = replace(ranks, world_size=config.dry_run_world_size or ranks.world_size)
     micro_batches = ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
     memory = expected_memory(

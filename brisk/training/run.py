@@ -26,6 +26,7 @@ class Outcome:
     signal: int = 0
     saved_step: int | None = None  # at which a run that a signal ended is saved
     failure: str = ""  # why, in one line
+    reason: str = ""  # why no further step was made, where that was no signal or failure
 
 
 class Run:
@@ -113,6 +114,8 @@ def conclude(outcome, config, best_val_loss, run):
         run.say(f"saved {where}; --init_from=resume goes on")
     if outcome.signal:
         sys.exit(128 + outcome.signal)
+    if outcome.reason:
+        run.say(f"stopped early: {outcome.reason}")
     if not config.eval_only:
         peak = peak_memory(run.device)
         memory = f", memory at its peak {format_bytes(peak)}" if peak else ""

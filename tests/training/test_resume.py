@@ -21,39 +21,6 @@ from configurator import configure
 EPOCHS = {"max_iters": None, "lr_decay_iters": None}  # leave the length to max_epochs
 
 
-@pytest.fixture
-def train_until(settings, monkeypatch):
-    """Start a tiny run and stop it, as Ctrl-C does, before its step `stop`."""
-
-    def run(out_dir, stop, given=None, **changes):
-        argv = given or settings(out_dir, **changes)
-        request, get_lr = StopRequest(speaks=False), train.get_lr
-
-        def count(step, *rest):
-            if step == stop - 1:
-                request.number = 2
-            return get_lr(step, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "get_lr", count)
-            with pytest.raises(SystemExit):
-                train.main(configure(train.TrainConfig, argv), request)
-        assert torch.load(out_dir / "last.pt")["iter_num"] == stop
-
-    return run
-
-
-@pytest.fixture
-def carry_on(main):
-    """Resume a run with no key but its folder, the device, and `changes`."""
-
-    def run(out_dir, **changes):
-        given = {"init_from": "resume", "out_dir": out_dir, "device": "cpu", **changes}
-        return main([f"--{key}={value}" for key, value in given.items()])
-
-    return run
-
-
 def assert_same_run(run, whole):
     """The same losses and learning rates at every step, and the same state at the end."""
     for key in ("loss", "lr", "grad_norm", "tokens"):
