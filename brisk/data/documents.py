@@ -169,6 +169,8 @@ def find_files(sources):
             files = sorted(file for file in path.rglob("*") if file.is_file())
             files = [file for file in files if not is_hidden(file.relative_to(path))]
         elif path.exists():
+            if not path.is_file():  # to read a FIFO blocks, and a device may never end
+                raise UserError(f"{path} is not a regular file; save its text in one first")
             files = [path]
         else:
             files = sorted(map(Path, glob.glob(source, recursive=True)))

@@ -1,0 +1,117 @@
+"""Text of one's own becomes a data set in one call, and the same text is not made again."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from brisk.data.dataset import load_tokenizer, read_meta
+from brisk.data.documents import Corpus
+from brisk.data.prepare import TextStats, choose_tokenizer, measure_text, prepare
+from brisk.errors import UserError
+
+TEXT = "Über allen Gipfeln ist Ruh, in allen Wipfeln spürest du kaum einen Hauch.\n" * 20
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text(TEXT, encoding="utf-8")
+
+
+def modified(folder):
+    return {file: (Path(folder) / file).stat().st_mtime_ns for file in os.listdir(folder)}
+
+
+# ----------------------------------------------------------------------------- statistics
+
+
+def test_stats_of_a_text():
+    Path("my.txt").write_text("ab 你好!\n", encoding="utf-8")
+    stats = measure_text(Corpus("my.txt"))
+    assert stats == TextStats(11, 7, True, 7, 2 / 7, 4 / 7)
+    assert measure_text([]) == TextStats(0, 0, True, 0, 0, 0)
+
+
+def test_stats_of_a_long_text_are_estimated():
+    stats = measure_text(["ä" * 1000] * 100, size=200_000, limit=10_000)
+    assert (stats.bytes, stats.characters, stats.is_whole) == (200_000, 100_000, False)
+
+
+def test_tokenizer_by_size():
+    english = TextStats(10**6, 10**6, True, 90, 0.0, 0.8)
+    assert choose_tokenizer(english)[0] in ("char", "bpe")
+    sizes = [choose_tokenizer(TextStats(10**n, 10**n, n < 8, 90, 0.0, 0.8)) for n in range(2, 12)]
+    numbers = [size for _, size in sizes]
+    assert numbers == sorted(numbers) and sizes[-1] == ("bpe", 8192)
+
+
+# ----------------------------------------------------------------------------- folders
+
+
+def test_same_text_is_not_made_again(capsys):
+    folder = prepare("my.txt")
+    assert folder == Path("data/my") and read_meta(folder)["source"] == "my.txt"
+    before = modified(folder)
+    os.utime("my.txt", (0, 0))  # its contents count
+    Path("my.txt").rename("other.txt")
+    assert prepare("other.txt", folder) == folder
+    assert modified(folder) == before
+    assert "using it as it is" in capsys.readouterr().out
+
+
+def test_other_text_and_other_choices_get_a_folder_of_their_own(capsys):
+    first = prepare("my.txt", tokenizer="char")
+    second = prepare("my.txt", tokenizer="byte")
+    Path("my.txt").write_text(TEXT[::-1], encoding="utf-8")
+    third = prepare("my.txt", tokenizer="char")
+    assert [path.name for path in (first, second, third)] == ["my", "my-2", "my-3"]
+    assert "this one is in data/my-3" in capsys.readouterr().out
+    assert prepare("my.txt", tokenizer="byte") == Path("data/my-4")
+    with pytest.raises(UserError, match="data/my has another text"):
+        prepare("my.txt", "data/my", tokenizer="char")
+    assert load_tokenizer(first).characters == sorted(set(TEXT))
+
+
+def test_a_folder_of_another_origin_is_left_alone():
+    Path("data/my").mkdir(parents=True)
+    Path("data/my/prepare.py").write_text("")
+    assert prepare("my.txt", tokenizer="char") == Path("data/my-2")
+    with pytest.raises(UserError, match="data/my has another text"):
+        prepare("my.txt", "data/my", tokenizer="char")
+
+
+@pytest.mark.parametrize("lost", ["val.bin", "train.bin"])
+def test_a_damaged_set_is_made_again(lost):
+    folder = prepare("my.txt", tokenizer="char")
+    whole = (folder / lost).read_bytes()
+    (folder / lost).unlink()
+    assert prepare("my.txt", tokenizer="char") == folder
+    (folder / lost).write_bytes(whole[:-2])
+    assert prepare("my.txt", tokenizer="char") == folder
+    assert (folder / lost).read_bytes() == whole
+
+
+def test_meta_names_no_path_of_the_machine(tmp_path):
+    folder = prepare(str(tmp_path / "my.txt"))
+    assert str(tmp_path) not in json.dumps(read_meta(folder))
+
+
+def test_a_file_that_grows_while_it_is_read_is_one_line(monkeypatch):
+    def growing(corpus, size):
+        with open("my.txt", "a") as file:
+            file.write("more")
+        return measure_text(corpus)
+
+    monkeypatch.setattr("brisk.data.prepare.measure_text", growing)
+    with pytest.raises(UserError, match=r"my\.txt changed while it was read"):
+        prepare("my.txt")
+    assert not Path("data/my/train.bin").exists()
+
+
+def test_a_fifo_is_refused_at_once():
+    os.mkfifo("pipe.txt")
+    for name in ("pipe.txt", "/dev/null"):
+        with pytest.raises(UserError, match="is not a regular file"):
+            prepare(name)
