@@ -27,7 +27,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
@@ -103,6 +103,11 @@ def in_order(given, *keys):
     """The names in `given`, then `keys`, each once and where it comes last."""
     every = (*given, *keys)
     return tuple(key for i, key in enumerate(every) if key not in every[i + 1 :])
+
+
+def with_values(config, values):
+    """`config` with the `values`, a dict, as if they had been given last."""
+    return replace(config, **values, given=in_order(config.given, *values))
 
 
 def key_types(Config):

@@ -38,8 +38,8 @@ from configurator import (
     checked,
     configure,
     help_lines,
-    in_order,
     parsed,
+    with_values,
 )
 from model import GPT
 
@@ -136,7 +136,7 @@ def main(config):
         value = checked(parsed(text, kind), kind, key, "here")
         if key == "stop":
             check_stop(value, tokenizer)
-        return replace(config, **{key: value}, given=in_order(config.given, key))
+        return with_values(config, {key: value})
 
     with device.autocast():
         answer(config, prompts)

@@ -12,7 +12,9 @@ What a run would do:     python train.py config/train_gpt2.py --dry_run=True
 import math
 import sys
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,7 +23,6 @@ from brisk.checkpoint import load_checkpoint
 from brisk.data.loader import hash64, to_device
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.distributed.parallelize import (
-    check_offload,
     checkpoint_activations,
     clip_grad_norm,
     full_weights,
@@ -32,6 +33,7 @@ from brisk.distributed.process_group import clean_end
 from brisk.errors import UserError, one_line_errors
 from brisk.generation.preview import draw_samples
 from brisk.reporting.forecast import Forecast
+from brisk.training import own_text
 from brisk.training.budget import fit_to_minutes, seconds_per_step
 from brisk.training.inputs import open_data
 from brisk.training.memory import check_fits, peak_memory
@@ -49,7 +51,7 @@ from configurator import (
     UnitFloat,
     check_values,
     configure,
-    in_order,
+    with_values,
 )
 from model import GPT, GPTConfig
 
@@ -75,6 +77,7 @@ class TrainConfig(GPTConfig):
     wandb_run_name: str = "gpt2"  # its name for the run
     tensorboard: bool = False  # log to out_dir/tensorboard
     # data
+    input: str = ""  # text of your own: files, folders; its data set and the model are chosen
     dataset: str = "openwebtext"  # train on data/<dataset>
     data_dir: str = ""  # folder of train.bin and val.bin, instead of data/<dataset>
     verify_data: bool = False  # read all of both first and compare it with meta.json's checksums
@@ -124,7 +127,7 @@ class TrainConfig(GPTConfig):
     # Of a start or of this machine: a resume does not take these from its checkpoint. All other
     # keys are the run's; dtype and compile stay as they were resolved.
     start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_world_size")
-    start_keys += ("minutes", "verify_data", "device", "backend", "timeout", "cpu_offload")
+    start_keys += ("input", "minutes", "verify_data", "device", "backend", "timeout", "cpu_offload")
     exclusive = (("max_iters", "max_epochs"),)  # in one config file
 
 
@@ -135,33 +138,35 @@ SHAPE_KEYS = [field.name for field in fields(GPTConfig) if field.name not in CHA
 
 def main(given, stop=None):
     """One run: what it starts from, what follows from that, and the loop."""
+    given = own_text.with_out_dir(given)
     with open_run(given, stop) as run:
         start = load_start(given, run.ranks)
+        if given.input:
+            given = with_values(given, own_text.settings(given, start, run))
         config = resolve(given, start, SHAPE_KEYS, run.log)
         check_values(config, "in the checkpoint")
-        if start.saved:
-            run.say(f"Resuming training from {config.out_dir} at step {start.step}")
-        if config.cpu_offload and not config.dry_run:
-            check_offload(run.ranks, run.device)
         if config.minutes:
             config = fit_length(config, start, run)
         data = open_data(config, start, run)
         state = initial_state(config, start, data, run)
         plan = make_plan(config, start, state, data, run)
-        for line in plan.lines:
-            run.say(line)
+        run.say("\n".join(plan.lines))
+        if config.input:
+            run.say(f"the same, with every setting given: {own_text.command(config)}")
         if config.dry_run:
             return
         parallelize(state, config, plan, run)
         if start.saved:
             state.load_state_dict(start.checkpoint)
-            if (end := plan.reason_to_end(state)) and not config.eval_only:
-                run.say(f"the run is at its end: {end}")
-                return
+        if (end := plan.reason_to_end(state)) and not config.eval_only:
+            run.say(f"the run is at its end: {end}")
+            return
         run.open_folder(config, plan, resuming=start.saved is not None)
         del start  # free memory
         outcome = train(config, plan, state, data, run)
     conclude(outcome, config, state.best_val_loss, run)
+    if config.input and run.ranks.is_main:
+        own_text.show_sample(config, Path(__file__).with_name("sample.py"))
 
 
 def initial_state(config, start, data, run):
@@ -221,11 +226,9 @@ def fit_length(config, start, run):
     plan = make_plan(config, start, state, data, run)
     parallelize(state, config, plan, run)
     silent = Forecast(lambda line: None, plan.device, 0, 1, 0, 0)
-    seconds = seconds_per_step(
-        lambda: train_step(config, plan, state, data, run, silent), plan.device
-    )
-    values = run.ranks.broadcast(fit_to_minutes(config, plan, seconds, run.say))
-    return replace(config, **values, given=in_order(config.given, *values))
+    step = partial(train_step, config, plan, state, data, run, silent)
+    seconds = seconds_per_step(step, plan.device)
+    return with_values(config, run.ranks.broadcast(fit_to_minutes(config, plan, seconds, run.say)))
 
 
 def train(config, plan, state, data, run):

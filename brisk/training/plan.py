@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from brisk.device import Device, cpu_training_dtype, resolve_compile
+from brisk.distributed.parallelize import check_offload
 from brisk.errors import UserError, format_bytes
 from brisk.training.memory import expected_memory, shared_state
 from brisk.training.resume import is_other_data
@@ -39,6 +40,8 @@ class Plan:
 
 def make_plan(config, start, state, data, run):
     """The `Plan` of a start of `run` at `state`, from the settings, the `Start` and the data."""
+    if config.cpu_offload and not config.dry_run:
+        check_offload(run.ranks, run.device)
     resolved = start.saved.resolved if start.saved else {}
     dtype, compiling = resolve_precision(config, resolved, run)
     device = replace(run.device, dtype_name=dtype)

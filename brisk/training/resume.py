@@ -172,7 +172,10 @@ def resolve(given, start, shape_keys, log):
     """
     if start.model_args is None:
         return given
-    values = saved_settings(given, start.saved, shape_keys, log) if start.saved else {}
+    values = {}
+    if start.saved:
+        log.say(f"Resuming training from {given.out_dir} at step {start.step}")
+        values = saved_settings(given, start.saved, shape_keys, log)
     stays = []
     for key in shape_keys:
         default = getattr(type(given), key)  # what a checkpoint leaves out
