@@ -58,69 +58,69 @@ from model import GPT, GPTConfig
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    # the run
-    out_dir: str = "out"  # folder of the run: checkpoints, metrics.jsonl and loss.png
-    init_from: str = "scratch"  # scratch, resume, auto, gpt2*, a Hugging Face folder, a checkpoint
-    eval_interval: PositiveInt = 2000  # steps between evaluations, each with a save
+    # run
+    out_dir: str = "out"  # output folder: checkpoints, metrics.jsonl, loss.png
+    init_from: str = "scratch"  # scratch, resume, auto, gpt2*, a checkpoint, a Hugging Face folder
+    eval_interval: PositiveInt = 2000  # steps between evaluations; each saves a checkpoint
     log_interval: PositiveInt = 1  # steps between lines of the training loss
     eval_iters: PositiveInt = 200  # batches of each split in an evaluation
-    eval_samples: NonNegativeInt = 0  # texts to draw and show at each evaluation
-    eval_start: str = ""  # what they begin with
     eval_only: bool = False  # evaluate once and stop; saves nothing
-    always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
-    keep_last: NonNegativeInt = 0  # newest saves kept as step-<step>.pt too; 0 for none
-    dry_run: bool = False  # say what the run would do and stop
-    dry_run_world_size: NonNegativeInt = 0  # as if by so many processes; 0: by those there are
-    seed: Seed = 1337  # of the weights, the order of the data, and dropout
+    always_save_checkpoint: bool = True  # ckpt.pt is the newest model; if False, the best one
     wandb_log: bool = False  # log to Weights & Biases
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # its name for the run
+    wandb_project: str = "owt"  # W&B project
+    wandb_run_name: str = "gpt2"  # W&B run name
     tensorboard: bool = False  # log to out_dir/tensorboard
+    eval_samples: NonNegativeInt = 0  # texts to sample and show at each evaluation
+    eval_start: str = ""  # prompt of these texts
+    keep_last: NonNegativeInt = 0  # also keep the newest saves as step-<step>.pt; 0: none
+    patience: NonNegativeInt = 0  # evaluations without a lower val loss that end the run; 0: off
+    dry_run: bool = False  # print the plan of the run, with its memory, and stop
+    dry_run_world_size: NonNegativeInt = 0  # number of processes to plan for; 0: the actual number
+    seed: Seed = 1337  # of initial weights, data order and dropout
     # data
-    input: str = ""  # text of your own: files, folders; its data set and the model are chosen
     dataset: str = "openwebtext"  # train on data/<dataset>
-    data_dir: str = ""  # folder of train.bin and val.bin, instead of data/<dataset>
-    verify_data: bool = False  # read all of both first and compare it with meta.json's checksums
-    rows: Literal["windows", "documents"] = "windows"  # a row is any window, or one document
     gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches in a step, over all ranks
     batch_size: PositiveInt = 12  # sequences in a micro-batch
-    # model: all fields of GPTConfig, with these defaults
-    vocab_size: NonNegativeInt = 0  # rows of the vocabulary; 0: as the tokenizer needs
+    input: str = ""  # train on your own text: files or folders, separated by commas
+    data_dir: str = ""  # folder of train.bin and val.bin, instead of data/<dataset>
+    rows: Literal["windows", "documents"] = "windows"  # a sequence is any window, or one document
+    verify_data: bool = False  # compare the data with the checksums in meta.json first
+    # model
+    vocab_size: NonNegativeInt = 0  # rows of the vocabulary; 0: as many as the tokenizer needs
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
+    freeze_layers: NonNegativeInt = 0  # keep the embeddings and the first n blocks fixed; 0: none
     # optimizer
-    freeze_layers: NonNegativeInt = 0  # first blocks that do not learn, nor do the embeddings then
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW the rest
-    learning_rate: NonNegativeFloat = 6e-4  # the largest
-    muon_learning_rate: NonNegativeFloat = 0.02  # of muon's matrices where AdamW's is the largest
-    muon_momentum: UnitFloat = 0.95  # decay of the mean of their gradients
-    max_iters: NonNegativeInt = 600000  # the last step's number, counted from 0
-    max_epochs: NonNegativeFloat = 0.0  # passes over the data; of it and max_iters the later counts
-    minutes: NonNegativeFloat = 0.0  # about how long to train: sets max_iters; 0: no limit
-    patience: NonNegativeInt = 0  # evaluations without a lower val loss that end the run; 0: off
+    learning_rate: NonNegativeFloat = 6e-4  # peak learning rate
+    max_iters: NonNegativeInt = 600000  # number of the last step, counted from 0
     weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
-    beta1: UnitFloat = 0.9  # decay of the mean of the gradients
-    beta2: UnitFloat = 0.95  # decay of the mean of their squares
-    grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 for any
-    # a loss or gradient that is no number: stop; skip its step; go back to the last checkpoint and
-    # on with other batches; or train on as nanoGPT does
-    on_spike: Literal["stop", "skip", "rewind", "ignore"] = "stop"  # what to do at such a step
-    spike_factor: NonNegativeFloat = 0.0  # also for norms this many times the median; 0: any norm
-    # learning-rate schedule: warm-up, then a cosine, or a constant rate and a line down at the end
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
-    decay_frac: UnitFloat = 0.2  # of lr_decay_iters, in which wsd goes down to min_lr
-    decay_lr: bool = True  # False: a constant rate
-    warmup_iters: NonNegativeInt = 2000  # steps of warm-up
-    lr_decay_iters: NonNegativeInt = 600000  # step of min_lr; with max_epochs the last by default
-    min_lr: NonNegativeFloat = 6e-5  # the smallest rate, usually learning_rate / 10
+    beta1: UnitFloat = 0.9  # AdamW: decay of the mean gradient
+    beta2: UnitFloat = 0.95  # AdamW: decay of the mean squared gradient
+    grad_clip: NonNegativeFloat = 1.0  # largest gradient norm; 0: no clipping
+    max_epochs: NonNegativeFloat = 0.0  # passes over the data, instead of max_iters
+    minutes: NonNegativeFloat = 0.0  # train for about this long: measures speed, sets max_iters
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices
+    muon_learning_rate: NonNegativeFloat = 0.02  # peak learning rate of Muon
+    muon_momentum: UnitFloat = 0.95  # momentum of Muon
+    # Where a loss or gradient is not finite: stop the run, skip the step, rewind to the newest
+    # checkpoint and continue with other batches, or ignore it as nanoGPT does.
+    on_spike: Literal["stop", "skip", "rewind", "ignore"] = "stop"  # at a non-finite step
+    spike_factor: NonNegativeFloat = 0.0  # also at gradient norms above this many medians; 0: off
+    # learning rate
+    decay_lr: bool = True  # False: constant
+    warmup_iters: NonNegativeInt = 2000  # steps of linear warm-up
+    lr_decay_iters: NonNegativeInt = 600000  # step of min_lr; with max_epochs the last
+    min_lr: NonNegativeFloat = 6e-5  # final learning rate, usually learning_rate / 10
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, linear decay
+    decay_frac: UnitFloat = 0.2  # wsd: fraction of lr_decay_iters that decays
     # system
-    backend: str = "auto"  # between processes: nccl, gloo, or auto
-    timeout: PositiveInt = 600  # seconds that one of them waits for another, before it gives up
-    device: str = "auto"  # cpu, cuda, cuda:1, mps, or auto
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
-    compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole state, or a part of it
-    cpu_offload: bool = False  # with fsdp: keep the parts on the host, less memory and slower
-    activation_checkpointing: bool = False  # compute blocks again in backward: less memory
+    backend: str = "auto"  # of torch.distributed: nccl, gloo or auto
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate the state on all ranks, or shard it
+    cpu_offload: bool = False  # fsdp: keep the shards in host memory
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
+    timeout: PositiveInt = 600  # seconds that a rank waits for another before it gives up
 
     given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 

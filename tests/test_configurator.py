@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,9 @@ from configurator import (
     configure,
     key_types,
 )
+from evaluate import EvaluateConfig
+from export import ExportConfig
+from sample import SampleConfig
 from train import TrainConfig
 
 
@@ -479,3 +483,52 @@ def test_renamed_keys_are_understood(config_file):
     path = config_file("decay_share = decay_share / 2\nkeep_checkpoints = 3")
     config = configure(TrainConfig, [path])
     assert (config.decay_frac, config.keep_last) == (0.1, 3)
+
+
+# ----------------------------------------------------------------------------- paths
+
+
+def test_help_names_legal_values_under_headings(capsys):
+    with pytest.raises(SystemExit):
+        configure(TrainConfig, ["--help"])
+    text = capsys.readouterr().out
+    headings = re.findall(r"^(\w[\w ]*):\n  --", text, re.MULTILINE)
+    assert headings == ["run", "data", "model", "optimizer", "learning rate", "system"]
+    assert re.search(r"^  --optimizer=adamw .*\[adamw\|muon\]$", text, re.MULTILINE)
+    assert re.search(r"^  --dropout=0.0 .*\[float in \[0, 1\]\]$", text, re.MULTILINE)
+    assert re.search(r"^  --eval_interval=2000 .*\[int >= 1\]$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        (["a.txt"], "--input=a.txt"),
+        (["run"], "--init_from=resume --out_dir=run"),
+        (["config/train_shakespear_char.py"], "did you mean config/train_shakespeare_char.py?"),
+        (["train_gpt2"], "names end in .py; did you mean config/train_gpt2.py?"),
+        (["--lr=1"], "did you mean learning_rate?"),
+        (["--lrate=1"], "unknown key --lrate"),
+    ],
+)
+def test_a_misnamed_path_or_key_is_answered_with_the_right_one(argv, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("import os")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "config").symlink_to(Path(configurator.__file__).parent / "config")
+    with pytest.raises(UserError) as caught:
+        configure(TrainConfig, argv)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("Config", [SampleConfig, EvaluateConfig, ExportConfig])
+def test_a_run_is_named_by_its_folder_alone(Config, tmp_path):
+    for name in ("out-x/last.pt", "theirs/config.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    assert configure(Config, [str(tmp_path / "out-x")]).out_dir == str(tmp_path / "out-x")
+    assert configure(Config, [str(tmp_path / "theirs")]).init_from == str(tmp_path / "theirs")
+    file = str(tmp_path / "out-x" / "last.pt")
+    assert configure(Config, [file]).init_from == file
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no checkpoint in it"):
+        configure(Config, [str(tmp_path / "empty")])

@@ -102,7 +102,7 @@ def command(config):
     """The command line that gives every setting of the run by itself."""
     keys = [key for key in config.given if key not in ("input", "minutes", "dry_run")]
     arguments = [f"--{key}={getattr(config, key)}" for key in keys]
-    return shlex.join(["python", Path(sys.argv[0]).name, *arguments])
+    return shlex.join(["python", "train.py", *arguments])
 
 
 def show_sample(config, script):
