@@ -230,7 +230,7 @@ def test_a_run_that_explodes_does_not_flatten_the_others(run, log):
 
 def test_impossible_losses_can_be_drawn(run, tmp_path):
     save(draw([read_run(run("negative", [-1.0], batches=0))]), tmp_path / "loss.png")
-    save(draw([read_run(run("huge", [4.0, 1e308, -1e308, 3.0]))]), tmp_path / "loss.png")
+    save(draw([read_run(run("huge", [1e308, -1e308, 3.0]))]), tmp_path / "loss.png")
 
 
 def test_overfitting_stays_in_the_frame(run):
