@@ -40,10 +40,10 @@ def main(argv):
     except ImportError as error:
         raise UserError("matplotlib is not installed (pip install matplotlib)") from error
     runs = read_runs(paths)
-    figure = draw(runs, config.x, config.curves, config.smooth, config.log, config.title, notice)
+    figure = draw(runs, config.x, config.curves, config.smooth, config.log, config.title)
     folder = runs[0].path if len(runs) == 1 and runs[0].path.is_dir() else Path()
     to = Path(config.to or folder / "loss.png")
-    save(figure, to)
+    save(figure, to, say=notice)
     print(to)
 
 

@@ -24,7 +24,7 @@ import torch
 
 from brisk.data.tokenizer import EOT, knows_documents
 from brisk.device import open_device, resolve_compile
-from brisk.errors import UserError, one_line_errors
+from brisk.errors import UserError, one_line_errors, without_controls
 from brisk.generation.repl import converse, open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.text_stream import TextStream
 from brisk.generation.top_tokens import as_table, top_next_tokens
@@ -225,10 +225,10 @@ def print_samples(model, samples, streams, drawable, config):
     def on_token(step, ids):
         pieces = [stream.feed(i) for stream, i in zip(streams, ids.tolist(), strict=True)]
         drawn[:] = [text + piece for text, piece in zip(drawn, pieces, strict=True)]
-        print(pieces[0], end="", flush=True)
+        show(pieces[0], end="")
         return all(stream.stopped for stream in streams)
 
-    print(samples[0].shown, end="", flush=True)
+    show(samples[0].shown, end="")
     try:
         model.generate(
             [sample.ids for sample in samples],
@@ -247,11 +247,15 @@ def print_samples(model, samples, streams, drawable, config):
         raise
     rests = [stream.finish() for stream in streams]
     drawn = [text + rest for text, rest in zip(drawn, rests, strict=True)]
-    print(rests[0], DASHES, sep="\n")
+    show(f"{rests[0]}\n{DASHES}")
     for sample, text in zip(samples[1:], drawn[1:], strict=True):
-        print(sample.shown + text, DASHES, sep="\n")
-    sys.stdout.flush()
+        show(f"{sample.shown}{text}\n{DASHES}")
     return drawn
+
+
+def show(text, end="\n"):
+    """Print `text` as it is to a file or a pipe, without control characters to a terminal."""
+    print(without_controls(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 if __name__ == "__main__":
