@@ -99,18 +99,16 @@ def gpt2():
 
 def train_bpe(texts, vocab_size):
     """A byte-pair encoding learned from `texts` (an iterable of strings), with `vocab_size` ids:
-    the 256 bytes, the merged pairs, and <|endoftext|>.
+    the 256 bytes, the merged pairs, and <|endoftext|>. Where the text has fewer pairs, so has it.
 
-    Raises `UserError` where the vocabulary has no room for that, or the text too few pairs.
+    Raises `UserError` where the vocabulary has no room for the bytes.
     """
     if vocab_size < 257:
         raise UserError(f"vocab_size={vocab_size}: a BPE has at least the 256 bytes and {EOT}")
     ids = learn_pairs(texts, vocab_size - 1).get_vocab()
     if len(ids) < vocab_size - 1:
-        most = len(ids) + 1
-        raise UserError(
-            f"vocab_size={vocab_size}: this text has pairs for {most} at the most, take fewer"
-        )
+        print(f"vocab_size={vocab_size}: this text has pairs for {len(ids) + 1}, taking that")
+        vocab_size = len(ids) + 1
     alphabet = byte_alphabet()
     ranks = {bytes(alphabet[letter] for letter in token): ids[token] for token in ids}
     special = {EOT: vocab_size - 1}

@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from brisk.data.raw_files import bytes_of, checksum
 from brisk.data.saved_tokenizer import from_dict, read_meta_pkl
-from brisk.data.text_files import blocks, checksum
 from brisk.data.tokenize_files import write_bin
 from brisk.data.tokenizer import EOT, id_dtype
 from brisk.errors import UserError
@@ -175,7 +175,7 @@ def join_datasets(directory, folders, source):
                     for folder, meta in zip(folders, metas, strict=True):
                         counts = meta["splits"][split]
                         total.update({k: v for k, v in counts.items() if k != "sha256"})
-                        for block in blocks(Path(folder, f"{split}.bin")):
+                        for block in bytes_of(Path(folder, f"{split}.bin")):
                             digest.update(block)
                             file.write(block)
                 joined["splits"][split] = {**total, "sha256": digest.hexdigest()}

@@ -14,7 +14,7 @@ import numpy as np
 from brisk.data.bpe import gpt2, train_bpe
 from brisk.data.dataset import read_meta, write_dataset
 from brisk.data.documents import Corpus, find_files, pieces, sample_evenly, split_documents
-from brisk.data.text_files import checksum
+from brisk.data.raw_files import checksum
 from brisk.data.tokenize_files import parts, utf8_length
 from brisk.data.tokenizer import ByteTokenizer, CharTokenizer, code_points, learn_words
 from brisk.errors import UserError
@@ -119,7 +119,7 @@ def prepare(
         if is_made:
             print(f"{folder} was made from this text; using it as it is")
             return folder
-    corpus = Corpus(inputs, column or "text", encoding, lines=documents == "lines")
+    corpus = Corpus(inputs, column, encoding, lines=documents == "lines")
     if tokenizer == "auto" or (tokenizer == "bpe" and not vocab_size):
         stats = measure_text(corpus, sum(size for _, size, _ in before))
         tokenizer = choose_tokenizer(stats)[0] if tokenizer == "auto" else tokenizer

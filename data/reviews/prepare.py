@@ -18,8 +18,8 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from brisk.data.csv_file import CsvFile
 from brisk.data.dataset import write_dataset
-from brisk.data.tables import CsvFile
 from brisk.data.text_files import find_file
 from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError, one_line_errors

@@ -115,7 +115,7 @@ def test_the_side_of_a_document_does_not_depend_on_the_files(prepare):
 def test_words_and_pairs_are_learned_as_if_the_text_were_in_memory(prepare, monkeypatch):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(
-        "brisk.data.text_files.PIECE", 1000
+        "brisk.data.raw_files.PIECE", 1000
     )  # words are cut, and must not be learned so
     monkeypatch.setattr("brisk.data.tokenize_files.BATCH", 1000)
     rng = random.Random(1)
@@ -134,11 +134,11 @@ def test_words_and_pairs_are_learned_as_if_the_text_were_in_memory(prepare, monk
     [
         ({}, "--input=PATH"),
         ({"input": "missing.txt"}, "there are no files at missing.txt"),
-        ({"input": "empty.txt"}, "too little text"),
-        ({"input": "empty.txt", "tokenizer": "bpe"}, "at the most"),
+        ({"input": "empty.txt"}, "empty.txt is empty"),
+        ({"input": "empty.txt", "tokenizer": "bpe"}, "empty.txt is empty"),
         ({"input": "letter.txt"}, "too little text: none of it falls to train"),
         ({"input": "two.csv", "column": "body"}, "has no column body, it has id, text"),
-        ({"input": "head.csv"}, "there are no documents"),
+        ({"input": "head.csv"}, "has a header and no rows"),
         ({"input": "zeros.bin"}, "is no text"),
         ({"input": "twins"}, "too little text: none of it falls to val"),
         ({"input": "line.txt", "encoding": "klingon"}, "no such encoding"),

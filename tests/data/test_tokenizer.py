@@ -166,10 +166,14 @@ def test_a_run_without_a_break_is_learned_from_in_bounded_time():
     assert len(tokenizer.encode(run)) < len(run) / 3
 
 
-@pytest.mark.parametrize(("vocab_size", "what"), [(256, "at least"), (5000, "at the most")])
-def test_a_vocabulary_of_the_wrong_size_is_told(vocab_size, what):
-    with pytest.raises(UserError, match=what):
-        train_bpe([LESSON], vocab_size)
+def test_a_vocabulary_is_as_large_as_the_text_can_fill(capsys):
+    with pytest.raises(UserError, match="at least"):
+        train_bpe([LESSON], 256)
+    tokenizer = train_bpe([LESSON], 5000)
+    assert f"this text has pairs for {tokenizer.vocab_size}" in capsys.readouterr().out
+    assert 257 < tokenizer.vocab_size < 5000 and tokenizer.eot == tokenizer.vocab_size - 1
+    assert tokenizer.decode(tokenizer.encode(LESSON)) == LESSON
+    assert train_bpe([LESSON], tokenizer.vocab_size).to_dict() == tokenizer.to_dict()
 
 
 def test_the_end_of_text_is_a_token_only_where_it_is_asked_for():
