@@ -167,6 +167,11 @@ def load_tensors(path, mmap=False):
     """What `torch.save` wrote to `path`, if it is tensors and plain values: no code in it runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd pickles: what comes of them is told in one line
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # PyTorch opens no path that is not UTF-8
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 

@@ -1,6 +1,7 @@
 """A resumed run is the run that was never stopped, with whatever settings it was started."""
 
 import math
+import os
 import re
 import shutil
 
@@ -415,3 +416,14 @@ def test_vocab_size_given_at_a_resume_is_noted(train_until, carry_on, tmp_path):
     assert re.search(
         r"the checkpoint's vocab_size=\d+ stays", carry_on(tmp_path / "out", vocab_size=999).console
     )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="paths are bytes on POSIX only")
+def test_a_folder_whose_name_is_not_utf8_is_resumed(train_until, carry_on, tmp_path):
+    out = tmp_path / os.fsdecode(b"out-\xff")
+    try:
+        out.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    train_until(out, 4)
+    assert carry_on(out).checkpoint()["iter_num"] == 8
