@@ -2,8 +2,8 @@
 
 On one device:           python train.py config/train_shakespeare_char.py
 With keys overridden:    python train.py config/train_shakespeare_char.py --batch_size=32
+On your own text:        python train.py --input=my.txt
 On the GPUs of a node:   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-Weights shared out too:  torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py
 On two nodes, on each:   torchrun --nnodes=2 --node_rank=<0 or 1> --master_addr=<address of node 0>
                          --master_port=1234 --nproc_per_node=8 train.py config/train_gpt2.py
 What a run would do:     python train.py config/train_gpt2.py --dry_run=True
@@ -150,9 +150,7 @@ def main(given, stop=None):
         data = open_data(config, start, run)
         state = initial_state(config, start, data, run)
         plan = make_plan(config, start, state, data, run)
-        run.say("\n".join(plan.lines))
-        if config.input:
-            run.say(f"the same, with every setting given: {own_text.command(config)}")
+        run.say("\n".join([*plan.lines, *own_text.command(config)]))
         if config.dry_run:
             return
         parallelize(state, config, plan, run)
@@ -261,6 +259,9 @@ def train(config, plan, state, data, run):
                 log.back_to(state.step)
                 clipped.zero_()
                 continue
+
+        if (evaluating or stopping) and (lost := run.lost_folder(step)):
+            return Outcome(failure=f"stopped at step {step} without saving: {lost}")
 
         # a signal to stop, in any of the processes: save, and end together
         if stopping:

@@ -71,7 +71,9 @@ def main(config):
         runs = alternate(config, sides, lambda side: measure(config, side, data_dir, seeds))
     target = mean(figures["loss"] for figures in runs["nanogpt"])
     for figures in runs["brisk"]:
-        reached = [seconds for seconds, loss in figures["way"] if loss is not None and loss <= target]
+        reached = [
+            seconds for seconds, loss in figures["way"] if loss is not None and loss <= target
+        ]
         figures["reached"] = reached[0] if reached else float("inf")
     for name, rounds in runs.items():
         losses = [figures["loss"] for figures in rounds]

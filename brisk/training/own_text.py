@@ -99,10 +99,12 @@ def choose_settings(tokens, shortest, device_type, pretrained=False):
 
 
 def command(config):
-    """The command line that gives every setting of the run by itself."""
+    """Lines with the command that gives every setting of a run on `config.input` by itself."""
+    if not config.input:
+        return []
     keys = [key for key in config.given if key not in ("input", "minutes", "dry_run")]
     arguments = [f"--{key}={getattr(config, key)}" for key in keys]
-    return shlex.join(["python", "train.py", *arguments])
+    return [f"the same, with every setting given: {shlex.join(['python', 'train.py', *arguments])}"]
 
 
 def show_sample(config, script):

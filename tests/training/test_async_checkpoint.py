@@ -141,7 +141,7 @@ def test_a_failed_last_save_is_one_line_and_status_1(settings, script, tmp_path,
 
 
 @pytest.mark.parametrize("instead", ["nothing", "a file"])
-def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, instead):
+def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, capsys, instead):
     """Nothing there: it is made again. A file in its place: the run goes on without, and saves when
     the way is free."""
     import train
@@ -162,9 +162,12 @@ def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, in
         return original(step, *rest)
 
     monkeypatch.setattr(train, "get_lr", vanish)
-    console = train_tiny(out, max_iters=11).console
+    with pytest.raises(RunError, match="was removed during the run"):  # status 1
+        train_tiny(out, max_iters=11)
+    console = capsys.readouterr().out
     assert ("could not save" in console) == (instead == "a file")
     assert load_checkpoint(out / "ckpt.pt")["iter_num"] == 12
+    assert (out / "metrics.jsonl").exists()
 
 
 def test_a_small_disk(tmp_path, said):
