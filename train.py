@@ -21,6 +21,7 @@ import torch
 
 from brisk.checkpoint import load_checkpoint
 from brisk.data.loader import hash64, to_device
+from brisk.device import compile_blocks
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.distributed.parallelize import (
     checkpoint_activations,
@@ -200,8 +201,8 @@ def parallelize(state, config, plan, run):
     for block in state.model.transformer.h:
         if config.activation_checkpointing:
             checkpoint_activations(block, config.dropout > 0)
-        if plan.compile:
-            block.compile()  # in place: names of weights stay as they are
+    if plan.compile:
+        compile_blocks(state.model.transformer.h, run.say)
     state.ddp_model = wrap_model(state.model, run.ranks, plan.device, config.cpu_offload)
     muon = (config.muon_learning_rate, config.muon_momentum, run.ranks)
     state.optimizer = state.model.configure_optimizers(

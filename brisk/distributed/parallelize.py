@@ -16,8 +16,8 @@ def checkpoint_activations(block, draws):
     computes the rest again (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost).
 
     With `draws`, of dropout, it draws the same random numbers again, which costs a look at the
-    generators' states. Call it before `block.compile()` and before the block is sharded: both then
-    act around it. Names of weights stay as they are.
+    generators' states. Call it before the block is compiled and before it is sharded: both then act
+    around it. Names of weights stay as they are.
     """
     forward = block.forward
 

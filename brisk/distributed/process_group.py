@@ -15,19 +15,24 @@ from brisk.errors import UserError
 
 @dataclass
 class Ranks:
-    """This process among `world_size`; started by plain `python` it is the only one."""
+    """This process among `world_size`; started by plain `python` it is the only one.
+
+    A single process that a launcher started has a process group too: DDP and FSDP can be tried and
+    measured on one device.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     parallel: str = "ddp"  # or "fsdp": each rank keeps a shard of the weights
+    launched: bool = False  # by torchrun, which sets RANK, or by something like it
 
     @classmethod
     def from_environment(cls, parallel="ddp"):
         """What torchrun says in the environment."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         numbers = (int(os.environ.get(n, d)) for n, d in zip(names, (0, 0, 1), strict=True))
-        return cls(*numbers, parallel)
+        return cls(*numbers, parallel, launched="RANK" in os.environ)
 
     @property
     def is_main(self):
@@ -35,7 +40,7 @@ class Ranks:
 
     @property
     def is_alone(self):
-        return self.world_size == 1
+        return self.world_size == 1 and not self.launched
 
     @property
     def shards(self):
@@ -46,21 +51,25 @@ class Ranks:
         A rank that waits `timeout` seconds for another gives up."""
         if self.is_alone:
             return
+        if not dist.is_available():
+            raise UserError("this PyTorch has no torch.distributed; start without torchrun")
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"RANK is set, {missing[0]} is not: start with torchrun, or unset RANK")
         if backend == "auto":
             backend = "nccl" if device.type == "cuda" else "gloo"
         if backend == "nccl" and device.type != "cuda":
             raise UserError(f"--backend=nccl needs GPUs, the device is {device.type}; use gloo")
         if backend == "nccl":
             backend = "cpu:gloo,cuda:nccl"  # collectives on host tensors do not wait for the GPU
-        if device.type == "cpu":  # torchrun gives each process one thread unless told otherwise
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        if device.type == "cpu" and local > 1:  # torchrun gives each of several one thread
             torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // local))
         init_process_group(backend, self.rank, self.world_size, timeout)
 
     def destroy(self):
         """Destroy the process group, all ranks together: one that goes first would take gloo's
         connections away from under the others."""
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 

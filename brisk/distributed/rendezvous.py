@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from brisk.errors import RunError, UserError
 
@@ -17,6 +16,8 @@ def init_process_group(backend, rank, world_size, seconds):
 
     Raises `UserError` for a `backend` that this PyTorch does not have.
     """
+    from torch.distributed.rendezvous import rendezvous  # not in every PyTorch
+
     patience = timedelta(seconds=seconds)
     with lost_peers():
         store, *_ = next(rendezvous("env://", rank, world_size, timeout=patience))
@@ -75,6 +76,8 @@ def lost_peers():
 
 def is_of_the_network(error):
     """Whether it is about the other processes; gloo's errors have no class of their own."""
+    if not dist.is_available():
+        return False
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 

@@ -83,7 +83,8 @@ class KVCache:
         if start + T == longest:
             positions, masked = None, T > 1 and start > 0
         else:
-            start, positions, masked = None, starts[:, None].to(idx.device), True
+            positions = starts[:, None].to(idx.device, non_blocking=True)
+            start, masked = None, True
         return CacheStep(self, rows, positions, longest, before, start, masked)
 
     def static_step(self, idx, positions):

@@ -8,16 +8,20 @@ class Forecast:
     """Says how long a run will take, as soon as a few timings allow it and before the waiting.
 
     The first timing of a kind is slow (kernels are chosen, memory is touched), so it speaks after
-    the third, or at once where one alone takes longer than `PATIENCE` seconds.
+    the third, or at once where one alone takes longer than `PATIENCE` seconds. In a compiled run
+    the first of a kind is the compilation, and does not count.
     """
 
     PATIENCE = 10.0
 
-    def __init__(self, say, device, steps, micro_batches, evaluations, eval_batches):
+    def __init__(
+        self, say, device, steps, micro_batches, evaluations, eval_batches, compiled=False
+    ):
         """`steps` of `micro_batches` each and `evaluations` of `eval_batches` are to come."""
         self.say, self.device, self.steps, self.micro_batches = say, device, steps, micro_batches
         self.eval_batches, self.all_eval_batches = eval_batches, evaluations * eval_batches
         self.timings = {"evaluation": [], "micro-batch": []}
+        self.compiling = set(self.timings if compiled else ())  # whose first timing is to come
         self.told = set()
 
     @classmethod
@@ -27,7 +31,7 @@ class Forecast:
         evaluations = 1 if config.eval_only else steps // config.eval_interval + 2
         batches = math.ceil(2 * config.eval_iters / run.ranks.world_size)
         per_step = len(plan.micro_batches)
-        return cls(run.say, plan.device, steps, per_step, evaluations, batches)
+        return cls(run.say, plan.device, steps, per_step, evaluations, batches, plan.compile)
 
     @property
     def is_complete(self):
@@ -48,6 +52,9 @@ class Forecast:
 
     def took(self, kind, seconds):
         """Take a timing, and say what follows from it once there are enough."""
+        if kind in self.compiling:
+            self.compiling.remove(kind)
+            return
         if not self._ready(kind, seconds):
             return
         one = min(self.timings[kind])

@@ -33,13 +33,14 @@ class AdamW(Plain, torch.optim.AdamW):
 
 def adamw(named_parameters, weight_decay, learning_rate, betas, device_type):
     """AdamW in nanoGPT's two groups and order: tensors of two or more dimensions decay, vectors
-    (biases, norms) do not. Fused where the device has that kernel."""
+    (biases, norms) do not. Fused where the device has that kernel and it heeds `step_if_finite`;
+    that of MPS does not."""
     parameters = [p for _, p in named_parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device_type in ("cuda", "cpu", "mps")
+    fused = device_type in ("cuda", "cpu")
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 

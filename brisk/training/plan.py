@@ -102,7 +102,8 @@ def describe(config, last_step, data, device, compiling, model, ranks):
         offload=config.cpu_offload,
     )
     compiled = "compiled" if compiling else "not compiled"
-    processes = f"{ranks.world_size} processes ({config.parallel}), each on "
+    count = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
+    processes = f"{count} ({config.parallel}), each on "
     where = f"{'' if ranks.is_alone else processes}{device}, {compiled}"
     yield f"device: {where}; about {format_bytes(memory)} of memory for training"
     if config.cpu_offload:

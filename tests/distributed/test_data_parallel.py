@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT, Run, same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,3 +129,65 @@ def test_a_mistake_under_torchrun_is_one_line(settings, torchrun, tmp_path):
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "--gradient_accumulation_steps=2 " in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("parallel, optimizer", [("ddp", "adamw"), ("fsdp", "muon")])
+def test_one_process_of_torchrun_trains_to_the_same_bits(
+    train_tiny, settings, torchrun, tmp_path, parallel, optimizer
+):
+    """It is wrapped like several, which can so be tried on one device, and computes the same."""
+    changes = {"gradient_accumulation_steps": 2, "optimizer": optimizer}
+    alone = train_tiny(tmp_path / "alone", **changes)
+    argv = settings(tmp_path / "one", **changes, parallel=parallel)
+    done = torchrun("train.py", *argv, processes=1)
+    assert done.returncode == 0, done.stderr
+    assert f"device: 1 process ({parallel}), each on cpu" in done.stdout
+    one = Run(tmp_path / "one", done.stdout)
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert one.series(key) == alone.series(key)
+    assert same(one.checkpoint()["model"], alone.checkpoint()["model"])
+    assert same(one.checkpoint()["optimizer"]["state"], alone.checkpoint()["optimizer"]["state"])
+
+
+def test_a_rank_without_a_launcher_is_one_line(settings, script, tmp_path):
+    done = script("train.py", *settings(tmp_path / "out"), env={"RANK": "0"})
+    assert done.returncode == 2 and done.stdout == ""
+    assert "RANK is set, MASTER_ADDR is not" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+NOT_DISTRIBUTED = """
+import importlib, sys
+import torch
+
+del torch._C._c10d_init  # by which PyTorch knows whether it was built with torch.distributed
+for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
+    del sys.modules[name]
+for name in ("distributed_c10d", "rendezvous", "device_mesh", "fsdp", "tensor"):
+    sys.modules[f"torch.distributed.{name}"] = None
+torch.distributed = importlib.import_module("torch.distributed")
+assert not torch.distributed.is_available()
+
+import train
+from brisk.distributed.process_group import clean_end
+from brisk.errors import one_line_errors
+
+with clean_end(), one_line_errors():
+    train.main(train.configure(train.TrainConfig, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["one", "rank"])
+def test_without_torch_distributed_one_process_trains(settings, script, tmp_path, environment):
+    (tmp_path / "start.py").write_text(NOT_DISTRIBUTED)
+    environment |= {"PYTHONPATH": str(ROOT)}
+    argv = settings(tmp_path / "out", optimizer="muon")
+    done = script(tmp_path / "start.py", *argv, env=environment)
+    if "RANK" in environment:
+        assert done.returncode == 2 and "this PyTorch has no torch.distributed" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    else:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out" / "ckpt.pt").exists()

@@ -472,6 +472,18 @@ def test_a_forecast_speaks_once_after_three_timings(forecast):
     assert len(forecast.said) == 2
 
 
+def test_compiling_is_no_step():
+    """The first of a kind takes minutes in a compiled run, and says nothing of the others."""
+    said = []
+    forecast = Forecast(said.append, None, 1000, 10, 5, 40, compiled=True)
+    forecast.took("evaluation", 90.0)
+    forecast.took("micro-batch", 100.0)
+    assert said == []
+    for seconds in (2.1, 2.0, 2.2):
+        forecast.took("micro-batch", seconds)
+    assert len(said) == 1 and said[0].startswith("a step takes about 20 s, the whole run 6 h")
+
+
 def test_a_long_wait_is_told_at_once(forecast):
     forecast.took("micro-batch", 60.0)
     assert forecast.said[0].startswith("a step takes about 10 min, the whole run 7 days")
