@@ -107,7 +107,7 @@ def train_bpe(texts, vocab_size):
         raise UserError(f"vocab_size={vocab_size}: a BPE has at least the 256 bytes and {EOT}")
     ids = learn_pairs(texts, vocab_size - 1).get_vocab()
     if len(ids) < vocab_size - 1:
-        print(f"vocab_size={vocab_size}: this text has pairs for {len(ids) + 1}, taking that")
+        print(f"vocab_size={vocab_size}: this text has too few pairs, taking {len(ids) + 1}")
         vocab_size = len(ids) + 1
     alphabet = byte_alphabet()
     ranks = {bytes(alphabet[letter] for letter in token): ids[token] for token in ids}

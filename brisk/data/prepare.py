@@ -131,6 +131,8 @@ def prepare(
     elif tokenizer == "word":
         words = (text for document in splits["train"] for text, _ in parts(document))
         made = learn_words(words, min_count, vocab_size or MOST_WORDS, eot=not is_one)
+        if len(made.words) < vocab_size:
+            print(f"vocab_size={vocab_size}: {len(made.words):,} words are there often enough")
     elif tokenizer == "bpe":
         made = train_bpe(sample_evenly(splits["train"], bpe_sample), vocab_size)
     else:

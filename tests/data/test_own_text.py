@@ -115,3 +115,54 @@ def test_a_fifo_is_refused_at_once():
     for name in ("pipe.txt", "/dev/null"):
         with pytest.raises(UserError, match="is not a regular file"):
             prepare(name)
+
+
+# ----------------------------------------------------------------------------- tokens
+
+
+def test_a_vocabulary_shrinks_to_what_the_text_gives(capsys):
+    pytest.importorskip("tokenizers")
+    folder = prepare("my.txt", tokenizer="bpe", vocab_size=8192)
+    made = load_tokenizer(folder)
+    assert 257 < made.vocab_size < 400
+    assert f"taking {made.vocab_size}" in capsys.readouterr().out
+    folder = prepare("my.txt", "words", tokenizer="word", vocab_size=8192)
+    assert len(load_tokenizer(folder).words) == 12
+    assert ": 12 words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("!!! … ???\n" * 20, "has no words"), ("no word of it twice", "lower --min_count")],
+)
+def test_a_text_without_words_is_one_line(text, message):
+    Path("my.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        prepare("my.txt", tokenizer="word")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("the of and to in the the of\n", "no words besides stop words"),
+        ("apples and pears\n" * 9 + "the of and the of\n" * 3, "has no words to keep"),
+    ],
+)
+def test_a_text_of_stop_words_is_one_line(prepare_here, text, message):
+    Path("my.txt").write_text(text)
+    assert message in prepare_here("words", fails=True, input="my.txt")
+
+
+def test_names_that_are_no_text(script, tmp_path):
+    """File names on Linux are bytes; these are not UTF-8."""
+    name, folder = (os.fsdecode(os.fsencode(tmp_path) + end) for end in (b"/t\xfe.txt", b"/d\xff"))
+    try:
+        Path("my.txt").rename(name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for _ in range(2):
+        done = script("data/custom/prepare.py", f"--input={name}", f"--data_dir={folder}")
+        assert done.returncode == 0, done.stderr
+    assert load_tokenizer(folder).characters == sorted(set(TEXT))
+    made = prepare(name)
+    assert made == Path("data/t") == prepare(name)
