@@ -389,6 +389,22 @@ def test_eval_only_evaluates_once_and_saves_nothing(
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
+def test_dry_run_needs_no_data(main, settings, tmp_path, char_data):
+    argv = [a for a in settings(tmp_path / "out") if not a.startswith("--data_dir")]
+    argv += ["--dry_run", f"--data_dir={tmp_path / 'nowhere'}"]
+    console = main(argv).console
+    assert "is not prepared; a vocabulary of 50,304 is assumed" in console
+    assert re.search(r"compute: [\d.e+]+ FLOP; at least .* TFLOP/s", console)
+    with pytest.raises(UserError, match="no train.bin"):  # its length is needed
+        main([*argv, "--max_epochs=2"])
+
+
+def test_float16_on_a_cpu_is_noted_and_mfu_is_a_share(train_tiny, tmp_path):
+    run = train_tiny(tmp_path / "out", dtype="float16", max_iters=1)
+    assert "far more slowly" in run.console and "float32 matrix product" in run.console
+    assert max(run.series("mfu").values()) < 1
+
+
 def test_dry_run_writes_nothing(finished, train_tiny, resume, tmp_path):
     fresh = train_tiny(tmp_path / "fresh", dry_run=True)
     assert not fresh.out_dir.exists()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from brisk.data.dataset import load_tokenizer, read_meta, verify_data
 from brisk.data.loader import TokenFile, find_data_dir
@@ -25,8 +26,14 @@ class RunData:
 
 
 def open_data(config, start, run):
-    """The `RunData` of the run, checked. Raises `UserError` where it is not there, or not whole."""
-    folder = find_data_dir(config.data_dir, config.dataset)
+    """The `RunData` of the run, checked. Raises `UserError` where it is not there, or not whole,
+    except that a dry run does without: it then reckons with GPT-2's vocabulary."""
+    try:
+        folder = find_data_dir(config.data_dir, config.dataset)
+    except UserError:
+        if not config.dry_run or config.max_epochs or start.saved:
+            raise
+        return unprepared(config, start)
     meta = read_meta(folder)
     tokenizer = load_tokenizer(folder, meta)
     if config.verify_data:
@@ -55,6 +62,21 @@ def open_data(config, start, run):
         vocab_size=vocab_size,
         prompt=prompt,
         identity=identity(meta, len(train_data.tokens)),
+    )
+
+
+def unprepared(config, start):
+    """The `RunData` of a dry run whose data set is not there yet: no tokens."""
+    rows = start.model_args["vocab_size"] if start.model_args else config.vocab_size
+    return RunData(
+        folder=Path(config.data_dir or Path("data", config.dataset)),
+        train=SimpleNamespace(rows=0, tokens=()),
+        evaluated={},
+        tokenizer=None,
+        described=None,
+        vocab_size=rows or vocabulary_rows(None),
+        prompt=None,
+        identity=identity(None, 0),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from brisk.device import Device, cpu_training_dtype, resolve_compile
 from brisk.distributed.parallelize import check_offload
 from brisk.errors import UserError, format_bytes
+from brisk.reporting.forecast import duration
 from brisk.training.memory import expected_memory, shared_state
 from brisk.training.resume import is_other_data
 
@@ -77,7 +78,10 @@ def make_plan(config, start, state, data, run):
 
 def describe(config, last_step, data, device, compiling, model, ranks):
     """Lines that describe the run: data, steps and tokens, device, and expected memory."""
-    yield f"data: {data.folder}, {len(data.train.tokens):,} training tokens"
+    if data.train.rows:
+        yield f"data: {data.folder}, {len(data.train.tokens):,} training tokens"
+    else:
+        yield f"data: {data.folder} is not prepared; a vocabulary of {data.vocab_size:,} is assumed"
     batch = global_batch(config)
     yield f"number of parameters: {model.get_num_params() / 1e6:.2f}M"
     if config.ngrams > 1:
@@ -88,8 +92,8 @@ def describe(config, last_step, data, device, compiling, model, ranks):
         later, earlier = pair[::-1] if epochs_to_train(config) else pair
         yield f"note: {later}={getattr(config, later):g}, given after {earlier}, decides"
     yield f"tokens per iteration will be: {tokens:,}"
-    epochs = batch * steps / data.train.rows
-    yield f"plan: {steps:,} steps, {steps * tokens:,} tokens, {epochs:.3g} epochs"
+    epochs = f", {batch * steps / data.train.rows:.3g} epochs" if data.train.rows else ""
+    yield f"plan: {steps:,} steps, {steps * tokens:,} tokens{epochs}"
     ranks = replace(ranks, world_size=config.dry_run_world_size or ranks.world_size)
     micro_batches = ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
     memory = expected_memory(
@@ -108,6 +112,14 @@ def describe(config, last_step, data, device, compiling, model, ranks):
     yield f"device: {where}; about {format_bytes(memory)} of memory for training"
     if config.cpu_offload:
         yield f"and {format_bytes(shared_state(model, ranks))} of the host's for each process"
+    if device.type == "cpu" and device.dtype_name == "float16":
+        yield "note: CPUs compute float16 far more slowly than float32 and bfloat16"
+    if config.dry_run:
+        flops = model.flops_per_token() * tokens * steps
+        peak, source = device.peak_flops()
+        peak *= ranks.world_size
+        limit = f"{peak / 1e12:.3g} TFLOP/s, {source}"
+        yield f"compute: {flops:.3g} FLOP; at least {duration(flops / peak)} at {limit}"
 
 
 def global_batch(config):
