@@ -395,7 +395,7 @@ def test_dry_run_needs_no_data(main, settings, tmp_path, char_data):
     console = main(argv).console
     assert "is not prepared; a vocabulary of 50,304 is assumed" in console
     assert re.search(r"compute: [\d.e+]+ FLOP; at least .* TFLOP/s", console)
-    with pytest.raises(UserError, match="no train.bin"):  # its length is needed
+    with pytest.raises(UserError, match=r"no train\.bin"):  # its length is needed
         main([*argv, "--max_epochs=2"])
 
 
