@@ -45,7 +45,7 @@ def fit_to_minutes(config, plan, step_seconds, say):
     last_step = plan.first_step + steps - 1
     values = {
         "eval_iters": batches,
-        "eval_interval": max(1, steps // EVALUATIONS),
+        "eval_interval": -(-steps // EVALUATIONS),
         "log_interval": max(1, steps // (10 * EVALUATIONS)),
         "warmup_iters": min(100, steps // 20),
         "lr_decay_iters": last_step,
