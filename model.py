@@ -521,6 +521,8 @@ class GPT(nn.Module):
     def freeze_layers(self, count):
         """Keep the embeddings and the first `count` blocks as they are: they then take neither
         gradients nor moments, and their activations are not kept. A tied head is kept as well."""
+        if count == 0:
+            return
         if count > len(self.transformer.h):
             raise ValueError(f"cannot freeze {count} of {len(self.transformer.h)} blocks")
         tables = ("wte", "wpe", "ngrams")

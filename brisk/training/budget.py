@@ -1,6 +1,7 @@
 """The length of a run from the time it may take."""
 
 import time
+from statistics import median
 
 from brisk.reporting.forecast import duration
 
@@ -10,19 +11,21 @@ FEWEST_BATCHES, MOST_BATCHES = 5, 200  # of each split in an evaluation
 WARM_UP_STEPS, TIMED_STEPS, TIMED_SECONDS = 2, 5, 2.0
 
 
-def seconds_per_step(step, device):
-    """Seconds that one call of `step` takes: the median of at least `TIMED_STEPS` calls over at
-    least `TIMED_SECONDS` seconds, after `WARM_UP_STEPS` calls that are not timed."""
-    for _ in range(WARM_UP_STEPS):
-        step()
-    device.synchronize()
-    times, began = [], time.perf_counter()
-    while len(times) < TIMED_STEPS or time.perf_counter() - began < TIMED_SECONDS:
-        t0 = time.perf_counter()
-        step()
-        device.synchronize()
-        times.append(time.perf_counter() - t0)
-    return sorted(times)[len(times) // 2]
+def seconds_per_step(step, device, ranks):
+    """Seconds that one call of `step` takes: the median of `TIMED_STEPS` calls, or of as many as
+    fit into `TIMED_SECONDS`, after `WARM_UP_STEPS` calls. All ranks call it equally often."""
+
+    def timed(calls):
+        times = []
+        for _ in range(calls):
+            t0 = time.perf_counter()
+            step()
+            device.synchronize()
+            times.append(time.perf_counter() - t0)
+        return ranks.broadcast(median(times))
+
+    guess = timed(WARM_UP_STEPS + 1)
+    return timed(max(TIMED_STEPS, round(TIMED_SECONDS / guess)))
 
 
 def fit_to_minutes(config, plan, step_seconds, say):
