@@ -19,9 +19,8 @@ from tempfile import TemporaryDirectory
 
 from brisk.data.tokenizer import EOT, knows_documents
 from brisk.errors import UserError, one_line_errors
-from brisk.interop.families import to_hugging_face
 from brisk.interop.gguf import is_gguf_export, write_gguf
-from brisk.interop.huggingface import is_export, write_directory
+from brisk.interop.huggingface import is_export, to_hugging_face, write_directory
 from brisk.interop.pretrained import read_pretrained
 from configurator import configure
 from model import GPT

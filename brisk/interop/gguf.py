@@ -9,14 +9,14 @@ CPU, from a table in half precision: logits of a GPT-2 differ by about 1e-3 ther
 import logging
 
 from brisk.errors import UserError
-from brisk.interop.families import turned
+from brisk.interop.gpt2 import transpose_conv1d
 from brisk.interop.tokenizer_json import as_letters, check_exact
 
 WRITER = "briskgpt.export"  # a key of ours, which others pass over
 
 
 def write_gguf(path, theirs, weights, tokenizer):
-    """Write a model, as `families.to_hugging_face` returns it, to the new file `path`.
+    """Write a model, as `huggingface.to_hugging_face` returns it, to the new file `path`.
 
     Raises `UserError` where the `gguf` package is missing, or the tokenizer cannot be carried.
     """
@@ -34,7 +34,7 @@ def write_gguf(path, theirs, weights, tokenizer):
     names = gguf.get_tensor_name_map(arch, sizes["block_count"])
     for name, weight in weights.items():
         if theirs["model_type"] == "gpt2":
-            weight = turned(name, weight)
+            weight = transpose_conv1d(name, weight)
         short = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(short, weight.contiguous().float().numpy())
     writer.write_header_to_file()

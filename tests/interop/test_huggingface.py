@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brisk.errors import UserError
-from brisk.interop.families import weight_shapes
+from brisk.interop import gpt2, qwen3
 from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
 from model import GPT, GPTConfig
 
@@ -183,9 +183,11 @@ def test_what_load_pretrained_returns(tmp_path):
 
 
 def test_weight_shapes_are_the_models():
-    sizes = dict(n_layer=2, n_embd=32, vocab_size=100, block_size=48, n_head=2)
-    model = GPT(GPTConfig(**sizes))
-    assert weight_shapes(**sizes) == {k: tuple(w.shape) for k, w in model.state_dict().items()}
+    sizes = dict(n_layer=2, n_embd=32, vocab_size=100, block_size=48, n_head=2, mlp_width=40)
+    for family, args in ((gpt2, {}), (qwen3, {**qwen3.FIELDS, "n_kv_head": 1})):
+        model = GPT(GPTConfig(**sizes, **args))
+        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        assert family.weight_shapes(**sizes, **args) == shapes
 
 
 @pytest.mark.parametrize(
