@@ -9,13 +9,29 @@ from dataclasses import asdict
 
 import torch
 
-from brisk.interop.foreign_config import check_computed
+from brisk.errors import UserError
+from brisk.interop.foreign_config import WEIGHT_FILES, Key, only, read_config, size
 
-NAME = "GPT-2"
+NAME, MODEL_TYPE = "GPT-2", "gpt2"
 GELUS = {  # its name of an activation: our GPTConfig.gelu
     "gelu_new": "tanh",
     "gelu_pytorch_tanh": "tanh",
     "gelu": "none",
+}
+CONFIG = {  # the keys of its config that decide what is computed; defaults are transformers'
+    "vocab_size": size(50257),
+    "n_positions": size(1024, alias="max_position_embeddings"),
+    "n_embd": size(768, alias="hidden_size"),
+    "n_layer": size(12, alias="num_hidden_layers"),
+    "n_head": size(12, alias="num_attention_heads"),
+    "n_inner": size(None, null=True),  # null: 4 n_embd
+    "activation_function": only(*GELUS),
+    "layer_norm_epsilon": only(1e-5),
+    "scale_attn_weights": only(True),
+    "scale_attn_by_inverse_layer_idx": only(False),
+    "add_cross_attention": only(False),
+    "tie_word_embeddings": Key(bool, True),
+    **WEIGHT_FILES,
 }
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -24,32 +40,27 @@ FIELDS = {"position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu
 
 
 def import_config(theirs, source):
-    """Arguments of `GPTConfig` for a GPT-2's config (a dict)."""
-    n_embd = theirs.get("n_embd", 768)
-    computed = {  # their setting: (what it is where they leave it out, the values we compute)
-        "model_type": (None, ("gpt2", "qwen3")),
-        "activation_function": ("gelu_new", tuple(GELUS)),
-        "layer_norm_epsilon": (1e-5, (1e-5,)),
-        "scale_attn_weights": (True, (True,)),
-        "scale_attn_by_inverse_layer_idx": (False, (False,)),
-        "add_cross_attention": (False, (False,)),
-    }
-    check_computed(theirs, computed, source)
-    width = theirs.get("n_inner") or 4 * n_embd
+    """Arguments of `GPTConfig` for a GPT-2's config (a dict). Raises `UserError` that begins with
+    `source` where it is not one, or says what our model does not compute."""
+    config = read_config(theirs, CONFIG, source)
+    n_embd, n_head = config["n_embd"], config["n_head"]
+    if n_embd % n_head != 0:
+        raise UserError(f"{source}: n_embd={n_embd} is not divisible by n_head={n_head}")
+    width = config["n_inner"] or 4 * n_embd
     return dict(
-        block_size=theirs.get("n_positions", 1024),
-        vocab_size=theirs.get("vocab_size", 50257),
-        n_layer=theirs.get("n_layer", 12),
-        n_head=theirs.get("n_head", 12),
+        block_size=config["n_positions"],
+        vocab_size=config["vocab_size"],
+        n_layer=config["n_layer"],
+        n_head=n_head,
         n_embd=n_embd,
         bias=True,
-        gelu=GELUS[theirs.get("activation_function", "gelu_new")],
+        gelu=GELUS[config["activation_function"]],
         mlp_width=0 if width == 4 * n_embd else width,
-        tied=theirs.get("tie_word_embeddings", True),
+        tied=config["tie_word_embeddings"],
     )
 
 
-def import_weights(weights, n_layer):
+def import_weights(weights, config_args, source):
     """A GPT-2's weights under our names and in our shapes."""
     state = {}
     for name, weight in weights.items():
@@ -94,7 +105,7 @@ def export_weights(config, state):
 
 def transpose_conv1d(name, weight):
     """`weight` as the other side stores it: a linear layer's transposed. Its own inverse."""
-    return weight.t() if name.endswith(CONV1D) else weight
+    return weight.t() if name.endswith(CONV1D) and weight.dim() == 2 else weight
 
 
 def weight_shapes(n_layer, n_embd, vocab_size, block_size, mlp_width=0, **args):

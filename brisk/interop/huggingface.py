@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from brisk.errors import UserError, did_you_mean
 from brisk.interop import gpt2, qwen3
+from brisk.interop.foreign_config import shown
 from brisk.interop.tokenizer_json import tokenizer_files
 from brisk.interop.weight_files import read_json, read_weights, shards_in
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+FAMILIES = (gpt2, qwen3)
 WRITER = {"format": "pt", "writer": "briskGPT"}  # tells an export of ours, untouched, from others
 
 
@@ -49,10 +51,7 @@ def load_pretrained(name_or_directory):
         return hub_file(name_or_directory, file) if from_hub else folder / file
 
     theirs = read_json(find("config.json"))
-    try:
-        config_args = to_config_args(theirs, name_or_directory)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{folder / 'config.json'} is no config of a model: {error}") from error
+    config_args = to_config_args(theirs, name_or_directory)
     index = folder / "model.safetensors.index.json"
     if not from_hub and index.exists():
         shards = shards_in(index)
@@ -61,22 +60,20 @@ def load_pretrained(name_or_directory):
         weights = read_weights(find("pytorch_model.bin"))
     else:
         weights = read_weights(find("model.safetensors"))
-    try:
-        return config_args, to_state_dict(weights, config_args, name_or_directory)
-    except (TypeError, ValueError) as error:  # sizes that are no integers
-        raise UserError(f"{folder / 'config.json'} is no config of a model: {error}") from error
+    return config_args, to_state_dict(weights, config_args, name_or_directory)
 
 
 def to_config_args(theirs, source):
     """Arguments of `GPTConfig` for their config (a dict), or a `UserError` that names what in it
     our model does not compute."""
-    family = qwen3 if theirs.get("model_type") == "qwen3" else gpt2
-    args = family.import_config(theirs, source)
-    for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_width"):
-        least = 0 if key == "mlp_width" else 1
-        if type(args[key]) is not int or args[key] < least:
-            raise UserError(f"{source}: its config makes {key} {args[key]!r}")
-    return args
+    if not isinstance(theirs, dict):
+        raise UserError(f"{source}: its config.json holds no config of a model")
+    model_type = theirs.get("model_type")
+    for family in FAMILIES:
+        if model_type == family.MODEL_TYPE:
+            return family.import_config(theirs, source)
+    known = " or ".join(family.MODEL_TYPE for family in FAMILIES)
+    raise UserError(f"{source}: its config says model_type={shown(model_type)}, wanted: {known}")
 
 
 def to_state_dict(weights, config_args, source):
@@ -85,7 +82,7 @@ def to_state_dict(weights, config_args, source):
     if config_args["n_layer"] > len(weights):  # before a claim of a billion is believed
         claim = f"its config says {config_args['n_layer']} layers"
         raise UserError(f"{source}: {claim}, its files have {len(weights)} weights")
-    state = family.import_weights(weights, config_args["n_layer"])
+    state = family.import_weights(weights, config_args, source)
     state = {name: weight.float().contiguous() for name, weight in state.items()}
     if config_args["tied"]:
         tied = state.get("transformer.wte.weight")

@@ -4,16 +4,42 @@ A modern model (config/model/modern.py) is a `Qwen3ForCausalLM`, which has names
 queries, keys and values in three matrices where ours are one.
 """
 
+from dataclasses import replace
+
 import torch
 
 from brisk.errors import UserError
-from brisk.interop.foreign_config import check_computed
+from brisk.interop.foreign_config import WEIGHT_FILES, Key, only, read_config, shown, size
 
-NAME = "Qwen3"
+NAME, MODEL_TYPE = "Qwen3", "qwen3"
+
+THETA = Key(float, 10000.0, low=1e-6, high=1e30)  # in these bounds float32 has all of its powers
 
 # The fields of a GPTConfig that a Qwen3 computes with these values only.
 FIELDS = {"position": "rotary", "norm": "rms", "qk_norm": True, "mlp": "swiglu", "ngrams": 1}
 FIELDS |= {"bias": False}
+CONFIG = {  # the keys of its config that decide what is computed; defaults are transformers'
+    "vocab_size": size(),
+    "max_position_embeddings": size(),
+    "hidden_size": size(),
+    "intermediate_size": size(),
+    "num_hidden_layers": size(),
+    "num_attention_heads": size(),
+    "num_key_value_heads": size(null=True),  # null: num_attention_heads
+    "head_dim": size(128),
+    "hidden_act": only("silu"),
+    "rms_norm_eps": only(1e-6),
+    "attention_bias": only(False),
+    "use_sliding_window": only(False),
+    "layer_types": Key(list, None, null=True),
+    "rope_theta": THETA,
+    "rope_parameters": Key(dict, None, null=True),
+    "rope_scaling": Key(dict, None, null=True),  # before transformers 5
+    "partial_rotary_factor": only(1.0),
+    "tie_word_embeddings": Key(bool, False),
+    **WEIGHT_FILES,
+}
+ROPE = {"rope_type": only("default"), "rope_theta": replace(THETA, default=None)}
 BLOCK = {  # our name of a weight: theirs, one above another where ours is one matrix
     "ln_1": ("input_layernorm",),
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -28,49 +54,67 @@ BLOCK = {  # our name of a weight: theirs, one above another where ours is one m
 
 
 def import_config(theirs, source):
-    """Arguments of `GPTConfig` for a Qwen3's config (a dict), in which every size stands."""
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    sizes += ("max_position_embeddings", "vocab_size")
-    if missing := [key for key in sizes if key not in theirs]:
-        raise UserError(f"{source}: its config does not state {', '.join(missing)}")
-    # transformers 5 has one entry for all of the rotary position; before, there were two.
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    rope = {"rope_type": rope.get("type", "default"), **rope}
-    n_embd, n_head = theirs["hidden_size"], theirs["num_attention_heads"]
-    settings = {**theirs, "rope_type": rope["rope_type"]}
-    settings["layer_types"] = sorted(set(theirs.get("layer_types") or ["full_attention"]))
-    computed = {
-        "head_dim": (128, (n_embd // n_head,)),
-        "hidden_act": ("silu", ("silu",)),
-        "rms_norm_eps": (1e-6, (1e-6,)),
-        "attention_bias": (False, (False,)),
-        "use_sliding_window": (False, (False,)),
-        "layer_types": (None, (["full_attention"],)),
-        "rope_type": ("default", ("default",)),
-    }
-    check_computed(settings, computed, source)
+    """Arguments of `GPTConfig` for a Qwen3's config (a dict). Raises `UserError` that begins with
+    `source` where it is not one, or says what our model does not compute."""
+    config = read_config(theirs, CONFIG, source)
+    n_embd, n_head = config["hidden_size"], config["num_attention_heads"]
+    head_dim, n_layer = config["head_dim"], config["num_hidden_layers"]
+    n_kv_head = config["num_key_value_heads"] or n_head
+    if n_head * head_dim != n_embd or head_dim % 2 != 0:
+        sizes = f"hidden_size={n_embd}, num_attention_heads={n_head}, head_dim={head_dim}"
+        raise UserError(f"{source}: {sizes}; wanted: their quotient as head_dim, and even")
+    if n_head % n_kv_head != 0:
+        sizes = f"num_attention_heads={n_head} is not divisible by num_key_value_heads={n_kv_head}"
+        raise UserError(f"{source}: {sizes}")
+    layers = config["layer_types"]
+    if layers is not None and not layers.count("full_attention") == len(layers) == n_layer:
+        types = f"full_attention for each of {n_layer} layers"
+        raise UserError(f"{source}: its config says layer_types={shown(layers)}, wanted: {types}")
     return dict(
-        block_size=theirs["max_position_embeddings"],
-        vocab_size=theirs["vocab_size"],
-        n_layer=theirs["num_hidden_layers"],
+        block_size=config["max_position_embeddings"],
+        vocab_size=config["vocab_size"],
+        n_layer=n_layer,
         n_head=n_head,
-        n_kv_head=theirs.get("num_key_value_heads") or n_head,
+        n_kv_head=n_kv_head,
         n_embd=n_embd,
-        mlp_width=theirs["intermediate_size"],
-        rope_theta=rope.get("rope_theta", theirs.get("rope_theta", 10000.0)),
-        tied=theirs.get("tie_word_embeddings", False),
+        mlp_width=config["intermediate_size"],
+        rope_theta=rope_theta(config, source),
+        tied=config["tie_word_embeddings"],
         **{key: value for key, value in FIELDS.items() if key != "ngrams"},
     )
 
 
-def import_weights(weights, n_layer):
-    """A Qwen3's weights under our names; a name that a Qwen3 of `n_layer` blocks does not have
-    stays as it is."""
+def rope_theta(config, source):
+    """Base of the rotary angles. transformers 5 has one entry for all of the rotary position;
+    before, there were two. Where old and new are there, transformers takes the old one alone."""
+    theta = config["rope_theta"]
+    for name in ("rope_parameters", "rope_scaling"):
+        if rope := config[name]:
+            rope = {"rope_type": rope.get("type", "default"), **rope}
+            known = read_config(rope, ROPE, f"{source}: {name}")
+            further = [key for key in rope if key not in (*ROPE, "type") and rope[key] is not None]
+            if further:  # one object for each type of layer, or a setting of some scaling
+                unknown = f"{shown(further[0])} in {name}"
+                raise UserError(f"{source}: its config has {unknown}, which is not computed here")
+            theta = known["rope_theta"] or config["rope_theta"]
+    return theta
+
+
+def import_weights(weights, config_args, source):
+    """A Qwen3's weights under our names; a name that a Qwen3 with these arguments of `GPTConfig`
+    does not have stays as it is."""
     weights, state = dict(weights), {}
-    for ours, theirs in weight_names(n_layer).items():
-        parts = [weights.pop(name) for name in theirs if name in weights]
-        if len(parts) == len(theirs):
-            state[ours] = torch.cat(parts)
+    n_embd, head_dim = config_args["n_embd"], config_args["n_embd"] // config_args["n_head"]
+    heads = [config_args[key] for key in ("n_head", "n_kv_head", "n_kv_head")]
+    for ours, theirs in weight_names(config_args["n_layer"]).items():
+        parts = {name: weights.pop(name) for name in theirs if name in weights}
+        if len(parts) < len(theirs):
+            continue
+        for n, (name, part) in zip(heads, parts.items(), strict=False):  # queries, keys, values
+            if len(parts) > 1 and part.shape != (n * head_dim, n_embd):
+                found, wanted = tuple(part.shape), (n * head_dim, n_embd)
+                raise UserError(f"{source}: {name} is {found}, its config asks for {wanted}")
+        state[ours] = torch.cat(list(parts.values())) if len(parts) > 1 else parts[theirs[0]]
     return {**weights, **state}
 
 

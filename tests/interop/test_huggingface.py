@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from brisk.errors import UserError
 from brisk.interop import gpt2, qwen3
@@ -111,9 +112,11 @@ def test_a_qwen3_with_other_positions_or_weights_is_refused(tmp_path):
     assert "rope_type=yarn" in error_after(rope_parameters=yarn)
     older = {"type": "linear", "factor": 4.0}
     assert "rope_type=linear" in error_after(rope_parameters=None, rope_scaling=older)
+    assert "each of 3 layers" in error_after(num_hidden_layers=3)
+    del right["layer_types"]
     assert "has no transformer.h.2." in error_after(num_hidden_layers=3)
     assert "unknown to Qwen3, model.layers.1." in error_after(num_hidden_layers=1)
-    assert "c_attn.weight is (64, 32)" in error_after(num_key_value_heads=1)
+    assert "k_proj.weight is (16, 32)" in error_after(num_key_value_heads=1)
     del right["hidden_size"]
     assert "does not state hidden_size" in error_after()
 
@@ -140,6 +143,39 @@ def test_config_with_invalid_values_is_refused(tmp_path, make, changes, train_ti
         GPT.from_pretrained(tmp_path)
     with pytest.raises(UserError):
         train_tiny(tmp_path / "out", init_from=tmp_path)
+
+
+def test_scaled_or_layerwise_rope_is_refused(tmp_path):
+    """Where an older entry stands beside the new one, transformers takes the older alone."""
+    theirs = random_qwen3(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    theirs.save_pretrained(tmp_path)
+    right = json.loads((tmp_path / "config.json").read_text())
+    for words, changes in {
+        "rope_type=yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        "full_attention in rope_parameters": {"rope_parameters": {"full_attention": {}}},
+        "factor in rope_scaling": {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
+    }.items():
+        (tmp_path / "config.json").write_text(json.dumps({**right, **changes}))
+        with pytest.raises(UserError, match=words):
+            load_pretrained(tmp_path)
+    again = {**right, "rope_parameters": None, "rope_scaling": right["rope_parameters"]}
+    (tmp_path / "config.json").write_text(json.dumps(again))
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_keys_and_values_have_their_own_shapes(tmp_path):
+    """Queries, keys and values of the right size together, but not each."""
+    random_qwen3().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.{}_proj.weight"
+    keys = torch.cat([weights[name.format("k")], weights[name.format("v")]])
+    rows = {"k": keys[:8], "v": keys[8:]}
+    save_file(weights | {name.format(x): w.clone() for x, w in rows.items()}, tmp_path / "a")
+    (tmp_path / "a").replace(tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"k_proj.weight is \(8, 32\), its config asks for \(16, 32\)"
+    ):
+        load_pretrained(tmp_path)
 
 
 def test_qwen3_finetunes_from_its_directory(tmp_path, train_tiny):
