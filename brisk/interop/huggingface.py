@@ -6,6 +6,7 @@ The families are `brisk/interop/gpt2.py` and `brisk/interop/qwen3.py`; files of 
 
 import json
 import logging
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from brisk.errors import UserError, did_you_mean
 from brisk.interop import gpt2, qwen3
 from brisk.interop.foreign_config import shown
 from brisk.interop.tokenizer_json import tokenizer_files
-from brisk.interop.weight_files import read_json, read_weights, shards_in
+from brisk.interop.weight_files import read_folder, read_json, read_weights
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FAMILIES = (gpt2, qwen3)
@@ -30,7 +31,7 @@ def load_pretrained(name_or_directory):
 
     Args:
         name_or_directory: one of `GPT2_NAMES`, or a directory with `config.json` and
-            `model.safetensors` (in shards too) or `pytorch_model.bin`.
+            `model.safetensors` or `pytorch_model.bin`, in shards too.
 
     Returns:
         (config_args, state_dict): arguments of `GPTConfig`, and float32 weights under our names,
@@ -50,16 +51,8 @@ def load_pretrained(name_or_directory):
     def find(file):
         return hub_file(name_or_directory, file) if from_hub else folder / file
 
-    theirs = read_json(find("config.json"))
-    config_args = to_config_args(theirs, name_or_directory)
-    index = folder / "model.safetensors.index.json"
-    if not from_hub and index.exists():
-        shards = shards_in(index)
-        weights = {k: w for shard in shards for k, w in read_weights(find(shard)).items()}
-    elif not from_hub and not (folder / "model.safetensors").exists():
-        weights = read_weights(find("pytorch_model.bin"))
-    else:
-        weights = read_weights(find("model.safetensors"))
+    config_args = to_config_args(read_json(find("config.json")), name_or_directory)
+    weights = read_weights(find("model.safetensors")) if from_hub else read_folder(folder)
     return config_args, to_state_dict(weights, config_args, name_or_directory)
 
 
@@ -146,6 +139,7 @@ def write_directory(folder, theirs, weights, tokenizer):
         for name, text in contents.items():
             (folder / name).write_text(f"{text}\n", encoding="utf-8")
         save_file(weights, path, metadata=WRITER)
+        shutil.copymode(folder / "config.json", path)  # safetensors lets nobody else read it
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

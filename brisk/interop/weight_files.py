@@ -9,6 +9,20 @@ from safetensors.torch import load_file
 from brisk.checkpoint import is_weight, load_tensors, verify
 from brisk.errors import UserError
 
+NAMES = ("model.safetensors", "pytorch_model.bin")  # where both are, transformers takes the first
+
+
+def read_folder(folder):
+    """The tensors, by name, of the model in a directory: from the file that transformers takes.
+    A file comes before its index of shards, safetensors before PyTorch's format."""
+    for name in NAMES:
+        if (folder / name).exists():
+            return read_weights(folder / name)
+        if (index := folder / f"{name}.index.json").exists():
+            shards = [read_weights(folder / shard) for shard in shards_in(index)]
+            return {name: weight for shard in shards for name, weight in shard.items()}
+    raise UserError(f"{folder} has neither {' nor '.join(NAMES)}, whole or in shards")
+
 
 def shards_in(index):
     """The names of the files that an index of weights lists; they lie beside it."""

@@ -343,6 +343,16 @@ def test_nothing_of_others_is_replaced(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "mine", "empty"}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+def test_files_have_the_mode_of_any_other(tmp_path):
+    before = os.umask(0o027)
+    try:
+        run_export(tmp_path, make_model(ByteTokenizer()), ByteTokenizer(), to=tmp_path / "to")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "to").iterdir()} == {0o640}
+
+
 def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     tokenizer = ByteTokenizer()
     run_export(tmp_path / "out", make_model(tokenizer), tokenizer, to=tmp_path / "to")

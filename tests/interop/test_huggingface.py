@@ -260,6 +260,56 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
     assert "transformer.wte.weight is (100, 32)" in error_after(vocab_size=101)
 
 
+def write_bin_shards(folder, weights):
+    """PyTorch's files in shards, as transformers wrote them before version 5."""
+    names = sorted(weights)
+    shards = {"pytorch_model-00001-of-00002.bin": names[::2]}
+    shards["pytorch_model-00002-of-00002.bin"] = names[1::2]
+    for shard, held in shards.items():
+        torch.save({name: weights[name].clone() for name in held}, folder / shard)
+    index = {
+        "metadata": {},
+        "weight_map": {name: shard for shard, held in shards.items() for name in held},
+    }
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("make", [random_gpt2, random_qwen3])
+def test_pytorch_files_in_shards(tmp_path, make):
+    theirs = make()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights = {k: w for k, w in theirs.state_dict().items() if k != "lm_head.weight"}
+    write_bin_shards(
+        tmp_path, weights if theirs.config.tie_word_embeddings else theirs.state_dict()
+    )
+    assert_same_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_of_several_files_the_one_transformers_takes(tmp_path):
+    """Each kind of file with other weights; the one that is taken is removed, again and again."""
+    first = random_gpt2()
+    for scale, options in ((2, {"max_shard_size": "40KB"}), (1, {})):
+        changed = {k: w * scale for k, w in first.state_dict().items()}
+        first.save_pretrained(tmp_path / str(scale), state_dict=changed, **options)
+    for folder in ("2", "1"):
+        for path in (tmp_path / folder).iterdir():
+            path.replace(tmp_path / path.name)
+    weights = {k: w for k, w in first.state_dict().items() if k != "lm_head.weight"}
+    torch.save({k: w * 3 for k, w in weights.items()}, tmp_path / "pytorch_model.bin")
+    write_bin_shards(tmp_path, {k: w * 4 for k, w in weights.items()})
+    name = "transformer.h.0.mlp.c_fc.bias"
+    order = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    for scale, file in enumerate([*order, "pytorch_model.bin.index.json"], start=1):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert theirs.state_dict()[name].equal(weights[name] * scale)
+        assert load_pretrained(tmp_path)[1][name].equal(weights[name] * scale)
+        (tmp_path / file).unlink()
+    with pytest.raises(UserError, match="neither"):
+        load_pretrained(tmp_path)
+
+
 def test_an_untied_head_is_refused(tmp_path):
     theirs = random_gpt2()
     theirs.save_pretrained(tmp_path)
@@ -277,7 +327,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
-    with pytest.raises(UserError, match=r"cannot read .*pytorch_model\.bin"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load_pretrained(tmp_path)
     for name in ("pytorch_model.bin", "model.safetensors"):
         (tmp_path / name).write_bytes(b"not weights at all")
