@@ -30,11 +30,12 @@ def from_dict(description):
 
 def same_tokenizer(a, b):
     """Whether two tokenizers give every text the same ids. Neither the label of a byte-pair
-    encoding counts nor the spelling of GPT-2's pattern, which a file may have lost."""
-    return what_decides(a) == what_decides(b)
+    encoding nor the spelling of GPT-2's pattern counts: a tokenizer.json keeps neither."""
+    return comparable(a) == comparable(b)
 
 
-def what_decides(tokenizer):
+def comparable(tokenizer):
+    """The description of a tokenizer without the parts that change no id."""
     description = tokenizer.to_dict()
     description.pop("name", None)
     if description.get("pattern") in GPT2_PATTERNS:

@@ -22,8 +22,8 @@ LARGEST_FLOAT16 = 65504
 
 
 def gguf_fields(theirs, weights, tokenizer, dtype="float32"):
-    """What a GGUF file says beside its tensors, for `write_gguf`: pairs of a method of
-    `gguf.GGUFWriter` and its argument.
+    """Metadata of a GGUF file, for `write_gguf`: pairs of a method of `gguf.GGUFWriter` and its
+    argument.
 
     Raises `UserError` where the file cannot be written: the `gguf` package is missing, the
     tokenizer cannot be carried, or a weight is beyond float16.
@@ -99,9 +99,9 @@ def qwen3_sizes(theirs):
 
 
 def bpe_fields(tokenizer, gguf):
-    """A tokenizer with an end of text is a byte-pair encoding there: bytes are one without merges,
-    and characters one whose merges make each of them of its bytes. A character that it does not
-    know is left out."""
+    """The vocabulary of a tokenizer with an end of text, as a byte-pair encoding: bytes have no
+    merges, and those of characters build each from its bytes. llama.cpp leaves out characters that
+    are not in the vocabulary."""
     tokens, merges = as_letters(tokenizer)
     # llama.cpp wants a merge. The byte 255, here twice, is in no text in UTF-8.
     merges = merges or [("ÿ", "ÿ")]
@@ -121,9 +121,9 @@ def bpe_fields(tokenizer, gguf):
 
 
 def trie_fields(tokenizer, gguf):
-    """Characters without an end of text: llama.cpp's byte-pair encoding takes the id 11 for the one
-    that is missing, and would stop there. Its tokenizer for RWKV, the longest token that fits,
-    needs none. A text with a character that it does not know is an error there."""
+    """The vocabulary of characters without an end of text. llama.cpp's byte-pair encoding takes the
+    id 11 for a missing one and would stop there; its tokenizer for RWKV (the longest token that
+    matches) needs none. There, a character that is not in the vocabulary is an error."""
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     return [
         ("add_tokenizer_model", "rwkv"),

@@ -57,8 +57,8 @@ def load_pretrained(name_or_directory):
 
 
 def to_config_args(theirs, source):
-    """Arguments of `GPTConfig` for their config (a dict), or a `UserError` that names what in it
-    our model does not compute."""
+    """Arguments of `GPTConfig` for their config (a dict). Raises `UserError` that names the key
+    which is invalid or which our model does not compute."""
     if not isinstance(theirs, dict):
         raise UserError(f"{source}: its config.json holds no config of a model")
     model_type = theirs.get("model_type")
