@@ -6,7 +6,7 @@ from pathlib import Path
 
 from brisk.checkpoint import latest_checkpoint
 from brisk.data.bpe import gpt2
-from brisk.data.saved_tokenizer import from_dict
+from brisk.data.saved_tokenizer import from_dict, same_tokenizer
 from brisk.device import DTYPES
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.errors import UserError, did_you_mean
@@ -228,14 +228,14 @@ def describe_tokenizer(tokenizer, checkpoint, data_dir, log):
     Raises `UserError` where it is not the one that `checkpoint`, if there is one, was trained with.
     """
     try:
-        described = (tokenizer or gpt2()).to_dict()
+        tokenizer = tokenizer or gpt2()
     except UserError as error:
         log.say(f"note: the checkpoint will hold no tokenizer: {error}")
         return None
     before = (checkpoint or {}).get("tokenizer")
-    if before is not None and from_dict(before).to_dict() != described:
+    if before is not None and not same_tokenizer(from_dict(before), tokenizer):
         raise UserError(
             f"{data_dir} is tokenized otherwise than what the checkpoint was trained on; "
             "prepare the data anew, or name another --dataset"
         )
-    return described
+    return tokenizer.to_dict()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import export
 import sample
 from brisk.checkpoint import save_checkpoint
 from brisk.data.bpe import train_bpe
+from brisk.data.dataset import write_dataset
 from brisk.data.saved_tokenizer import from_dict
 from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
@@ -211,6 +213,20 @@ def test_a_directory_writes_the_checkpoints_text(tmp_path, capsys, name):
         sample.main(configure(sample.SampleConfig, [*argv, "--max_new_tokens=40"]))
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and len(texts[0]) > 60
+
+
+@pytest.mark.parametrize("kind", ["char without end", "byte", "bpe"])
+def test_an_export_is_evaluated_on_its_own_data(tmp_path, capsys, kind):
+    tokenizer, text = make_tokenizer(kind), "".join(TEXTS.values())
+    write_dataset(tmp_path / "data", tokenizer, {"train": [text], "val": [text]}, "texts")
+    run_export(tmp_path, make_model(tokenizer, rows=0), tokenizer, to=tmp_path / "to")
+    results = []
+    for init_from in (tmp_path / "ckpt.pt", tmp_path / "to"):
+        argv = [f"--init_from={init_from}", f"--data_dir={tmp_path / 'data'}", "--device=cpu"]
+        capsys.readouterr()
+        evaluate.main(configure(evaluate.EvaluateConfig, [*argv, "--json"]))
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "reviews.csv"])
