@@ -226,11 +226,12 @@ def test_a_folder_says_what_could_be_converted(capsys):
         NO_TEXT[name][0](f"in/{name}")
     Path("in/notes.txt").write_text("text")
     Path("in/empty.txt").write_text("")
-    assert texts("in") == ["", "text"]
+    assert texts("in") == ["text"]
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "left out 1 files that are no text: g.png"
+    assert told[1] == "left out 1 files that are empty: empty.txt"
     assert "left out: in/a.pdf is no text: it is a PDF; convert it: pdftotext in/a.pdf" in told
-    assert len(told) == 4
+    assert len(told) == 5
 
 
 @pytest.mark.parametrize(
