@@ -189,7 +189,7 @@ def members_of(path):
     """
     try:
         infos = [info for info in opened_zip(path).infolist() if is_regular(info)]
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+    except Exception as error:  # a damaged directory of members can raise any error there is
         raise UserError(f"cannot read {path}: {error}") from error
     if kind := kind_of_zip({info.filename for info in infos}):
         raise UserError(refusal(path, *kind))
@@ -203,7 +203,7 @@ def members_of(path):
 
 def is_regular(info):
     """Whether a member is a file: not a folder, nor a link, whose content is another's name."""
-    return not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
+    return info.filename[-1:] not in ("", "/") and not stat.S_ISLNK(info.external_attr >> 16)
 
 
 def is_clutter(path):
