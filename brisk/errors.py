@@ -54,6 +54,11 @@ def leave_with(text, speaks=True, status=2):
     sys.exit(status)
 
 
+def note(text):
+    """Print one line on standard error; `text` may quote names of files."""
+    print(one_line(text), file=sys.stderr)
+
+
 def is_out_of_memory(error):
     """Python's and numpy's error, or PyTorch's, which on a CPU is a `RuntimeError` like others."""
     return isinstance(error, MemoryError) or "allocate" in str(error)

@@ -9,7 +9,6 @@ import glob
 import hashlib
 import math
 import os
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from brisk.data.hub import Rows, load
 from brisk.data.raw_files import (
     EmptyFile,
     NotText,
+    first_bytes,
     is_clutter,
     is_zip,
     members_of,
@@ -26,7 +26,7 @@ from brisk.data.raw_files import (
 from brisk.data.tables import TABLES, Column, choose_column, table_of
 from brisk.data.text_files import Lines, TextFile
 from brisk.data.tokenize_files import cores
-from brisk.errors import UserError
+from brisk.errors import UserError, note
 
 SHOWN = 5  # files left out that are named
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -60,7 +60,10 @@ class Corpus:
         for file in files:
             Table = None
             try:
-                Table = table_of(file)
+                head = first_bytes(file)
+                Table = table_of(file, head)
+                if not head:
+                    raise EmptyFile(f"{file} is empty")
                 self.parts.append(part_of(file, Table, column, encoding, lines, alone))
             except UserError as error:
                 if alone or (Table and not isinstance(error, EmptyFile)):
@@ -117,12 +120,12 @@ def tell_left_out(left_out):
         names = [file.name for file, error in left_out if type(error) is kind]
         if names:
             shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-            print(f"left out {len(names)} files that are {what}: {shown}", file=sys.stderr)
+            note(f"left out {len(names)} files that are {what}: {shown}")
     others = [error for _, error in left_out if type(error) not in groups]
     for error in others[:SHOWN]:
-        print(f"left out: {error}", file=sys.stderr)
+        note(f"left out: {error}")
     if len(others) > SHOWN:
-        print(f"left out {len(others) - SHOWN} more files like these", file=sys.stderr)
+        note(f"left out {len(others) - SHOWN} more files like these")
 
 
 class HubTable:
@@ -130,6 +133,7 @@ class HubTable:
 
     def __init__(self, dataset, name):
         self.path, self.columns = name, dataset.column_names
+        self.has_column = self.columns.__contains__
         kinds = {name: getattr(kind, "dtype", "") for name, kind in dataset.features.items()}
         self.text_columns = [name for name in kinds if kinds[name] in ("string", "large_string")]
 
@@ -178,16 +182,18 @@ def split_documents(corpus, share):
     """
     keys = list(map(key_of, islice(corpus, COUNTED)))
     if not keys:
-        raise UserError("there are no documents in it")
+        raise UserError("there are no documents in the input")
     if len(keys) == 1:
         document = next(iter(corpus))
         length = sum(map(len, pieces([document])))
         n = int(length * (1 - share))
         return {"train": [Span(document, 0, n)], "val": [Span(document, n, length)]}
+    different = sorted(set(keys))
     if len(keys) == COUNTED:
         bound = int(share * 2**64)
+    elif len(different) == 1:
+        raise UserError(f"all {len(keys)} documents are equal: none is left for validation")
     else:
-        different = sorted(set(keys))
         count = min(max(1, math.ceil(share * len(different))), len(different) - 1)
         bound = different[count]
     return {
@@ -225,6 +231,8 @@ def find_files(sources):
     listed = [part.strip() for part in sources.split(",") if part.strip()]
     for source in [sources] if os.path.exists(sources) else listed:
         path = Path(source)
+        if not os.path.exists(path) and source.startswith("~"):  # not expanded after --input=
+            path = path.expanduser()
         if path.is_dir():
             files = files_in(path)
         elif path.exists():
@@ -236,6 +244,10 @@ def find_files(sources):
         if not files:
             if path.is_dir():
                 raise UserError(f"there are no files in {source}")
+            if path.is_symlink():
+                raise UserError(f"{source} is a link that leads nowhere")
+            if "://" in source:
+                raise UserError(f"{source} is an address; download it first, then --input=PATH")
             is_a_file = suffix_of(path) in {*TABLES, ".txt", ".md", ".py"}
             name_of_a_set = source == sources and source.count("/") <= 1 and not is_a_file
             if name_of_a_set and not path.exists() and not glob.has_magic(source):

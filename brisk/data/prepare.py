@@ -42,12 +42,12 @@ def measure_text(corpus, size=0, limit=SAMPLE):
     """The `TextStats` of a corpus, from its first `limit` characters; where there are more, the
     total is estimated from `size`, the bytes of its files."""
     counts, length, characters, is_whole = np.zeros(0x110000, dtype=np.int64), 0, 0, True
-    for piece in pieces(corpus):
+    for text in in_large_pieces(corpus):
         if characters >= limit:
             is_whole = False
             break
-        counts += np.bincount(code_points(piece), minlength=len(counts))
-        length, characters = length + utf8_length(piece), characters + len(piece)
+        counts += np.bincount(code_points(text), minlength=len(counts))
+        length, characters = length + utf8_length(text), characters + len(text)
     seen = np.flatnonzero(counts)
     letters = sum(int(counts[code]) for code in seen if chr(code).isalpha())
     cjk = sum(int(counts[first : last + 1].sum()) for first, last in CJK)
@@ -60,6 +60,18 @@ def measure_text(corpus, size=0, limit=SAMPLE):
         cjk=cjk / max(1, characters),
         letters=letters / max(1, characters),
     )
+
+
+def in_large_pieces(documents, size=2**20):
+    """The text of all documents in strings of at least `size` characters, but for the last."""
+    waiting, length = [], 0
+    for piece in pieces(documents):
+        waiting.append(piece)
+        length += len(piece)
+        if length >= size:
+            yield "".join(waiting)
+            waiting, length = [], 0
+    yield "".join(waiting)
 
 
 def choose_tokenizer(stats):

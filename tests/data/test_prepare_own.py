@@ -140,7 +140,7 @@ def test_words_and_pairs_are_learned_as_if_the_text_were_in_memory(prepare, monk
         ({"input": "two.csv", "column": "body"}, "has no column body, it has id, text"),
         ({"input": "head.csv"}, "has a header and no rows"),
         ({"input": "zeros.bin"}, "is no text"),
-        ({"input": "twins"}, "too little text: none of it falls to val"),
+        ({"input": "twins"}, "all 2 documents are equal"),
         ({"input": "line.txt", "encoding": "klingon"}, "no such encoding"),
     ],
 )
@@ -200,7 +200,7 @@ def test_any_documents_come_back(prepare, documents, tokenizer):
     for number in range(100):
         Path("in", f"{number}.txt").unlink(missing_ok=True)
     documents = [text for text in documents if not {"\0", "\r"} & set(text)]
-    documents = [text.removeprefix("\ufeff") for text in documents]
+    documents = [text.removeprefix("\ufeff") for text in documents if text]
     if len(set(documents)) < 2:
         return
     for number, text in enumerate(documents):
