@@ -15,7 +15,8 @@ import json
 import runpy
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def load_model(job):
     from model import GPT, GPTConfig
 
     model = GPT(GPTConfig(**job["model_args"]))
-    model.load_state_dict(torch.load(job["weights"], mmap=True))
+    model.load_state_dict(torch.load(job["weights"], mmap=True)["model"])
     return model
 
 
@@ -60,66 +61,42 @@ def step(job):
     and the peak of memory. Each side does what its train.py does in a step, but for the
     evaluations and for writing the numbers down."""
     trainer = brisk_trainer if job["is_brisk"] else nanogpt_trainer
-    train_step, precision = trainer(job)
-    for number in range(job["warm_up"]):
-        train_step(number)
-    synchronize()
-    began = time.perf_counter()
-    for number in range(job["steps"]):
-        loss = train_step(job["warm_up"] + number)
-    synchronize()
-    seconds = (time.perf_counter() - began) / job["steps"]
+    with trainer(job) as (train_step, precision):
+        for number in range(job["warm_up"]):
+            train_step(number)
+        synchronize()
+        began = time.perf_counter()
+        for number in range(job["steps"]):
+            loss = train_step(job["warm_up"] + number)
+        synchronize()
+        seconds = (time.perf_counter() - began) / job["steps"]
     figures = {"seconds": seconds, "loss": loss.item(), "precision": precision}
     return {**figures, "bytes": peak_memory(job)}
 
 
+@contextmanager
 def brisk_trainer(job):
-    """(a function that trains step n and returns its loss, the precision), after train.py."""
-    from brisk.data.loader import TokenFile, hash64, to_device
-    from brisk.device import cpu_training_dtype, open_device, resolve_compile
+    """(a function that trains step n and returns its loss, the precision): train.py's step."""
+    from trainer import open_trainer
 
-    device = open_device(job["device"], job["dtype"])
-    model, batch_size = load_model(job), job["batch_size"]
-    sizes = model.config
-    if job["dtype"] == "auto" and device.type == "cpu":
-        device.dtype_name = cpu_training_dtype(batch_size, sizes.block_size, sizes.n_embd)
-    compiling = resolve_compile("auto", device)
-    model.to(device.device)
-    optimizer = model.configure_optimizers(*OPTIMIZER, device.type)
-    scaler = device.scaler()
-    if compiling:
-        for block in model.transformer.h:
-            block.compile()
-    data = TokenFile(job["tokens"], sizes.block_size, sizes.vocab_size, seed=SEED)
-    clipped = torch.zeros((), device=device.device)
+    args, folder = job["model_args"], Path(job["tokens"]).parent
+    keys = {"init_from": job["weights"], "data_dir": folder, "out_dir": folder / "no-run"}
+    keys |= {"block_size": args["block_size"], "dropout": args["dropout"]}
+    keys |= {"batch_size": job["batch_size"], "gradient_accumulation_steps": 1, "seed": SEED}
+    keys |= {"device": job["device"], "dtype": job["dtype"]}
+    with open_trainer([f"--{key}={value}" for key, value in keys.items()]) as trainer:
 
-    def train_step(number):
-        nonlocal clipped
-        for group in optimizer.param_groups:
-            group["lr"] = OPTIMIZER[1]
-        position = number * batch_size
-        step_loss = torch.zeros((), device=device.device)
-        batch = to_device(data.batch(position, batch_size), device)
-        weight = data.targets(position, batch_size) / data.targets(position, batch_size)
-        torch.manual_seed(hash64(SEED, number, 0))
-        with device.autocast():
-            _, loss = model(*batch, return_logits=False)
-        step_loss += loss.detach() * weight
-        scaler.scale(loss * weight).backward()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        clipped += grad_norm > 1.0
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if number % job["log_interval"] == 0:
-            _ = step_loss.item(), grad_norm.item(), clipped.item()
-            clipped.zero_()
-        return step_loss
+        def train_step(number):
+            loss, grad_norm = trainer.step()
+            if number % job["log_interval"] == 0:
+                _ = loss.item(), grad_norm.item()
+                trainer.state.spikes.poll()
+            return loss
 
-    return train_step, device.dtype_name
+        yield train_step, trainer.device.dtype_name
 
 
+@contextmanager
 def nanogpt_trainer(job):
     """The same after nanoGPT's train.py, which draws random windows. Here it draws them too, but
     then takes those that `starts` gives, so that both sides train on the same batches."""
@@ -164,7 +141,7 @@ def nanogpt_trainer(job):
             loss.item()
         return loss.detach()
 
-    return train_step, "bfloat16" if on_cuda else "float32"
+    yield train_step, "bfloat16" if on_cuda else "float32"
 
 
 def peak_memory(job):

@@ -122,9 +122,12 @@ def prepared_files(folder):
     return found | {"meta.pkl": pickle.loads((folder / "meta.pkl").read_bytes())}
 
 
-def random_model(model_args):
+def save_random_model(model_args, path):
+    """A checkpoint of random weights, as nanoGPT writes it."""
     torch.manual_seed(1337)
-    return GPT(GPTConfig(**model_args))
+    checkpoint = {"model": GPT(GPTConfig(**model_args)).state_dict(), "model_args": model_args}
+    checkpoint |= {"iter_num": 0, "best_val_loss": 0.0, "config": {"dataset": "random"}}
+    torch.save(checkpoint, path)
 
 
 def write_random_ids(folder, vocab_size, count=1_000_000):

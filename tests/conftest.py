@@ -39,6 +39,7 @@ from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line ab
 from brisk.data.bpe import gpt2  # noqa: E402
 from brisk.data.dataset import load_tokenizer, read_meta, write_dataset  # noqa: E402
 from brisk.data.tokenizer import CharTokenizer  # noqa: E402
+from brisk.device import open_device  # noqa: E402
 from brisk.errors import UserError, one_line_errors  # noqa: E402
 from brisk.training.signals import StopRequest  # noqa: E402
 from configurator import configure  # noqa: E402
@@ -149,6 +150,25 @@ def shared_memory():
         multiprocessing.get_context("spawn").Lock()
     except OSError as error:
         pytest.skip(f"needs memory shared by processes, such as /dev/shm: {error}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items):
+    """`-m device` are the tests that take a `device`, to be run on a GPU too."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
+@pytest.fixture
+def device():
+    """The device of the numeric tests: a CPU, or what BRISK_TEST_DEVICE names. In float32, and no
+    products in TF32."""
+    precision = torch.get_float32_matmul_precision()
+    opened = open_device(os.environ.get("BRISK_TEST_DEVICE", "cpu"), "float32")
+    torch.set_float32_matmul_precision("highest")
+    yield opened
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ N, C, V = 50, 16, 37
 
 
 @pytest.fixture
-def tensors():
+def tensors(device):
     torch.manual_seed(0)
-    x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
-    targets = torch.randint(V, (N,))
+    x, weight, targets = torch.randn(N, C), torch.randn(V, C), torch.randint(V, (N,))
     targets[::7] = -1
-    return x, weight, targets
+    x, weight, targets = (t.to(device.device) for t in (x, weight, targets))
+    return x.requires_grad_(), weight.requires_grad_(), targets
 
 
 def reference(x, weight, targets):
@@ -57,9 +57,9 @@ def test_no_target_at_all_is_no_number_as_in_pytorch(tensors):
     assert reference(x, weight, nothing).isnan()
 
 
-def test_under_autocast_products_are_bfloat16_and_gradients_float32(tensors):
+def test_under_autocast_products_are_bfloat16_and_gradients_float32(tensors, device):
     x, weight, targets = tensors
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         ours = linear_cross_entropy(x, weight, targets, chunk=7 * V)
         theirs = reference(x, weight, targets)
     assert ours.dtype == torch.float32
