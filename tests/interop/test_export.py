@@ -405,3 +405,12 @@ def test_as_a_person_runs_it(tmp_path, script, quick_script):
     for argv in ([], ["--to=b"], ["--to=c", "--out_dir=none"]):
         done = quick_script("export.py", *argv, cwd=tmp_path)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_run_from_a_directory_wants_its_tokenizer(tmp_path, settings, script):
+    """Other ids would mean other tokens to the network."""
+    tokenizer = make_tokenizer("bpe")
+    run_export(tmp_path / "run", make_model(tokenizer), tokenizer, to=tmp_path / "to")
+    argv = settings(tmp_path / "out", init_from=tmp_path / "to", block_size=8)
+    result = script("train.py", *argv)
+    assert result.returncode == 2 and "is tokenized otherwise" in result.stderr
