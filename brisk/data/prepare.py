@@ -5,6 +5,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from operator import length_hint
 from pathlib import Path
@@ -17,10 +18,12 @@ from brisk.data.documents import Corpus, find_files, pieces, sample_evenly, spli
 from brisk.data.raw_files import checksum
 from brisk.data.tokenize_files import parts, utf8_length
 from brisk.data.tokenizer import ByteTokenizer, CharTokenizer, code_points, learn_words
-from brisk.errors import UserError
+from brisk.errors import UserError, note
 
 SAMPLE = 2**24  # characters that `measure_text` reads
-SMALL = 2e6  # bytes below which characters are the better tokens
+TINY, SMALL_CJK = 20e3, 2e6  # bytes below which characters are the tokens
+FEW = 16  # different characters up to which they are, too: sums, DNA
+BPE_SIZES = [(0.5e6, 1024), (2e6, 2048), (8e6, 4096), (float("inf"), 8192)]  # below so many bytes
 MOST_WORDS = 8192  # known words where no number is given
 # Code points of scripts that put no space between words, or that have thousands of characters.
 CJK = [(0x2E80, 0x9FFF), (0xAC00, 0xD7AF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)]
@@ -75,15 +78,21 @@ def in_large_pieces(documents, size=2**20):
 
 
 def choose_tokenizer(stats):
-    """The tokenizer for a text of such `TextStats`: ("char", 0), or ("bpe", its vocab_size)."""
-    if stats.bytes < SMALL:
+    """The tokenizer for a text of such `TextStats`: ("char", 0), or ("bpe", its vocab_size).
+
+    TABLE
+    """
+    small = SMALL_CJK if stats.cjk > 0.3 else TINY
+    if stats.bytes < small or stats.distinct <= FEW:
         return "char", 0
     return "bpe", bpe_size(stats)
 
 
 def bpe_size(stats):
-    """The vocabulary of a BPE by the size of its text: a power of two from 512 to 8192."""
-    return int(np.clip(2 ** np.floor(np.log2(max(1, stats.bytes) / 2000)), 512, 8192))
+    """The vocabulary of a BPE by the size of its text: four times the text, twice the tokens."""
+    if stats.cjk > 0.3:  # thousands of characters come before any word
+        return BPE_SIZES[-1][1]
+    return next(size for limit, size in BPE_SIZES if stats.bytes < limit)
 
 
 def prepare(
@@ -132,10 +141,8 @@ def prepare(
             print(f"{folder} was made from this text; using it as it is")
             return folder
     corpus = Corpus(inputs, column, encoding, lines=documents == "lines")
-    if tokenizer == "auto" or (tokenizer == "bpe" and not vocab_size):
-        stats = measure_text(corpus, sum(size for _, size, _ in before))
-        tokenizer = choose_tokenizer(stats)[0] if tokenizer == "auto" else tokenizer
-        vocab_size = vocab_size or bpe_size(stats)
+    size = sum(size for _, size, _ in before)
+    tokenizer, vocab_size = resolve(tokenizer, vocab_size, corpus, size)
     is_one = len(list(islice(corpus, 2))) == 1
     splits = split_documents(corpus, val_share)
     if tokenizer == "char":
@@ -154,6 +161,19 @@ def prepare(
     source = Path(inputs).name if os.path.exists(inputs) else inputs
     write_dataset(folder, made, splits, source, not is_one, num_proc, extra={"made_from": wanted})
     return Path(folder)
+
+
+def resolve(tokenizer, vocab_size, corpus, size):
+    """The tokenizer and vocabulary that auto and 0 stand for; `size` is the bytes of the files."""
+    if tokenizer not in ("auto", "bpe") or (tokenizer == "bpe" and vocab_size):
+        return tokenizer, vocab_size
+    stats = measure_text(corpus, size)
+    if tokenizer == "auto":
+        tokenizer = choose_tokenizer(stats)[0]
+        if tokenizer == "bpe" and not find_spec("tokenizers"):
+            note("characters instead of a BPE, which needs tokenizers: pip install tokenizers")
+            tokenizer = "char"
+    return tokenizer, vocab_size or bpe_size(stats)
 
 
 def characters_of(documents):
@@ -192,7 +212,10 @@ def stamps(files):
 def checksum_of(files, inputs):
     """A SHA-256 of the contents of the files, and of the suffixes by which they are read; a data
     set on the hub is known by its name alone."""
-    parts = [f"{''.join(file.suffixes)} {checksum(file)}" for file in files]
+    try:
+        parts = [f"{''.join(file.suffixes)} {checksum(file)}" for file in files]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     return hashlib.sha256(
         "\n".join(parts or [inputs]).encode("utf-8", "surrogateescape")
     ).hexdigest()

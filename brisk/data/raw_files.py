@@ -166,8 +166,11 @@ def checksum(path):
 
 
 def is_zip(path):
-    with open_raw(path) as file:
-        return file.read(4) in ZIP
+    try:
+        with open_raw(path) as file:
+            return file.read(4) in ZIP
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @lru_cache(maxsize=16)

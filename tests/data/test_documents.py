@@ -255,3 +255,19 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "a.txt").chmod(0)
     with pytest.raises(UserError, match="Permission denied"):
         Corpus(str(tmp_path / "a.txt"))
+
+
+def test_a_file_that_vanishes_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr("brisk.data.documents.find_files", lambda _: [tmp_path / "b.txt"])
+    with pytest.raises(UserError, match=r"cannot read .*b\.txt: No such file"):
+        Corpus("anything")
+
+
+def test_the_column_of_a_set_on_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"n": [1, 2, 3], "body": ["a", None, "b"]})
+    monkeypatch.setattr("brisk.data.documents.load", lambda name, **options: rows)
+    assert list(Corpus("someone/texts")) == list(Corpus("texts", column="body")) == ["a", "b"]
+    with pytest.raises(UserError, match="someone/texts has no column text, it has n, body"):
+        Corpus("someone/texts", column="text")

@@ -39,12 +39,24 @@ def test_stats_of_a_long_text_are_estimated():
     assert (stats.bytes, stats.characters, stats.is_whole) == (40_000_000, 20_000_000, False)
 
 
-def test_tokenizer_by_size():
-    english = TextStats(10**6, 10**6, True, 90, 0.0, 0.8)
-    assert choose_tokenizer(english)[0] in ("char", "bpe")
-    sizes = [choose_tokenizer(TextStats(10**n, 10**n, n < 8, 90, 0.0, 0.8)) for n in range(2, 12)]
-    numbers = [size for _, size in sizes]
-    assert numbers == sorted(numbers) and sizes[-1] == ("bpe", 8192)
+def stats(size, distinct=90, cjk=0.0):
+    return TextStats(size, size, True, distinct, cjk, 0.8)
+
+
+def test_tokenizer_by_size_and_script():
+    assert choose_tokenizer(stats(10**4)) == ("char", 0)
+    assert choose_tokenizer(stats(10**9, distinct=13)) == ("char", 0)  # sums
+    assert choose_tokenizer(stats(10**6, distinct=3000, cjk=0.8)) == ("char", 0)
+    assert choose_tokenizer(stats(10**7, distinct=3000, cjk=0.8)) == ("bpe", 8192)
+    sizes = [choose_tokenizer(stats(size)) for size in (10**5, 10**6, 4 * 10**6, 10**7, 10**11)]
+    assert sizes == [("bpe", size) for size in (1024, 2048, 4096, 8192, 8192)]
+
+
+def test_without_the_tokenizers_package_characters_are_taken(monkeypatch, capsys):
+    monkeypatch.setattr("brisk.data.prepare.find_spec", lambda name: None)
+    Path("long.txt").write_text("".join(f"sentence {i}, Öl\n" for i in range(3000)))
+    assert load_tokenizer(prepare("long.txt")).kind == "char"
+    assert "pip install tokenizers" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------- folders
