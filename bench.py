@@ -33,7 +33,7 @@ from configurator import PositiveInt, Seed, configure
 from model import GPT, GPTConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchConfig(GPTConfig):
     batch_size: PositiveInt | Literal["auto"] = "auto"  # sequences in a step: 12, on a CPU 1
     bias: bool = False  # biases in linear layers and layer norms

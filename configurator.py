@@ -18,6 +18,7 @@ A script states its settings once, as a dataclass; a field's trailing comment is
 """
 
 import ast
+import difflib
 import importlib
 import inspect
 import math
@@ -27,12 +28,13 @@ import sys
 import textwrap
 import traceback
 import warnings
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 from brisk.errors import UserError, did_you_mean
+from brisk.renamed_keys import RENAMED_KEYS, new_key
 
 # Types that say which values make sense. The bounds are (lowest, highest), both allowed.
 PositiveInt = Annotated[int, (1, math.inf)]
@@ -41,6 +43,14 @@ NonNegativeFloat = Annotated[float, (0, math.inf)]
 UnitFloat = Annotated[float, (0, 1)]
 Seed = Annotated[int, (0, 2**63 - 1)]
 LARGEST_INT = 2**63 - 1  # what PyTorch and numpy can count
+
+# Names that other programs have for our keys.
+SHORT = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay", "steps": "max_iters"}
+SHORT |= {"epochs": "max_epochs", "iters": "max_iters", "layers": "n_layer", "heads": "n_head"}
+SHORT |= {"hidden_size": "n_embd", "seq_len": "block_size", "context": "block_size", "k": "top_k"}
+SHORT |= {"temp": "temperature", "n": "num_samples", "prompt": "start", "resume": "init_from"}
+SHORT |= {"length": "max_new_tokens", "model": "init_from", "output_dir": "out_dir"}
+SHORT |= {"max_tokens": "max_new_tokens", "data": "dataset", "text": "input"}
 
 IN_SCOPE = {
     "os": "os",
@@ -55,46 +65,75 @@ IN_SCOPE = {
 def configure(Config, argv):
     """Build a `Config` from its defaults, then `argv` in order: config files and `--key=value`.
 
-    Returns an instance of `Config` with one attribute more, `given`: the names of the keys that
-    a config file or the command line set, as a tuple, the one set last at the end. `--help` prints
-    every key and leaves with status 0. Raises `UserError` for a file that cannot be run, an unknown
-    key, a value of the wrong kind, or a file that sets two keys of which `Config.exclusive` allows
-    one.
+    A dataclass with a field `given` gets in it the names of the keys that a config file or the
+    command line set, as a tuple, the one set last at the end. `--help` prints every key and leaves
+    with status 0. Raises `UserError` for a file that cannot be run, an unknown key, a value of the
+    wrong kind, or a file that sets two keys of which `Config.exclusive` allows one.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(Config))
         sys.exit(0)
-    types = get_type_hints(Config, include_extras=True)
-    config = Config()
-    config.given = ()
+    types = key_types(Config)
+    values, given = as_dict(Config()), ()
 
     def set_key(key, value, where):
-        setattr(config, key, checked(value, types[key], key, where))
-        config.given = in_order(config.given, key)
+        nonlocal given
+        values[key] = checked(value, types[key], key, where)
+        given = in_order(given, key)
 
     for argument in argv:
         if argument.startswith("-"):
             key, equals, text = argument.lstrip("-").partition("=")
-            key = key.replace("-", "_")
+            key = new_key(key.replace("-", "_"))
             if key not in types:
-                raise UserError(
-                    f"unknown key --{key}{did_you_mean(key, types)} (--help lists them all)"
-                )
+                near = f"; did you mean {SHORT[key]}?" if SHORT.get(key) in types else ""
+                near = near or did_you_mean(key, types)
+                raise UserError(f"unknown key --{key}{near} (--help lists them all)")
             if not equals and bool in options(types[key]):
                 text = "True"  # a switch
             elif not equals:
-                raise UserError(f"--{key} needs a value, as in --{key}={getattr(config, key)}")
+                raise UserError(f"--{key} needs a value, as in --{key}={values[key]}")
             set_key(key, parsed(text, types[key]), "on the command line")
         elif "=" in argument and not os.path.exists(argument):
             raise UserError(f"'{argument}' should start with dashes: --{argument}")
+        elif not argument.endswith(".py"):
+            set_key(*key_of_path(argument, types), "on the command line")
         else:
-            assigned = run_config_file(argument, config, types)
+            assigned = run_config_file(argument, values, types)
             for keys in getattr(Config, "exclusive", ()):
                 if assigned.keys() >= set(keys):
                     raise UserError(f"{argument} sets {' and '.join(keys)}; leave one of them out")
             for key, value in assigned.items():
                 set_key(key, value, f"in {argument}")
-    return config
+    if "given" in Config.__dataclass_fields__:
+        values["given"] = given
+    return Config(**values)
+
+
+def key_of_path(path, types):
+    """(key, value) for a path on the command line that is no config file: of a run's folder, a
+    checkpoint or a Hugging Face directory, where a script reads such. Raises `UserError` with what
+    to write instead for any other."""
+    if os.path.isdir(path) and "input" in types:
+        resume = f"--init_from=resume --out_dir={path}"
+        raise UserError(f"{path} is a folder: --input={path} trains on its text, {resume} goes on")
+    if "init_from" in types and "input" not in types:
+        if any(os.path.exists(os.path.join(path, name)) for name in ("ckpt.pt", "last.pt")):
+            return "out_dir", path
+        if path.endswith(".pt") or os.path.exists(os.path.join(path, "config.json")):
+            return "init_from", path
+        if os.path.isdir(path):
+            raise UserError(f"{path} has no checkpoint in it: no ckpt.pt and no last.pt")
+    if "input" in types and os.path.exists(path):
+        raise UserError(f"{path} is no config file (*.py); to train on its text: --input={path}")
+    raise UserError(f"{path} is no config file: their names end in .py{nearest_config(path)}")
+
+
+def nearest_config(path):
+    """`; did you mean …?` with the path of a config file like `path`, or nothing."""
+    known = {file.name: str(file) for file in sorted(Path("config").rglob("*.py"))}
+    near = difflib.get_close_matches(Path(path).name, known, 1, 0.6)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def in_order(given, *keys):
@@ -103,14 +142,27 @@ def in_order(given, *keys):
     return tuple(key for i, key in enumerate(every) if key not in every[i + 1 :])
 
 
-def run_config_file(path, config, types):
-    """Run one config file; return the keys of this script that it assigned, as a dict."""
+def with_values(config, values):
+    """`config` with the `values`, a dict, as if they had been given last."""
+    return replace(config, **values, given=in_order(config.given, *values))
+
+
+def key_types(Config):
+    """{key: its type} of the settings of a script."""
+    types = get_type_hints(Config, include_extras=True)
+    return {field.name: types[field.name] for field in fields(Config) if field.name != "given"}
+
+
+def run_config_file(path, values, types):
+    """Run one config file on the `values` of the keys so far; return the keys of this script that
+    it assigned, as a dict."""
     try:
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or what is no path at all
-        reason = getattr(error, "strerror", None) or error
+        reason = f"{getattr(error, 'strerror', None) or error}{nearest_config(path)}"
         raise UserError(f"cannot read the config file {path}: {reason}") from error
-    before = {key: getattr(config, key) for key in types}
+    before = {**values}
+    before |= {old: values[new] for old, new in RENAMED_KEYS.items() if new in values}
     before |= {name: importlib.import_module(module) for name, module in IN_SCOPE.items()}
     scope = {**before, "__file__": str(path), "__name__": "config"}
     try:
@@ -126,9 +178,9 @@ def run_config_file(path, config, types):
         unchanged = name in before and value is before[name] and name not in assigned
         if unchanged or name.startswith("_") or callable(value) or isinstance(value, ModuleType):
             continue
-        if name in types:
-            ours[name] = value
-        elif name not in keys_of_all_scripts():
+        if new_key(name) in types:
+            ours[new_key(name)] = value
+        elif new_key(name) not in keys_of_all_scripts():
             if near := did_you_mean(name, types):
                 helper = "a name of your own starts with _"
                 raise UserError(f"{path}: unknown key {name} ({helper}){near}")
@@ -170,7 +222,7 @@ def checked(value, kind, key, where):
 
 def check_values(config, where):
     """Raise `UserError` where a setting is none that its key takes; `where` it came from."""
-    for key, kind in get_type_hints(type(config), include_extras=True).items():
+    for key, kind in key_types(type(config)).items():
         checked(getattr(config, key), kind, key, where)
 
 
@@ -217,14 +269,18 @@ def describe(kind):
 
 
 def help_text(Config):
-    """Every key of `Config` with its default and its trailing comment, under the script's doc."""
-    doc = inspect.getdoc(inspect.getmodule(Config)) or ""
-    lines = [doc, "", "Settings, as --key=value or as `key = value` in a config file:", ""]
-    defaults = {field.name: field.default for field in fields(Config)}
-    for key, comment in help_lines(Config).items():
-        lines.append(f"  {f'--{key}={defaults[key]}':<36} {comment}".rstrip())
+    """Every key of `Config` with its default, its trailing comment and its legal values, grouped
+    under the headings of the class, below the script's docstring."""
+    lines = [inspect.getdoc(inspect.getmodule(Config)) or "", ""]
+    lines += ["Settings, as --key=value or as `key = value` in a config file:"]
+    types, defaults = key_types(Config), as_dict(Config())
+    for heading, comments in help_groups(Config).items():
+        lines += ["", *([f"{heading}:"] if heading else [])]
+        for key, comment in comments.items():
+            values = f" [{legal_values(types[key])}]" if types[key] is not str else ""
+            lines.append(f"  {f'--{key}={defaults[key]}':<36} {comment}{values}")
     if start_keys := getattr(Config, "start_keys", ()):
-        run_keys = [field.name for field in fields(Config) if field.name not in start_keys]
+        run_keys = [key for key in types if key not in start_keys]
         lines += [
             "",
             "Keys of a start, which --init_from=resume does not take from the checkpoint:",
@@ -240,14 +296,38 @@ def wrapped(keys):
     return textwrap.wrap(" ".join(keys), 96, initial_indent="  ", subsequent_indent="  ")
 
 
-def help_lines(Config):
-    """{key: its trailing comment}: the keys of `Config` itself, then those that it inherits."""
-    comments = {}
+def legal_values(kind):
+    """The values of the type `kind` in short, for the help: "int >= 1", "adamw|muon"."""
+    words = choices(kind)
+    for option in options(kind):
+        low, high = -math.inf, math.inf
+        if get_origin(option) is Annotated:
+            option, (low, high) = get_args(option)
+        if option in (int, float, str):
+            bounds = f" in [{low}, {high}]" if high < 2**62 else f" >= {low}"
+            words.append(option.__name__ + (bounds if low > -math.inf else ""))
+    return "|".join(words)
+
+
+def help_groups(Config):
+    """{heading: {key: its trailing comment}} of the fields of `Config` and of the classes it
+    inherits from. A heading is a comment of at most two words on a line of its own; inherited
+    fields without one go under "model"."""
+    groups, seen = {}, {"given"}
     for kind in filter(is_dataclass, Config.__mro__):
-        source = inspect.getsource(kind)
-        found = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
-        comments |= {key: found.get(key, "") for key in kind.__annotations__ if key not in comments}
-    return comments
+        heading = "" if kind is Config else "model"
+        for line in inspect.getsource(kind).splitlines():
+            if found := re.fullmatch(r"    # (\w+(?: \w+)?)", line):
+                heading = found[1]
+            elif (found := re.match(r"    (\w+):.*?(?:  # (.*))?$", line)) and found[1] not in seen:
+                seen.add(found[1])
+                groups.setdefault(heading, {})[found[1]] = found[2] or ""
+    return groups
+
+
+def help_lines(Config):
+    """{key: its trailing comment} of all keys of `Config`."""
+    return {key: line for group in help_groups(Config).values() for key, line in group.items()}
 
 
 def keys_of_all_scripts():
@@ -257,7 +337,7 @@ def keys_of_all_scripts():
         for node in ast.parse(script.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                 keys |= {a.target.id for a in node.body if isinstance(a, ast.AnnAssign)}
-    return keys
+    return keys - {"given"}
 
 
 def assigned_names(source):
@@ -276,4 +356,4 @@ def assigned_names(source):
 
 def as_dict(config):
     """The settings as a plain dict, for a checkpoint or a logger."""
-    return {field.name: getattr(config, field.name) for field in fields(config)}
+    return {key: getattr(config, key) for key in key_types(type(config))}

@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from brisk.data.dataset import load_tokenizer, read_meta
 from brisk.data.loader import SCAN, TokenFile, find_data_dir
+from brisk.data.saved_tokenizer import same_tokenizer
 from brisk.data.tokenizer import knows_documents
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
-from brisk.evaluation.scoring import batches, padded, token_nats, windows
+from brisk.evaluation.scoring import batches, collate, token_losses, windows
 from brisk.evaluation.tasks import addition, hellaswag, lambada
 from brisk.interop.pretrained import read_pretrained
 from configurator import NonNegativeInt, PositiveInt, configure
@@ -39,7 +40,7 @@ from model import GPT
 TASKS_OF_ITEMS = {"hellaswag": hellaswag, "lambada": lambada}  # which come in a file of their own
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluateConfig:
     init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
     out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
@@ -106,7 +107,7 @@ def open_split(config, trained_with, model, tokenizer, rows):
         raise UserError("on what text? name a data set that is prepared: --dataset=NAME")
     data_dir = find_data_dir(data_dir, dataset)
     theirs = load_tokenizer(data_dir)
-    if theirs and theirs.to_dict() != tokenizer.to_dict():
+    if theirs and not same_tokenizer(theirs, tokenizer):
         raise UserError(f"{data_dir} is tokenized otherwise than what this model was trained on")
     meta = read_meta(data_dir)
     dtype = meta["dtype"] if meta else "uint16"
@@ -157,12 +158,12 @@ def loss(model, file, counts, device, batch_size=16, stride=0, all_positions=Fal
         for number in np.flatnonzero(first[batch] < 0):  # in the file, no end-of-text before it
             rows[number] = np.append(file.eot, rows[number])
         file.check(np.concatenate(rows))
-        inputs, targets = padded(rows, scored[batch], device.device)
-        costs, _ = token_nats(model, inputs, targets)
-        nats += costs.sum().item()
+        inputs, targets = collate(rows, scored[batch], device.device)
+        nll, _ = token_losses(model, inputs, targets)
+        nats += nll.sum().item()
         n_targets += int(scored[batch].sum())
         if of_documents:
-            nats_of_eot += costs[targets == file.eot].sum().item()
+            nats_of_eot += nll[targets == file.eot].sum().item()
 
     result = {"tokens": n_targets, "loss": nats / n_targets}
     result["perplexity"] = math.exp(min(700.0, nats / n_targets))

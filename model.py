@@ -15,7 +15,7 @@ and as many heads of keys and values (n_kv_head) unless the config says fewer.
 
 import importlib.util
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -31,7 +31,7 @@ NonNegativeFloat = Annotated[float, (0, math.inf)]
 UnitFloat = Annotated[float, (0, 1)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class GPTConfig:
     """Shape of the network. The first seven fields are nanoGPT's; the defaults are GPT-2 (124M).
 
@@ -513,7 +513,7 @@ class GPT(nn.Module):
         """Shorten the context, for instance to finetune GPT-2 on fewer than its 1024 tokens."""
         if block_size > self.config.block_size:
             raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
-        self.config.block_size = block_size
+        self.config = replace(self.config, block_size=block_size)
         if self.config.position == "learned":
             wpe = self.transformer.wpe
             wpe.weight = nn.Parameter(wpe.weight[:block_size].detach())
@@ -521,6 +521,8 @@ class GPT(nn.Module):
     def freeze_layers(self, count):
         """Keep the embeddings and the first `count` blocks as they are: they then take neither
         gradients nor moments, and their activations are not kept. A tied head is kept as well."""
+        if count == 0:
+            return
         if count > len(self.transformer.h):
             raise ValueError(f"cannot freeze {count} of {len(self.transformer.h)} blocks")
         tables = ("wte", "wpe", "ngrams")

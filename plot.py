@@ -19,7 +19,7 @@ from brisk.reporting.curves import draw, picture_kind, read_runs, save
 from configurator import PositiveInt, configure
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlotConfig:
     to: str = ""  # the picture, .png or .svg; none means loss.png, in the run's folder if it is one
     x: Literal["steps", "tokens", "seconds"] = "steps"  # what the losses are drawn against
@@ -40,10 +40,10 @@ def main(argv):
     except ImportError as error:
         raise UserError("matplotlib is not installed (pip install matplotlib)") from error
     runs = read_runs(paths)
-    figure = draw(runs, config.x, config.curves, config.smooth, config.log, config.title, notice)
+    figure = draw(runs, config.x, config.curves, config.smooth, config.log, config.title)
     folder = runs[0].path if len(runs) == 1 and runs[0].path.is_dir() else Path()
     to = Path(config.to or folder / "loss.png")
-    save(figure, to)
+    save(figure, to, say=notice)
     print(to)
 
 

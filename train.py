@@ -1,18 +1,20 @@
-"""Train a GPT, from scratch or from what is there already.
+"""Train a GPT: from scratch, from a checkpoint, or from pretrained weights.
 
 On one device:           python train.py config/train_shakespeare_char.py
 With keys overridden:    python train.py config/train_shakespeare_char.py --batch_size=32
+On your own text:        python train.py --input=my.txt
 On the GPUs of a node:   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-Weights shared out too:  torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py
 On two nodes, on each:   torchrun --nnodes=2 --node_rank=<0 or 1> --master_addr=<address of node 0>
                          --master_port=1234 --nproc_per_node=8 train.py config/train_gpt2.py
-What a run would do:     python train.py config/train_gpt2.py --dry_run=True
+The plan of a run:       python train.py config/train_gpt2.py --dry_run=True
 """
 
 import math
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,7 +24,6 @@ from brisk.data.loader import hash64, to_device
 from brisk.device import compile_blocks
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.distributed.parallelize import (
-    check_offload,
     checkpoint_activations,
     clip_grad_norm,
     full_weights,
@@ -33,6 +34,8 @@ from brisk.distributed.process_group import clean_end
 from brisk.errors import UserError, one_line_errors
 from brisk.generation.preview import draw_samples
 from brisk.reporting.forecast import Forecast
+from brisk.training import own_text
+from brisk.training.budget import fit_to_minutes, seconds_per_step
 from brisk.training.inputs import open_data
 from brisk.training.memory import check_fits, peak_memory
 from brisk.training.optim import get_lr, step_if_finite
@@ -40,87 +43,92 @@ from brisk.training.plan import make_plan
 from brisk.training.resume import load_start, resolve, resumed_position
 from brisk.training.run import Outcome, conclude, open_run, peak_flops_of
 from brisk.training.spikes import SpikeWatch
-from brisk.training.state import TrainState
+from brisk.training.state import TrainState, checkpoint_header
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     Seed,
     UnitFloat,
-    as_dict,
     check_values,
     configure,
+    with_values,
 )
 from model import GPT, GPTConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    # the run
-    out_dir: str = "out"  # folder of the run: checkpoints, metrics.jsonl and loss.png
-    init_from: str = "scratch"  # scratch, resume, auto, gpt2*, a Hugging Face folder, a checkpoint
-    eval_interval: PositiveInt = 2000  # steps between evaluations, each with a save
+    # run
+    out_dir: str = "out"  # output folder: checkpoints, metrics.jsonl, loss.png
+    init_from: str = "scratch"  # scratch, resume, auto, gpt2*, a checkpoint, a Hugging Face folder
+    eval_interval: PositiveInt = 2000  # steps between evaluations; each saves a checkpoint
     log_interval: PositiveInt = 1  # steps between lines of the training loss
     eval_iters: PositiveInt = 200  # batches of each split in an evaluation
-    eval_samples: NonNegativeInt = 0  # texts to draw and show at each evaluation
-    eval_start: str = ""  # what they begin with
     eval_only: bool = False  # evaluate once and stop; saves nothing
-    always_save_checkpoint: bool = True  # ckpt.pt is the newest model instead of the best
-    keep_checkpoints: NonNegativeInt = 0  # newest saves kept as step-<step>.pt too; 0 for none
-    dry_run: bool = False  # say what the run would do and stop
-    dry_run_ranks: NonNegativeInt = 0  # as if by so many processes; 0: by those there are
-    seed: Seed = 1337  # of the weights, the order of the data, and dropout
+    always_save_checkpoint: bool = True  # ckpt.pt is the newest model; if False, the best one
     wandb_log: bool = False  # log to Weights & Biases
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # its name for the run
+    wandb_project: str = "owt"  # W&B project
+    wandb_run_name: str = "gpt2"  # W&B run name
     tensorboard: bool = False  # log to out_dir/tensorboard
+    eval_samples: NonNegativeInt = 0  # texts to sample and show at each evaluation
+    eval_start: str = ""  # prompt of these texts
+    keep_last: NonNegativeInt = 0  # also keep the newest saves as step-<step>.pt; 0: none
+    patience: NonNegativeInt = 0  # evaluations without a lower val loss that end the run; 0: off
+    dry_run: bool = False  # print the plan of the run, with its memory, and stop
+    dry_run_world_size: NonNegativeInt = 0  # number of processes to plan for; 0: the actual number
+    seed: Seed = 1337  # of initial weights, data order and dropout
     # data
     dataset: str = "openwebtext"  # train on data/<dataset>
-    data_dir: str = ""  # folder of train.bin and val.bin, instead of data/<dataset>
-    verify_data: bool = False  # read all of both first and compare it with meta.json's checksums
-    rows: Literal["windows", "documents"] = "windows"  # a row is any window, or one document
     gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches in a step, over all ranks
     batch_size: PositiveInt = 12  # sequences in a micro-batch
-    # model: all fields of GPTConfig, with these defaults
-    vocab_size: NonNegativeInt = 0  # rows of the vocabulary; 0: as the tokenizer needs
+    input: str = ""  # train on your own text: files or folders, separated by commas
+    data_dir: str = ""  # folder of train.bin and val.bin, instead of data/<dataset>
+    rows: Literal["windows", "documents"] = "windows"  # a sequence is any window, or one document
+    verify_data: bool = False  # compare the data with the checksums in meta.json first
+    # model
+    vocab_size: NonNegativeInt = 0  # rows of the vocabulary; 0: as many as the tokenizer needs
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
+    freeze_layers: NonNegativeInt = 0  # keep the embeddings and the first n blocks fixed; 0: none
     # optimizer
-    freeze_layers: NonNegativeInt = 0  # first blocks that do not learn, nor do the embeddings then
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW the rest
-    learning_rate: NonNegativeFloat = 6e-4  # the largest
-    muon_learning_rate: NonNegativeFloat = 0.02  # of muon's matrices where AdamW's is the largest
-    muon_momentum: UnitFloat = 0.95  # decay of the mean of their gradients
-    max_iters: NonNegativeInt = 600000  # the last step's number, counted from 0
-    max_epochs: NonNegativeFloat = 0.0  # passes over the data; of it and max_iters the later counts
+    learning_rate: NonNegativeFloat = 6e-4  # peak learning rate
+    max_iters: NonNegativeInt = 600000  # number of the last step, counted from 0
     weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings
-    beta1: UnitFloat = 0.9  # decay of the mean of the gradients
-    beta2: UnitFloat = 0.95  # decay of the mean of their squares
-    grad_clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0 for any
-    # a loss or gradient that is no number: stop; skip its step; go back to the last checkpoint and
-    # on with other batches; or train on as nanoGPT does
-    on_spike: Literal["stop", "skip", "rewind", "ignore"] = "stop"  # what to do at such a step
-    spike_factor: NonNegativeFloat = 0.0  # also for norms this many times the median; 0: any norm
-    # learning-rate schedule: warm-up, then a cosine, or a constant rate and a line down at the end
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay
-    decay_share: UnitFloat = 0.2  # of lr_decay_iters, in which wsd goes down to min_lr
-    decay_lr: bool = True  # False: a constant rate
-    warmup_iters: NonNegativeInt = 2000  # steps of warm-up
-    lr_decay_iters: NonNegativeInt = 600000  # step of min_lr; with max_epochs the last by default
-    min_lr: NonNegativeFloat = 6e-5  # the smallest rate, usually learning_rate / 10
+    beta1: UnitFloat = 0.9  # AdamW: decay of the mean gradient
+    beta2: UnitFloat = 0.95  # AdamW: decay of the mean squared gradient
+    grad_clip: NonNegativeFloat = 1.0  # largest gradient norm; 0: no clipping
+    max_epochs: NonNegativeFloat = 0.0  # passes over the data, instead of max_iters
+    minutes: NonNegativeFloat = 0.0  # train for about this long: measures speed, sets max_iters
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices
+    muon_learning_rate: NonNegativeFloat = 0.02  # peak learning rate of Muon
+    muon_momentum: UnitFloat = 0.95  # momentum of Muon
+    # Where a loss or gradient is not finite: stop the run, skip the step, rewind to the newest
+    # checkpoint and continue with other batches, or ignore it as nanoGPT does.
+    on_spike: Literal["stop", "skip", "rewind", "ignore"] = "stop"  # at a non-finite step
+    spike_factor: NonNegativeFloat = 0.0  # also at gradient norms above this many medians; 0: off
+    # learning rate
+    decay_lr: bool = True  # False: constant
+    warmup_iters: NonNegativeInt = 2000  # steps of linear warm-up
+    lr_decay_iters: NonNegativeInt = 600000  # step of min_lr; with max_epochs the last
+    min_lr: NonNegativeFloat = 6e-5  # final learning rate, usually learning_rate / 10
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, linear decay
+    decay_frac: UnitFloat = 0.2  # wsd: fraction of lr_decay_iters that decays
     # system
-    backend: str = "auto"  # between processes: nccl, gloo, or auto
-    timeout: PositiveInt = 600  # seconds that one of them waits for another, before it gives up
-    device: str = "auto"  # cpu, cuda, cuda:1, mps, or auto
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
-    compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has the whole state, or a part of it
-    cpu_offload: bool = False  # with fsdp: keep the parts on the host, less memory and slower
-    activation_checkpointing: bool = False  # compute blocks again in backward: less memory
+    backend: str = "auto"  # of torch.distributed: nccl, gloo or auto
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate the state on all ranks, or shard it
+    cpu_offload: bool = False  # fsdp: keep the shards in host memory
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
+    timeout: PositiveInt = 600  # seconds that a rank waits for another before it gives up
+
+    given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 
     # Of a start or of this machine: a resume does not take these from its checkpoint. All other
     # keys are the run's; dtype and compile stay as they were resolved.
-    start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_ranks", "verify_data")
-    start_keys += ("device", "backend", "timeout", "cpu_offload")
+    start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_world_size")
+    start_keys += ("input", "minutes", "verify_data", "device", "backend", "timeout", "cpu_offload")
     exclusive = (("max_iters", "max_epochs"),)  # in one config file
 
 
@@ -130,60 +138,57 @@ SHAPE_KEYS = [field.name for field in fields(GPTConfig) if field.name not in CHA
 
 
 def main(given, stop=None):
-    """One run: what it starts from, what follows from that, and the loop."""
+    """Train one model with the settings `given`, as `configure` returns them."""
+    given = own_text.with_out_dir(given)
     with open_run(given, stop) as run:
         start = load_start(given, run.ranks)
+        if given.input:
+            given = with_values(given, own_text.settings(given, start, run))
         config = resolve(given, start, SHAPE_KEYS, run.log)
         check_values(config, "in the checkpoint")
-        if start.saved:
-            run.say(f"Resuming training from {config.out_dir} at step {start.step}")
-        if config.cpu_offload and not config.dry_run:
-            check_offload(run.ranks, run.device)
+        if config.minutes:
+            config = fit_length(config, start, run)
         data = open_data(config, start, run)
         state = initial_state(config, start, data, run)
         plan = make_plan(config, start, state, data, run)
-        for line in plan.lines:
-            run.say(line)
+        run.say("\n".join([*plan.lines, *own_text.command(config)]))
         if config.dry_run:
             return
         parallelize(state, config, plan, run)
         if start.saved:
             state.load_state_dict(start.checkpoint)
-            if state.step > plan.last_step and not config.eval_only:
-                run.say(f"the run is at its end: step {state.step} is past {plan.length}")
-                return
+        if (end := plan.reason_to_end(state)) and not config.eval_only:
+            run.say(f"the run is at its end: {end}")
+            return
         run.open_folder(config, plan, resuming=start.saved is not None)
         del start  # free memory
         outcome = train(config, plan, state, data, run)
     conclude(outcome, config, state.best_val_loss, run)
+    if config.input and run.ranks.is_main:
+        own_text.show_sample(config, Path(__file__).with_name("sample.py"))
 
 
 def initial_state(config, start, data, run):
-    """The model on the CPU, and where in the data the run is."""
+    """The `TrainState` of a start: the model on the CPU, step and position."""
     torch.manual_seed(config.seed)
-    sharded_here = run.ranks.shards and not run.ranks.is_main  # weights come when it is sharded
+    sharded_here = run.ranks.shards and not run.ranks.is_main  # receives its shards later
     dropouts = {"dropout": config.dropout, "ngram_dropout": config.ngram_dropout}
     if start.model_args is None or sharded_here:
         try:
             sizes = GPTConfig.from_settings(config, vocab_size=data.vocab_size)
-        except ValueError as error:  # sizes that do not go together
+        except ValueError as error:  # sizes that do not fit together
             raise UserError(str(error)) from error
         check_fits(sizes)
         model = GPT.uninitialized(sizes)
         if not sharded_here:
             model.init_weights()
     else:
-        parts = {"model_args": start.model_args, "model": start.weights}
-        model = GPT.from_checkpoint(parts, dropouts)
+        model = GPT.from_checkpoint(start.checkpoint, dropouts)
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if config.freeze_layers > config.n_layer:
-        raise UserError(f"--freeze_layers={config.freeze_layers}: there are {config.n_layer}")
-    if config.freeze_layers:
-        model.freeze_layers(config.freeze_layers)
-    run.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M")
-    if config.ngrams > 1:
-        run.say(f"and of n-grams: {model.transformer.ngrams.weight.numel() / 1e6:.2f}M")
+        raise UserError(f"--freeze_layers={config.freeze_layers}: the model has {config.n_layer}")
+    model.freeze_layers(config.freeze_layers)
     state = TrainState(model, step=start.step)
     if start.saved:
         state.position = resumed_position(start.saved, config, data.identity, run.log)
@@ -191,7 +196,7 @@ def initial_state(config, start, data, run):
 
 
 def parallelize(state, config, plan, run):
-    """Activation checkpointing, compilation, DDP or FSDP, and then the optimizer."""
+    """Apply activation checkpointing, compilation and DDP or FSDP; create the optimizer."""
     for block in state.model.transformer.h:
         if config.activation_checkpointing:
             checkpoint_activations(block, config.dropout > 0)
@@ -211,19 +216,31 @@ def parallelize(state, config, plan, run):
     state.spikes = SpikeWatch(plan.device.device, config.on_spike, config.spike_factor, scaled)
 
 
+def fit_length(config, start, run):
+    """`config` with the number of steps that fit into `minutes`, measured on a throwaway model."""
+    data = open_data(config, start, run)
+    state = initial_state(config, start, data, run)
+    plan = make_plan(config, start, state, data, run)
+    parallelize(state, config, plan, run)
+    silent = Forecast(lambda line: None, plan.device, 0, 1, 0, 0)
+    step = partial(train_step, config, plan, state, data, run, silent)
+    seconds = seconds_per_step(step, plan.device, run.ranks)
+    return with_values(config, fit_to_minutes(config, plan, seconds, run.say))
+
+
 def train(config, plan, state, data, run):
-    """The training loop: evaluate, save, step, log. Returns how it ended, an `Outcome`."""
+    """The training loop: evaluate, save, step, log. Returns its `Outcome`."""
     device, ranks, log = plan.device, run.ranks, run.log
-    peak_flops = peak_flops_of(run, device)  # that MFU is a share of
+    peak_flops = peak_flops_of(run, device)  # of all ranks together
     forecast = Forecast.of(config, plan, run)
     header = checkpoint_header(config, plan, state, data)
-    clipped = torch.zeros((), device=device.device)  # steps since the last line that were
+    clipped = torch.zeros((), device=device.device)  # clipped steps since the last log line
     t0, steps_timed = time.perf_counter(), 0
 
     def save(is_best, losses=()):
-        """last.pt, and ckpt.pt too where this is the best so far, or always."""
+        """Save last.pt, and ckpt.pt if this is the best model so far, or always."""
         as_best = is_best or config.always_save_checkpoint
-        run.saver.save({**state.state_dict(), **header}, as_best, config.keep_checkpoints, losses)
+        run.saver.save({**state.state_dict(), **header}, as_best, config.keep_last, losses)
 
     while True:
         step, finished = state.step, state.step > plan.last_step
@@ -231,7 +248,7 @@ def train(config, plan, state, data, run):
         evaluating = due or step == plan.first_step
         stopping = 0 if finished else run.stop_signal()
 
-        # spikes among the steps so far, read where the device is waited for anyway
+        # gradient spikes since the last check, read where the host waits for the device anyway
         if evaluating or stopping or device.type == "cpu" or (step - 1) % config.log_interval == 0:
             answer = state.spikes.respond(run.saver, ranks, log)
             if isinstance(answer, str):
@@ -242,7 +259,11 @@ def train(config, plan, state, data, run):
                 clipped.zero_()
                 continue
 
-        # a signal to stop, in any of the processes: save, and end together
+        # the folder or its lock was removed: leave another run's files alone
+        if (evaluating or stopping) and (lost := run.lost_folder(step)):
+            return Outcome(failure=f"stopped at step {step} without saving: {lost}")
+
+        # a signal to stop on any rank: save, and stop on all ranks
         if stopping:
             if step > plan.first_step:
                 save(is_best=False)
@@ -251,38 +272,40 @@ def train(config, plan, state, data, run):
         # once in a while: evaluate, and save
         if evaluating:
             record = evaluate(config, plan, state, data, run, forecast, may_stop=not finished)
-            if record is None:  # a stop cut it short
+            if record is None:  # interrupted by a signal
                 continue
             log.evaluation(step, record)
             losses = (record["train_loss"], record["val_loss"])
-            # An evaluation that only a resume makes changes nothing. One that a stop cut short is
-            # made up for by the resume: its model is saved if it is the best.
+            # The extra evaluation at a resume must not change the run, so it is not counted; but
+            # one that a signal interrupted is repeated at the resume, and then it is.
             is_best = due and losses[1] < state.best_val_loss
             state.best_val_loss = losses[1] if is_best else state.best_val_loss
+            state.evals_since_best = 0 if is_best else state.evals_since_best + due
             if step > plan.first_step or (is_best and step and not config.eval_only):
                 log.say(f"saving checkpoint to {config.out_dir}")
                 save(is_best, losses)
             t0, steps_timed = time.perf_counter(), 0
-        if finished or config.eval_only:
-            return Outcome()
+        if (end := plan.reason_to_end(state)) or config.eval_only:
+            return Outcome(reason="" if finished else end)
 
         lr = get_lr(step, config, plan.decay_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         step_loss, grad_norm = train_step(config, plan, state, data, run, forecast)
-        clipped += grad_norm > (config.grad_clip or math.inf)  # on the device, which need not wait
+        clipped += grad_norm > (config.grad_clip or math.inf)  # stays on the device
 
         # once in a while: a line of the loss
         steps_timed += 1
         if step % config.log_interval == 0:
-            loss = step_loss.item()  # waits for the device
+            # one read of the device, which waits for it
+            loss, norm, steps_clipped = torch.stack((step_loss, grad_norm, clipped)).tolist()
             seconds = (time.perf_counter() - t0) / steps_timed
             steps_logged = min(config.log_interval, step - plan.first_step + 1)
             record = {
                 "loss": loss,
                 "lr": lr,
-                "grad_norm": grad_norm.item(),
-                "clipped": clipped.item() / steps_logged,
+                "grad_norm": norm,
+                "clipped": steps_clipped / steps_logged,
                 "step_ms": seconds * 1000,
                 "tokens_per_second": plan.global_batch * config.block_size / seconds,
                 "mfu": state.model.estimate_mfu(plan.global_batch, seconds, peak_flops),
@@ -296,22 +319,22 @@ def train(config, plan, state, data, run):
 
 
 def train_step(config, plan, state, data, run, forecast):
-    """One step on the global batch at `state.position`. Returns its loss and the norm of its
-    gradient before clipping, tensors () on the device, which is not waited for."""
+    """One optimizer step on the global batch at `state.position`. Returns its loss and the norm of
+    its gradient before clipping, tensors () on the device."""
     device, ranks = plan.device, run.ranks
     step_targets = data.train.targets(state.position, plan.global_batch)
     step_loss = torch.zeros((), device=device.device)
     for index, first, count in forecast.timed("micro-batch", plan.micro_batches):
         batch = to_device(data.train.batch(state.position + first, count), device)
         weight = data.train.targets(state.position + first, count) / step_targets
-        torch.manual_seed(hash64(config.seed, state.step, index))  # of dropout: resume is exact
-        # Gradients add up on each rank; in the last micro-batch they are averaged over the ranks.
+        torch.manual_seed(hash64(config.seed, state.step, index))  # dropout: resume is exact
+        # Accumulate gradients locally; average them over the ranks in the last micro-batch only.
         set_grad_sync(state.ddp_model, ranks, sync=index == plan.micro_batches[-1][0])
         with device.autocast():
             _, loss = state.ddp_model(*batch, return_logits=False)
         step_loss += loss.detach() * weight
-        # DDP and FSDP average gradients over the ranks, and `weight` is a share of the global
-        # batch: times world_size the average is the sum.
+        # DDP and FSDP average gradients over the ranks, but `weight` is a fraction of the global
+        # batch: multiplying by world_size turns the average into the sum.
         state.scaler.scale(loss * (weight * ranks.world_size)).backward()
     ranks.all_reduce_sum(step_loss)
 
@@ -319,8 +342,8 @@ def train_step(config, plan, state, data, run, forecast):
     grad_norm = clip_grad_norm(state.model, config.grad_clip or math.inf, ranks, device)
     is_spike = state.spikes.record(state.step, state.position, step_loss, grad_norm)
     if config.on_spike == "skip":
-        # This skips a step whose gradients are not finite, as the scaler's own step would;
-        # `update` below lowers the scale by what `unscale_` found, either way.
+        # Skips non-finite gradients as scaler.step would. scaler.update below lowers the scale by
+        # what unscale_ found, whether or not the step was made.
         step_if_finite(is_spike, state.optimizer)
     else:
         state.scaler.step(state.optimizer)
@@ -332,8 +355,8 @@ def train_step(config, plan, state, data, run, forecast):
 
 
 def evaluate(config, plan, state, data, run, forecast, may_stop):
-    """Losses of both splits, and texts if they are asked for, as `RunLog.evaluation` takes them;
-    None where a signal to stop cut it short, which it may with `may_stop`."""
+    """Losses of both splits and, with `eval_samples`, texts, for `RunLog.evaluation`. None if a
+    signal interrupted it, which only `may_stop` allows."""
     state.model.eval()
     record = {
         f"{split}_loss": estimate_loss(state.model, tokens, config, plan, run, forecast, may_stop)
@@ -353,15 +376,15 @@ def evaluate(config, plan, state, data, run, forecast, may_stop):
 
 @torch.no_grad()
 def estimate_loss(model, tokens, config, plan, run, forecast, may_stop=False):
-    """Mean loss in nats a token over the same `eval_iters` batches of a `TokenFile` every time.
-    With `may_stop`, a signal to stop cuts it short."""
+    """Mean loss in nats per token over `eval_iters` batches of `tokens`, the same ones every time.
+    With `may_stop`, a signal interrupts it."""
     device, ranks = plan.device, run.ranks
-    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    nats, count = torch.zeros(2, dtype=precise, device=device.device).unbind()
+    float64 = torch.float32 if device.type == "mps" else torch.float64  # MPS has none
+    nats, count = torch.zeros(2, dtype=float64, device=device.device).unbind()
     for first in forecast.timed("evaluation", range(0, config.eval_iters, ranks.world_size)):
         if may_stop and run.stop_signal():
             break
-        k = first + ranks.rank  # the last ones may have none left: they run along, uncounted
+        k = first + ranks.rank  # ranks without a batch left compute one that is not counted
         position = k % config.eval_iters * config.batch_size
         batch = to_device(tokens.batch(position, config.batch_size), device)
         targets = tokens.targets(position, config.batch_size) * (k < config.eval_iters)
@@ -370,18 +393,6 @@ def estimate_loss(model, tokens, config, plan, run, forecast, may_stop=False):
         nats += loss * targets
         count += targets
     return (ranks.all_reduce_sum(nats) / ranks.all_reduce_sum(count)).item()
-
-
-def checkpoint_header(config, plan, state, data):
-    """The entries of a checkpoint that stay the same through a run."""
-    return {
-        "model_args": state.model.config.to_args(),
-        "config": as_dict(config),
-        "given": config.given,
-        "resolved": plan.resolved,
-        "data": data.identity,
-        "tokenizer": data.described,
-    }
 
 
 if __name__ == "__main__":

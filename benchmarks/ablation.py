@@ -40,7 +40,7 @@ WITHOUT = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class AblationConfig:
     config: str = "config/train_shakespeare_char_fast.py"  # the recipe
     dataset: str = "shakespeare_char"  # prepared in data/

@@ -109,7 +109,7 @@ SIZES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompareConfig:
     peer: str = ""  # a checkout of nanoGPT
     sections: str = ""  # some of train,step,sample,data,start,memory; empty: all that can run

@@ -62,7 +62,7 @@ runpy.run_path("prepare.py", run_name="__main__")
 """
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompareConfig:
     peer: str = ""  # a checkout of nanoGPT; left out if empty
     megabytes: PositiveInt = 240  # of text

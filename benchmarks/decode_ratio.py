@@ -37,7 +37,7 @@ MODELS = {
 POSITION = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecodeRatioConfig:
     models: str = ",".join(MODELS)  # some of these
     rows: str = "1,8,64"  # sequences that are decoded together

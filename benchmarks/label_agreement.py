@@ -30,7 +30,7 @@ from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, co
 from model import GPT
 
 
-@dataclass
+@dataclass(frozen=True)
 class AgreementConfig:
     out_dir: str = "out-asked"  # the run
     data_dir: str = "data/asked"  # the data set it was trained on

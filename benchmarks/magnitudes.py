@@ -1,6 +1,6 @@
 """How large the numbers inside a model grow along a run, beside the largest that float16 holds.
 
-    $ python train.py config/train_shakespeare_char_cpu.py --eval_interval=250 --keep_checkpoints=12
+    $ python train.py config/train_shakespeare_char_cpu.py --eval_interval=250 --keep_last=12
     $ python benchmarks/magnitudes.py --out_dir=out-shakespeare-char-cpu
 
 A line for each checkpoint `step-*.pt` of the run: the largest size, over some windows of val.bin,
@@ -31,9 +31,9 @@ from model import GPT
 COLUMNS = ("attention", "linear", "residual", "logits")
 
 
-@dataclass
+@dataclass(frozen=True)
 class MagnitudesConfig:
-    out_dir: str = "out"  # a run with --keep_checkpoints
+    out_dir: str = "out"  # a run with --keep_last
     data_dir: str = ""  # folder of the token files, instead of those the run was trained on
     windows: PositiveInt = 64  # that are read
 
@@ -78,7 +78,7 @@ def magnitudes(model, idx):
 def main(config):
     paths = sorted(Path(config.out_dir).glob("step-*.pt"))
     if not paths:
-        raise UserError(f"{config.out_dir} has no step-*.pt; train with --keep_checkpoints=20")
+        raise UserError(f"{config.out_dir} has no step-*.pt; train with --keep_last=20")
     print(f"{'step':>8}" + "".join(f"{name:>12}" for name in COLUMNS))
     for path in paths:
         checkpoint = load_checkpoint(path)

@@ -28,7 +28,7 @@ from configurator import PositiveInt, configure
 from sides import DATASET, ROOT, alternate, open_sides, run
 
 
-@dataclass
+@dataclass(frozen=True)
 class RaceConfig:
     peer: str = ""  # a checkout of nanoGPT
     recipe: str = "config/train_shakespeare_char_fast.py"  # arguments of our train.py
@@ -71,7 +71,9 @@ def main(config):
         runs = alternate(config, sides, lambda side: measure(config, side, data_dir, seeds))
     target = mean(figures["loss"] for figures in runs["nanogpt"])
     for figures in runs["brisk"]:
-        reached = [seconds for seconds, loss in figures["way"] if loss <= target]
+        reached = [
+            seconds for seconds, loss in figures["way"] if loss is not None and loss <= target
+        ]
         figures["reached"] = reached[0] if reached else float("inf")
     for name, rounds in runs.items():
         losses = [figures["loss"] for figures in rounds]

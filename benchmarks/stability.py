@@ -58,7 +58,7 @@ RECIPES = {  # keys and configs over those of nanoGPT's GPT-2, which are the def
 MUON_RATIO = 0.02 / 3e-3  # of Muon's rate to AdamW's, as in config/train_gpt2_modern.py
 
 
-@dataclass
+@dataclass(frozen=True)
 class StabilityConfig:
     only: str = ""  # recipes, separated by commas; empty: all
     dataset: str = "shakespeare_char"  # prepared in data/

@@ -27,6 +27,7 @@ PARTS = {  # what loading relies on, where it is there
     "scaler": (dict,),
     "iter_num": (int,),
     "position": (int,),
+    "evals_since_best": (int,),
     "precision": (tuple,),  # of version 0.1
     "given": (tuple, list),
     "resolved": (dict,),
@@ -166,6 +167,11 @@ def load_tensors(path, mmap=False):
     """What `torch.save` wrote to `path`, if it is tensors and plain values: no code in it runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd pickles: what comes of them is told in one line
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # PyTorch opens no path that is not UTF-8
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
@@ -175,7 +181,7 @@ def invalid_entries(checkpoint):
     if odd:
         return odd
     config, sizes = checkpoint.get("config", {}), checkpoint["model_args"]
-    counts = {key: checkpoint.get(key, 0) for key in ("iter_num", "position")}
+    counts = {key: checkpoint.get(key, 0) for key in ("iter_num", "position", "evals_since_best")}
     best = torch.as_tensor(checkpoint.get("best_val_loss", 0.0))
     odd = [key for key, number in counts.items() if not 0 <= number < 2**63]
     odd += [key for key in SIZES if not isinstance(sizes[key], int)]

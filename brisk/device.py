@@ -79,7 +79,10 @@ class Device:
             model = model_of(torch.cuda.get_device_name(self.device))
             if model in DATASHEET_PEAKS:
                 return DATASHEET_PEAKS[model], f"the datasheet's peak of {model}"
-        return matmul_flops(self), f"the measured ceiling of a {self.dtype_name} matrix product"
+        emulated = (self.type, self.dtype_name) == ("cpu", "float16")  # its product is no ceiling
+        fastest = Device(self.device, "float32") if emulated else self
+        name = fastest.dtype_name
+        return matmul_flops(fastest), f"the measured ceiling of a {name} matrix product"
 
     def __str__(self):
         if self.type == "cuda":

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 from contextlib import contextmanager
 
@@ -53,6 +54,11 @@ def leave_with(text, speaks=True, status=2):
     sys.exit(status)
 
 
+def note(text):
+    """Print one line on standard error; `text` may quote names of files."""
+    print(one_line(text), file=sys.stderr)
+
+
 def is_out_of_memory(error):
     """Python's and numpy's error, or PyTorch's, which on a CPU is a `RuntimeError` like others."""
     return isinstance(error, MemoryError) or "allocate" in str(error)
@@ -65,6 +71,12 @@ def one_line(text):
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+def without_controls(text):
+    """`text` with U+FFFD for control characters, except newline and tab. A terminal would obey
+    them: move the cursor, clear the screen, set the title (ECMA-48; ESC alone begins most)."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def did_you_mean(word, known):

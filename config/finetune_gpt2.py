@@ -22,7 +22,7 @@ weight_decay = 0.01
 learning_rate = 6.25e-5
 beta2 = 0.999
 schedule = "wsd"  # a line down from the warm-up to the end
-decay_share = 1.0
+decay_frac = 1.0
 warmup_iters = 5
 min_lr = 0.0
 

@@ -30,7 +30,7 @@ learning_rate = 3e-3  # of embeddings, head and vectors
 weight_decay = 0.1
 
 schedule = "wsd"
-decay_share = 0.4
+decay_frac = 0.4
 warmup_iters = 100
 max_iters = 20000  # 10 billion tokens
 lr_decay_iters = 20000

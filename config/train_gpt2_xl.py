@@ -2,7 +2,7 @@
 # python data/openwebtext/prepare.py
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py
 # What it would take of each, told by any machine that has the data:
-# python train.py config/train_gpt2_xl.py --dry_run=True --dry_run_ranks=8 --dtype=bfloat16
+# python train.py config/train_gpt2_xl.py --dry_run=True --dry_run_world_size=8 --dtype=bfloat16
 
 out_dir = "out-gpt2-xl"
 wandb_log = True

@@ -33,7 +33,7 @@ beta2 = 0.99
 weight_decay = 0.1
 
 schedule = "wsd"
-decay_share = 0.4
+decay_frac = 0.4
 warmup_iters = 20
 max_iters = 999
 lr_decay_iters = 1000

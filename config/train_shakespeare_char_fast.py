@@ -30,7 +30,7 @@ learning_rate = 3e-3
 beta2 = 0.99
 
 schedule = "wsd"
-decay_share = 0.4
+decay_frac = 0.4
 warmup_iters = 20
 max_iters = 1199
 lr_decay_iters = 1200

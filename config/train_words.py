@@ -1,7 +1,7 @@
 # words of abstracts, common ones left out, with a small model, on a CPU in about a minute:
 # python data/words/prepare.py && python train.py config/train_words.py
 # python sample.py --out_dir=out-words --start="text clustering" --max_words=5
-# python sample.py --out_dir=out-words --start="text clustering" --show_next=10
+# python sample.py --out_dir=out-words --start="text clustering" --top_next=10
 
 # 50 kB are learned by heart: the perplexity of the training text goes below 1.6, that of the text
 # held out up to thousands. --always_save_checkpoint=False keeps the model that does best there.

@@ -35,12 +35,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's products 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
 
+import train  # noqa: E402
 from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
 from brisk.data.bpe import gpt2  # noqa: E402
 from brisk.data.dataset import load_tokenizer, read_meta, write_dataset  # noqa: E402
 from brisk.data.tokenizer import CharTokenizer  # noqa: E402
 from brisk.device import open_device  # noqa: E402
 from brisk.errors import UserError, one_line_errors  # noqa: E402
+from brisk.training.signals import StopRequest  # noqa: E402
 from configurator import configure  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -225,6 +227,39 @@ def train_tiny(main, settings):
 def resume(main, resumed_settings):
     """Go on with a run in this process, with nothing given but `changes`."""
     return lambda out_dir, **changes: main(resumed_settings(out_dir, **changes))
+
+
+@pytest.fixture
+def train_until(settings, monkeypatch):
+    """Start a tiny run and stop it, as Ctrl-C does, before its step `stop`."""
+
+    def run(out_dir, stop, given=None, **changes):
+        argv = given or settings(out_dir, **changes)
+        request, get_lr = StopRequest(speaks=False), train.get_lr
+
+        def count(step, *rest):
+            if step == stop - 1:
+                request.number = 2
+            return get_lr(step, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "get_lr", count)
+            with pytest.raises(SystemExit):
+                train.main(configure(train.TrainConfig, argv), request)
+        assert torch.load(out_dir / "last.pt")["iter_num"] == stop
+
+    return run
+
+
+@pytest.fixture
+def carry_on(main):
+    """Resume a run with no key but its folder, the device, and `changes`."""
+
+    def run(out_dir, **changes):
+        given = {"init_from": "resume", "out_dir": out_dir, "device": "cpu", **changes}
+        return main([f"--{key}={value}" for key, value in given.items()])
+
+    return run
 
 
 class Prepared:

@@ -1,7 +1,8 @@
 """Config files and --key=value: nanoGPT's ways, checked, with mistakes told in one line."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,11 +21,15 @@ from configurator import (
     as_dict,
     checked,
     configure,
+    key_types,
 )
+from evaluate import EvaluateConfig
+from export import ExportConfig
+from sample import SampleConfig
 from train import TrainConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     out_dir: str = "out"  # folder of the run
     dataset: str = "openwebtext"  # what to train on
@@ -37,6 +42,7 @@ class Settings:
     bias: bool = False  # biases or not
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # precision
     compile: bool | Literal["auto"] = "auto"  # compile or not
+    given: tuple = field(default=(), compare=False)
 
 
 @pytest.fixture
@@ -336,7 +342,7 @@ def test_a_key_of_another_script_is_unknown_on_the_command_line():
 
 
 # A command line of anything: keys that are there, nearly there and not, with values of all kinds.
-keys = st.sampled_from([f.name for f in fields(Settings)]) | st.text(max_size=12)
+keys = st.sampled_from([*key_types(Settings)]) | st.text(max_size=12)
 values = (
     st.integers().map(str)
     | st.integers(10**300, 10**400).map(str)
@@ -361,10 +367,9 @@ def test_any_command_line_ends_in_a_config_or_in_one_line(argv):
         config = configure(Settings, argv)
     except UserError:
         return
-    for field in fields(Settings):
-        value = getattr(config, field.name)
-        kind = configurator.get_type_hints(Settings, include_extras=True)[field.name]
-        assert checked(value, kind, field.name, "here") == value
+    for key, kind in key_types(Settings).items():
+        value = getattr(config, key)
+        assert checked(value, kind, key, "here") == value
     assert configure(Settings, argv) == config
 
 
@@ -433,10 +438,10 @@ def test_help_lists_every_key_with_its_default_and_comment(capsys):
         configure(TrainConfig, ["--batch_size=3", "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    for field in fields(TrainConfig):
-        line = re.search(rf"^  --{field.name}=(\S*) +(\S.*)$", text, re.MULTILINE)
-        assert line, f"{field.name} has no line with a comment"
-        assert line[1] == str(field.default)
+    for key in key_types(TrainConfig):
+        line = re.search(rf"^  --{key}=(\S*) +(\S.*)$", text, re.MULTILINE)
+        assert line, f"{key} has no line with a comment"
+        assert line[1] == str(getattr(TrainConfig, key))
     assert "python train.py config/train_shakespeare_char.py" in text  # how to use it
 
 
@@ -449,9 +454,7 @@ def test_help_says_which_keys_a_resume_takes_over(capsys):
         r"Keys of a start,.*:\n(.*)\nKeys of the run,.*:\n(.*)", text, re.S
     ).groups()
     assert set(ours.split()) == {*TrainConfig.start_keys}
-    assert sorted(ours.split() + runs.split()) == sorted(
-        field.name for field in fields(TrainConfig)
-    )
+    assert sorted(ours.split() + runs.split()) == sorted(key_types(TrainConfig))
 
 
 def test_every_config_file_here_runs(said):
@@ -470,3 +473,62 @@ def test_scalars_of_numpy_and_torch_are_checked_as_numbers():
         checked(np.bool_(True), PositiveInt, "n", "")
     with pytest.raises(UserError):
         checked(torch.tensor(-1), PositiveInt, "n", "")
+
+
+def test_renamed_keys_are_understood(config_file):
+    before = ["--keep_checkpoints=3", "--decay-share=0.5", "--dry_run_ranks=2"]
+    config = configure(TrainConfig, before)
+    assert (config.keep_last, config.decay_frac, config.dry_run_world_size) == (3, 0.5, 2)
+    assert config.given == ("keep_last", "decay_frac", "dry_run_world_size")
+    path = config_file("decay_share = decay_share / 2\nkeep_checkpoints = 3")
+    config = configure(TrainConfig, [path])
+    assert (config.decay_frac, config.keep_last) == (0.1, 3)
+
+
+# ----------------------------------------------------------------------------- paths
+
+
+def test_help_names_legal_values_under_headings(capsys):
+    with pytest.raises(SystemExit):
+        configure(TrainConfig, ["--help"])
+    text = capsys.readouterr().out
+    headings = re.findall(r"^(\w[\w ]*):\n  --", text, re.MULTILINE)
+    assert headings == ["run", "data", "model", "optimizer", "learning rate", "system"]
+    assert re.search(r"^  --optimizer=adamw .*\[adamw\|muon\]$", text, re.MULTILINE)
+    assert re.search(r"^  --dropout=0.0 .*\[float in \[0, 1\]\]$", text, re.MULTILINE)
+    assert re.search(r"^  --eval_interval=2000 .*\[int >= 1\]$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        (["a.txt"], "--input=a.txt"),
+        (["run"], "--init_from=resume --out_dir=run"),
+        (["config/train_shakespear_char.py"], "did you mean config/train_shakespeare_char.py?"),
+        (["train_gpt2"], "names end in .py; did you mean config/train_gpt2.py?"),
+        (["--lr=1"], "did you mean learning_rate?"),
+        (["--lrate=1"], "unknown key --lrate"),
+    ],
+)
+def test_a_misnamed_path_or_key_is_answered_with_the_right_one(argv, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("import os")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "config").symlink_to(Path(configurator.__file__).parent / "config")
+    with pytest.raises(UserError) as caught:
+        configure(TrainConfig, argv)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("Config", [SampleConfig, EvaluateConfig, ExportConfig])
+def test_a_run_is_named_by_its_folder_alone(Config, tmp_path):
+    for name in ("out-x/last.pt", "theirs/config.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    assert configure(Config, [str(tmp_path / "out-x")]).out_dir == str(tmp_path / "out-x")
+    assert configure(Config, [str(tmp_path / "theirs")]).init_from == str(tmp_path / "theirs")
+    file = str(tmp_path / "out-x" / "last.pt")
+    assert configure(Config, [file]).init_from == file
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no checkpoint in it"):
+        configure(Config, [str(tmp_path / "empty")])

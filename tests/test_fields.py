@@ -20,7 +20,8 @@ def printed(call, *arguments):
 
 for Config in (train.TrainConfig, bench.BenchConfig):
     shown = printed(configure, Config, ["--help"])
-    assert re.search("^  --width_of_dummies=3 +dummies in a block$", shown, re.MULTILINE), shown
+    line = "^  --width_of_dummies=3 +dummies in a block \\[int >= 1\\]$"
+    assert re.search(line, shown, re.MULTILINE), shown
     try:
         configure(Config, ["--width_of_dummies=0"])
     except UserError as error:

@@ -3,9 +3,7 @@
 import importlib.util
 import math
 import string
-from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 from conftest import ROOT, TEXT, TINY, ending
@@ -21,7 +19,7 @@ import train
 from brisk.data.bpe import train_bpe
 from brisk.data.dataset import write_dataset
 from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer
-from configurator import check_values, configure
+from configurator import check_values, configure, key_types
 
 
 def prepare_config(path):
@@ -67,7 +65,7 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_s
 
 
 def command_lines(Config):
-    keys = [field.name for field in fields(Config)]
+    keys = [*key_types(Config)]
     key = st.sampled_from(keys) | st.sampled_from(["", "-", "weather", keys[0][:-1], "é", "\0"])
     value = st.sampled_from(HOSTILE) | st.text(max_size=20) | st.integers().map(str)
     value |= st.floats().map(str)
@@ -81,7 +79,7 @@ def check_command_line(Config, argv):
     argv = [argument for argument in argv if argument not in ("--help", "-h")]
     if ending(lambda: configured.append(configure(Config, argv))) is None:
         check_values(configured[0], "")
-        for key, kind in get_type_hints(Config).items():
+        for key, kind in key_types(Config).items():
             value = getattr(configured[0], key)
             assert isinstance(value, bool | int | float | str), key
             if isinstance(value, float):
@@ -116,7 +114,7 @@ def test_every_key_with_every_hostile_value(script):
     """All at once: 70 keys of 60 values."""
     Config = CONFIGS[script]
     short = [value for value in HOSTILE if len(value) < 1000]
-    for key in (field.name for field in fields(Config)):
+    for key in key_types(Config):
         for value in short if script in ("train", "sample") else short[::4]:
             check_command_line(Config, [f"--{key}={value}"])
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from test_sample import CHARACTERS, DASHES, SCRIPT, records, texts, write_checkpoint
@@ -98,7 +99,7 @@ def test_stop_and_words_by_command(converse, batch):
 
 
 def test_the_likeliest_next_tokens_by_command(converse, batch):
-    out, _ = converse("/show_next 2", "ab", "/show_next 0", "/temperature=0", "ab")
+    out, _ = converse("/top_next 2", "ab", "/top_next 0", "/temperature=0", "ab")
     table, text = out.split(DASHES)[:2]
     drawn = text[2]
     assert table.startswith(f"1  {drawn!r}") and len(table.splitlines()) == 2
@@ -146,7 +147,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(converse, batch, line, words)
 def test_help_names_every_command(converse):
     out, notices = converse("/help")
     text = "\n".join(notices)
-    for name in ("settings", "help", "quit", *sample.SHAPING, "num_samples", "show_next"):
+    for name in ("settings", "help", "quit", *sample.SHAPING, "num_samples", "top_next"):
         assert f"  /{name}" in text
     assert "/temperature 0.8" in text and "Ctrl-C" in text and "another text" in text and out == ""
 
@@ -282,6 +283,29 @@ def test_at_a_terminal(terminal, batch):
     at.expect("error: unknown command /wrong[^\n]*\n> ")
     at.type(CTRL_D)
     assert at.status() == 0
+
+
+def test_a_terminal_gets_no_control_characters(folder):
+    """They could move the cursor, clear the screen or set the title; a pipe gets the text as it
+    is."""
+    pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals of this kind")
+    characters = "a\n\t\r\x07\x1b\x7f\x9b\x9d[]0;2J\u3000\N{REPLACEMENT CHARACTER}"
+    tokenizer = CharTokenizer(characters).to_dict()
+    write_checkpoint(folder / "out" / "ckpt.pt", len(characters), tokenizer=tokenizer)
+    (folder / "prompt.txt").write_bytes(b"\x1b]0;a\x07\xc2\x9b2J\x7f")
+    main, side = pty.openpty()
+    shown, command = b"", [sys.executable, str(SCRIPT), "--start=FILE:prompt.txt", "--device=cpu"]
+    with subprocess.Popen([*command, "--num_samples=2"], stdout=side, stderr=subprocess.PIPE) as at:
+        os.close(side)
+        with suppress(OSError):  # Linux's way to say that the other end is closed
+            while piece := os.read(main, 65536):
+                shown += piece
+        at.stderr.read()
+    os.close(main)
+    piped = subprocess.run([*command, "--num_samples=2"], capture_output=True, check=True).stdout
+    assert {ord(c) for c in "\r\x07\x1b\x7f"} <= set(piped) and b"\xc2\x9b" in piped
+    shown, piped = shown.decode().replace("\r\n", "\n"), piped.decode()
+    assert shown == re.sub("[\r\x07\x1b\x7f\x9b\x9d]", "\ufffd", piped)
 
 
 def test_ctrl_c_stops_a_text_and_clears_a_line(terminal, folder):

@@ -187,7 +187,7 @@ class Files:
         assert 0 <= result["accuracy"] <= 1
 
     def read_metrics(self, path):
-        draw(read_runs([path]), say=lambda _: None)
+        draw(read_runs([path]))
 
     def read(self, kind, path):
         readers = {"ckpt.pt": self.read_ckpt, "jsonl": self.read_items}

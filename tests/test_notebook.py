@@ -1,7 +1,11 @@
 """The tour runs from top to bottom, on characters and on Chinese, and shows what it says."""
 
+import json
+
 import pytest
+import torch
 from conftest import ROOT
+from networks import VARIANTS, random_ids, random_model
 
 from brisk.data.dataset import write_dataset
 from brisk.data.tokenizer import CharTokenizer
@@ -47,3 +51,25 @@ def test_the_tour_runs_on_chinese(tour, train_tiny, tmp_path):
     train_tiny(tmp_path / "out", data_dir=tmp_path / "data")
     text, pictures = tour(tmp_path / "out", "床前明月光")
     assert "床" in text and len(pictures) == 3
+
+
+@pytest.mark.parametrize("settings", [{}, *VARIANTS], ids=str)
+def test_the_attention_drawn_is_that_of_the_model(settings):
+    """The weights times the values are the result of the kernel, in every block."""
+    cells = json.loads((ROOT / "notebooks" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    [source] = ["".join(c["source"]) for c in cells if "attention_weights(" in "".join(c["source"])]
+    names = {"torch": torch}
+    exec(source[: source.index("LAYER, HEAD")], names)
+
+    model, idx, kernel = random_model(**settings), random_ids(), []
+    for block in model.transformer.h:  # c_proj multiplies the result, with the heads side by side
+        block.attn.c_proj.register_forward_pre_hook(lambda _, inputs: kernel.append(inputs[0]))
+        block.attn.c_attn.register_forward_hook(lambda _, inputs, y: kernel.append(y))
+    model.predict(idx)
+    n_head, kv_heads, head_dim = model.config.n_head, model.config.kv_heads, model.config.head_dim
+    for layer in range(model.config.n_layer):
+        weights = names["attention_weights"](model, idx, layer)
+        qkv, expected = kernel[2 * layer : 2 * layer + 2]
+        v = qkv[..., -kv_heads * head_dim :].unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
+        v = v.repeat_interleave(n_head // kv_heads, dim=1)
+        torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), expected)

@@ -391,7 +391,7 @@ def test_prompts_are_lines_of_a_file(run, folder):
         (["--out=out"], "cannot write"),
         (["--out=no/such/folder.jsonl"], "cannot write"),
         (["--out=latin1.txt"], "is there already"),
-        (["--out=new.jsonl", "--show_next=3"], "leave one of them out"),
+        (["--out=new.jsonl", "--top_next=3"], "leave one of them out"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(run, folder, monkeypatch, argv, words):
@@ -402,9 +402,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(run, folder, monkeypatch, 
     assert not (folder / "new.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "setting", ["max_words=-1", "show_next=-1", "show_next=x", "max_words=1.5"]
-)
+@pytest.mark.parametrize("setting", ["max_words=-1", "top_next=-1", "top_next=x", "max_words=1.5"])
 def test_numbers_that_make_no_sense(setting):
     with pytest.raises(UserError, match="whole number of at least 0"):
         configure(sample.SampleConfig, [f"--{setting}"])
@@ -460,10 +458,10 @@ def test_the_unknown_word_is_never_drawn(run, folder, monkeypatch):
     """A tokenizer that names a token as standing for what it does not know."""
     monkeypatch.setattr(CharTokenizer, "unk", CHARACTERS.index("模"), raising=False)
     assert "模" not in run("--temperature=5", "--top_k=0", samples=20)
-    assert "模" not in run("--show_next=99")
+    assert "模" not in run("--top_next=99")
     monkeypatch.setattr(CharTokenizer, "unk", None)
     assert "模" in run("--temperature=5", "--top_k=0", samples=20)
-    assert "模" in run("--show_next=99")
+    assert "模" in run("--top_next=99")
 
 
 def test_a_model_of_words(run, folder):
@@ -476,14 +474,14 @@ def test_a_model_of_words(run, folder):
     for words in map(str.split, found):
         assert words[0] == "the" and words[2] == "sat" and len(words) == 3 + 9
         assert set(words[3:]) <= set(tokenizer.words)  # words only, none of them unknown
-    table = run("--start=the cat", "--show_next=99").splitlines()[:-1]
+    table = run("--start=the cat", "--top_next=99").splitlines()[:-1]
     assert {line.split("'" if "don" not in line else '"')[1] for line in table} == {
         f"{word} " for word in tokenizer.words
     }
 
 
 def test_the_likeliest_next_token_is_the_one_that_greedy_takes(run):
-    lines = run("--start=ab 语", "--show_next=4").splitlines()
+    lines = run("--start=ab 语", "--top_next=4").splitlines()
     assert len(lines) == 5 and lines[-1] + "\n" == DASHES
     drawn = texts(run("--start=ab 语", "--temperature=0", tokens=1, samples=1))[0][-1]
     rank, token, percent = lines[0].split()
@@ -491,9 +489,9 @@ def test_the_likeliest_next_token_is_the_one_that_greedy_takes(run):
     shares = [float(line.split()[-1].rstrip("%")) for line in lines[:-1]]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) < 100
     assert (
-        run("--start=ab 语", "--show_next=4", "--temperature=3", "--top_k=1").splitlines() == lines
+        run("--start=ab 语", "--top_next=4", "--temperature=3", "--top_k=1").splitlines() == lines
     )
-    everything = run("--start=ab 语", "--show_next=1_000_000").splitlines()[:-1]
+    everything = run("--start=ab 语", "--top_next=1_000_000").splitlines()[:-1]
     assert len(everything) == len(CHARACTERS)  # not the rows that pad the vocabulary
     assert abs(sum(float(line.split()[-1].rstrip("%")) for line in everything) - 100) < 0.3
 
@@ -501,6 +499,6 @@ def test_the_likeliest_next_token_is_the_one_that_greedy_takes(run):
 @pytest.mark.parametrize("tokenizer", [tiny_bpe(), ByteTokenizer()], ids=["bpe", "byte"])
 def test_likeliest_tokens_that_are_parts_of_characters(run, folder, tokenizer):
     write_checkpoint(folder / "out" / "ckpt.pt", 320, tokenizer=tokenizer.to_dict())
-    out = run("--start=语", "--show_next=300")
+    out = run("--start=语", "--top_next=300")
     assert r"b'\xe8'" in out and "'a'" in out and r"'\n'" in out and repr(EOT) in out
     assert len(out.splitlines()) == tokenizer.vocab_size + 1

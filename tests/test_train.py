@@ -99,7 +99,7 @@ HARD = {"dropout": 0.2, "gradient_accumulation_steps": 3}
         ({"dtype": "auto", "dropout": 0.1}, 3),
         ({"decay_lr": False, "grad_clip": 0, "weight_decay": 0}, 3),
         ({"optimizer": "muon", "dropout": 0.2}, 3),
-        ({"optimizer": "muon", "schedule": "wsd", "decay_share": 0.5}, 4),
+        ({"optimizer": "muon", "schedule": "wsd", "decay_frac": 0.5}, 4),
     ],
     ids=str,
 )
@@ -389,6 +389,22 @@ def test_eval_only_evaluates_once_and_saves_nothing(
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
+def test_dry_run_needs_no_data(main, settings, tmp_path, char_data):
+    argv = [a for a in settings(tmp_path / "out") if not a.startswith("--data_dir")]
+    argv += ["--dry_run", f"--data_dir={tmp_path / 'nowhere'}"]
+    console = main(argv).console
+    assert "is not prepared; a vocabulary of 50,304 is assumed" in console
+    assert re.search(r"compute: [\d.e+]+ FLOP; at least .* TFLOP/s", console)
+    with pytest.raises(UserError, match=r"no train\.bin"):  # its length is needed
+        main([*argv, "--max_epochs=2"])
+
+
+def test_float16_on_a_cpu_is_noted_and_mfu_is_a_share(train_tiny, tmp_path):
+    run = train_tiny(tmp_path / "out", dtype="float16", max_iters=1)
+    assert "far more slowly" in run.console and "float32 matrix product" in run.console
+    assert max(run.series("mfu").values()) < 1
+
+
 def test_dry_run_writes_nothing(finished, train_tiny, resume, tmp_path):
     fresh = train_tiny(tmp_path / "fresh", dry_run=True)
     assert not fresh.out_dir.exists()
@@ -480,7 +496,7 @@ def test_the_learning_rate_is_nanogpts(train_tiny, tmp_path):
 @pytest.mark.parametrize("warmup, decay", [(0, 0), (5, 5), (6, 3), (0, 1)])
 def test_no_schedule_ends_in_a_division_by_zero(warmup, decay, schedule, share):
     config = SimpleNamespace(decay_lr=True, learning_rate=1.0, min_lr=0.1)
-    config.schedule, config.decay_share = schedule, share
+    config.schedule, config.decay_frac = schedule, share
     config.warmup_iters = warmup
     rates = [train.get_lr(step, config, decay) for step in range(10)]
     assert all(0 < rate <= 1 for rate in rates) and rates[-1] == pytest.approx(0.1)

@@ -201,11 +201,11 @@ def test_magnitudes_are_those_of_the_numbers_inside(changes):
 
 
 def test_a_line_for_each_checkpoint_of_a_run(letters, tmp_path, capsys):
-    with pytest.raises(UserError, match="--keep_checkpoints"):
+    with pytest.raises(UserError, match="--keep_last"):
         magnitudes.main(configure(magnitudes.MagnitudesConfig, [f"--out_dir={tmp_path}"]))
     argv = [*TINY.split(), f"--data_dir={letters}", f"--out_dir={tmp_path}", "--eval_interval=1"]
     train = stability.train
-    train.main(configure(train.TrainConfig, [*argv, "--eval_iters=1", "--keep_checkpoints=9"]))
+    train.main(configure(train.TrainConfig, [*argv, "--eval_iters=1", "--keep_last=9"]))
     capsys.readouterr()
     argv = [f"--out_dir={tmp_path}", "--windows=2"]
     magnitudes.main(configure(magnitudes.MagnitudesConfig, argv))

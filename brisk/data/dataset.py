@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from brisk.data.raw_files import bytes_of, checksum
 from brisk.data.saved_tokenizer import from_dict, read_meta_pkl
-from brisk.data.text_files import blocks, checksum
 from brisk.data.tokenize_files import write_bin
 from brisk.data.tokenizer import EOT, id_dtype
 from brisk.errors import UserError
@@ -75,10 +75,11 @@ def verify_data(data_dir, meta):
             raise UserError(f"{file} is damaged: its checksum is not the one in meta.json")
 
 
-def load_tokenizer(data_dir):
+def load_tokenizer(data_dir, meta=None):
     """The tokenizer of a prepared data set: from its `meta.json`, else from nanoGPT's `meta.pkl`,
-    else None (nanoGPT's GPT-2 sets, and those without any text)."""
-    if meta := read_meta(data_dir):
+    else None (nanoGPT's GPT-2 sets, and those without any text). `meta` is the contents of
+    `meta.json`, where they have been read."""
+    if meta := meta or read_meta(data_dir):
         tokenizer = from_dict(meta["tokenizer"])
         if tokenizer.vocab_size != meta["vocab_size"]:
             sizes = f"{meta['vocab_size']} tokens, its tokenizer {tokenizer.vocab_size}"
@@ -174,7 +175,7 @@ def join_datasets(directory, folders, source):
                     for folder, meta in zip(folders, metas, strict=True):
                         counts = meta["splits"][split]
                         total.update({k: v for k, v in counts.items() if k != "sha256"})
-                        for block in blocks(Path(folder, f"{split}.bin")):
+                        for block in bytes_of(Path(folder, f"{split}.bin")):
                             digest.update(block)
                             file.write(block)
                 joined["splits"][split] = {**total, "sha256": digest.hexdigest()}

@@ -9,15 +9,27 @@ import glob
 import hashlib
 import math
 import os
-import sys
 from itertools import islice
 from pathlib import Path
 
-from brisk.data.tables import TABLES, Column, CsvFile, Rows, load, load_rows, suffix_of
+from brisk.data.hub import Rows, load
+from brisk.data.raw_files import (
+    EmptyFile,
+    NotText,
+    first_bytes,
+    is_clutter,
+    is_zip,
+    members_of,
+    refuse_special,
+    suffix_of,
+)
+from brisk.data.tables import TABLES, Column, choose_column, table_of
 from brisk.data.text_files import Lines, TextFile
 from brisk.data.tokenize_files import cores
-from brisk.errors import UserError
+from brisk.errors import UserError, note
 
+SHOWN = 5  # files left out that are named
+KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 COUNTED = 100_000  # documents up to which a split is exact; beyond, chance is exact enough
 
 
@@ -29,49 +41,101 @@ class Corpus:
 
     Args:
         sources: paths of files and folders and patterns such as docs/*.md, or one name of a
-            data set on the Hugging Face hub, all separated by commas.
-        column: where a table has its text.
+            data set on the Hugging Face hub, all separated by commas. A zip archive is read as a
+            folder is.
+        column: where a table has its text; if empty, its column `text`, or its only one of text.
         encoding: of text and csv files; told by their bytes where it is "auto".
         lines: whether each line of a text is a document of its own.
 
-    Raises `UserError` where there are no documents to be had.
+    Files among others that are empty or no text are left out with a line. Raises `UserError` where
+    there are no documents to be had.
     """
 
-    def __init__(self, sources, column="text", encoding="auto", lines=False):
-        self.parts, no_text = [], []
+    def __init__(self, sources, column="", encoding="auto", lines=False):
         if not sources.strip(", "):
             raise UserError("name a file, a folder or a data set on the hub: --input=PATH")
-        files = find_files(sources)
-        if not files:
-            self.parts.append(Rows(load_documents(sources), column, sources))
+        files, left_out = with_members(find_files(sources))
+        self.parts = []
+        alone = len(files) + len(left_out) == 1
         for file in files:
-            alone = len(files) == 1
-            kind = TABLES.get(suffix_of(file))
+            Table = None
             try:
-                self.parts.append(self.part(file, kind, column, encoding, lines))
-            except UserError:
-                if file.suffix == ".json" and not alone:  # settings, say: text like any other
-                    self.parts.append(self.part(file, None, column, encoding, lines))
-                elif kind or alone:
+                head = first_bytes(file)
+                Table = table_of(file, head)
+                if not head:
+                    raise EmptyFile(f"{file} is empty")
+                self.parts.append(part_of(file, Table, column, encoding, lines, alone))
+            except UserError as error:
+                if alone or (Table and not isinstance(error, EmptyFile)):
                     raise
-                else:
-                    no_text.append(file.name)
-        if no_text:
-            names = ", ".join(no_text[:5]) + (", …" if len(no_text) > 5 else "")
-            print(f"left out {len(no_text)} files that are no text: {names}", file=sys.stderr)
-
-    def part(self, file, kind, column, encoding, lines):
-        """The documents of one file."""
-        if kind == "csv":
-            return Column(CsvFile(file, encoding), column)
-        if kind:
-            return Rows(load_rows(kind, file), column, file)
-        text = TextFile(file, encoding)
-        return Lines(text) if lines else [text]
+                left_out.append((file, error))
+        if not files and not left_out:
+            dataset = load(sources, num_proc=cores())
+            self.parts.append(
+                Rows(dataset, choose_column(HubTable(dataset, sources), column), sources)
+            )
+        elif not self.parts:
+            raise left_out[0][1]
+        tell_left_out(left_out)
 
     def __iter__(self):
         for part in self.parts:
             yield from part
+
+
+def part_of(file, Table, column, encoding, lines, alone):
+    """The documents of one file, a `Table` or a text; `alone` is whether there are no others."""
+    if Table:
+        try:
+            return Column(Table(file, encoding), column)
+        except EmptyFile:
+            raise
+        except UserError:  # among others, json of another kind (settings, say) is a text
+            if alone or suffix_of(file) != ".json":
+                raise
+    text = TextFile(file, encoding)
+    if alone and not any(text):
+        raise EmptyFile(f"{file} is empty")
+    return Lines(text) if lines else [text]
+
+
+def with_members(files):
+    """The files, with those in zip archives in place of the archives; and pairs (archive, error) of
+    those that cannot be read. Raises the error where there is one archive alone."""
+    found, left_out = [], []
+    for file in files:
+        try:
+            found += members_of(file) if is_zip(file) else [file]
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            left_out.append((file, error))
+    return found, left_out
+
+
+def tell_left_out(left_out):
+    """Say which files were left out, each with a line of its own where it could be repaired."""
+    groups = {NotText: "no text", EmptyFile: "empty"}
+    for kind, what in groups.items():
+        names = [file.name for file, error in left_out if type(error) is kind]
+        if names:
+            shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+            note(f"left out {len(names)} files that are {what}: {shown}")
+    others = [error for _, error in left_out if type(error) not in groups]
+    for error in others[:SHOWN]:
+        note(f"left out: {error}")
+    if len(others) > SHOWN:
+        note(f"left out {len(others) - SHOWN} more files like these")
+
+
+class HubTable:
+    """The columns of a `datasets` data set."""
+
+    def __init__(self, dataset, name):
+        self.path, self.columns = name, dataset.column_names
+        self.has_column = self.columns.__contains__
+        kinds = {name: getattr(kind, "dtype", "") for name, kind in dataset.features.items()}
+        self.text_columns = [name for name in kinds if kinds[name] in ("string", "large_string")]
 
 
 class Picked:
@@ -118,16 +182,18 @@ def split_documents(corpus, share):
     """
     keys = list(map(key_of, islice(corpus, COUNTED)))
     if not keys:
-        raise UserError("there are no documents in it")
+        raise UserError("there are no documents in the input")
     if len(keys) == 1:
         document = next(iter(corpus))
         length = sum(map(len, pieces([document])))
         n = int(length * (1 - share))
         return {"train": [Span(document, 0, n)], "val": [Span(document, n, length)]}
+    different = sorted(set(keys))
     if len(keys) == COUNTED:
         bound = int(share * 2**64)
+    elif len(different) == 1:
+        raise UserError(f"all {len(keys)} documents are equal: none is left for validation")
     else:
-        different = sorted(set(keys))
         count = min(max(1, math.ceil(share * len(different))), len(different) - 1)
         bound = different[count]
     return {
@@ -165,26 +231,44 @@ def find_files(sources):
     listed = [part.strip() for part in sources.split(",") if part.strip()]
     for source in [sources] if os.path.exists(sources) else listed:
         path = Path(source)
+        if not os.path.exists(path) and source.startswith("~"):  # not expanded after --input=
+            path = path.expanduser()
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            files = [file for file in files if not is_hidden(file.relative_to(path))]
+            files = files_in(path)
         elif path.exists():
+            refuse_special(path)
             files = [path]
         else:
             files = sorted(map(Path, glob.glob(source, recursive=True)))
             files = [file for file in files if file.is_file()]
         if not files:
+            if path.is_dir():
+                raise UserError(f"there are no files in {source}")
+            if path.is_symlink():
+                raise UserError(f"{source} is a link that leads nowhere")
+            if "://" in source:
+                raise UserError(f"{source} is an address; download it first, then --input=PATH")
             is_a_file = suffix_of(path) in {*TABLES, ".txt", ".md", ".py"}
             name_of_a_set = source == sources and source.count("/") <= 1 and not is_a_file
             if name_of_a_set and not path.exists() and not glob.has_magic(source):
                 return []
             raise UserError(f"there are no files at {source}")
         found += files
-    return list(dict.fromkeys(found))
+    return list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
 
 
-def is_hidden(path):
-    return any(part.startswith(".") for part in path.parts)
+def files_in(folder):
+    """The files below a folder, in order, without hidden ones and data sets that were made here."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = {file.parent: set() for file in files}
+    for file in files:
+        names[file.parent].add(file.name)
+    made = {parent for parent in names if names[parent] >= {"meta.json", "train.bin", "val.bin"}}
+    return [
+        file
+        for file in files
+        if file.parent not in made and not is_clutter(file.relative_to(folder))
+    ]
 
 
 def load_documents(source):
@@ -195,7 +279,7 @@ def load_documents(source):
     """
     if not (files := find_files(source)):
         return load(source, num_proc=cores())
-    kinds = {TABLES.get(suffix_of(file), "text") for file in files}
+    kinds = {KINDS.get(suffix_of(file), "text") for file in files}
     if len(kinds) != 1:
         raise UserError(f"{source} should have files of one kind only, it has {', '.join(kinds)}")
     kind = kinds.pop()

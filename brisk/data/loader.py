@@ -125,6 +125,9 @@ def find_data_dir(data_dir, dataset):
     clone = repository()
     if not folder.is_dir() and not data_dir and clone:
         folder = clone / folder  # started from another directory
+    path = data_dir or dataset
+    if not folder.is_dir() and os.path.isfile(path):
+        raise UserError(f"{path} is a file; to train on its text: --input={path}")
     missing = [name for name in ("train.bin", "val.bin") if not os.path.isfile(folder / name)]
     if missing:
         made = f"make it with: python {folder / 'prepare.py'}"

@@ -1,17 +1,19 @@
-"""Raw text on disk: finding it, telling its encoding, and reading it a piece at a time."""
+"""Raw text on disk: finding it, detecting its encoding, and reading it a piece at a time."""
 
 import codecs
 import hashlib
 import io
 import os
+import re
+import shlex
 import sys
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 
-from brisk.errors import UserError
+from brisk.data.raw_files import NotText, ZipMember, blocks, checksum, refuse_binary
+from brisk.errors import UserError, note
 
-PIECE = 2**20  # bytes read at a time
 # Besides UTF-8 and whatever has a byte order mark. Few on purpose: the more there are, the
 # likelier a wrong one fits. Each is the largest of its family (GB18030 reads GBK and GB2312).
 ENCODINGS = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252"]
@@ -31,11 +33,13 @@ class TextFile:
 
     A byte order mark is left out, and line ends become "\\n". `encoding` is what it was read as.
 
-    Raises `UserError` for a file that cannot be read, or is not in that encoding throughout.
+    Raises `UserError` for a file that cannot be read, that is no text, or that is not in that
+    encoding throughout.
     """
 
     def __init__(self, path, encoding="auto"):
-        self.path = Path(path)
+        self.path = path if isinstance(path, ZipMember) else Path(path)
+        refuse_binary(self.path)
         self.encoding = encoding
         if encoding == "auto":
             self.encoding = detect_encoding(self.path)
@@ -56,8 +60,8 @@ class TextFile:
             except UnicodeError as error:
                 place = position - waiting + getattr(error, "start", 0)
                 raise UserError(
-                    f"{self.path} is not {self.encoding} at byte {place}; "
-                    "name its encoding (--encoding=gb18030, say) or mend it"
+                    f"{self.path} is not {self.encoding} at byte {place}; name its encoding "
+                    f"(--encoding=gb18030, say), or convert it: {iconv(self.path, 'NAME')}"
                 ) from error
             position += len(raw)
             if first and text:  # GB18030's mark decodes to U+FEFF like any other character
@@ -86,39 +90,23 @@ def read_text(path, encoding="auto"):
     return "".join(TextFile(path, encoding))
 
 
-def blocks(path):
-    """The bytes of a file, decompressed, a block at a time; an empty one at the end."""
-    import fsspec  # torch needs it, so it is there; but not to read a data set's description
-
-    try:
-        with fsspec.open(os.path.abspath(path), "rb", compression="infer") as file:
-            while block := file.read(PIECE):
-                yield block
-            yield b""
-    except (OSError, EOFError, ValueError) as error:  # of the file, or of a decompressor
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from error
-    except Exception as error:  # zlib, lzma and zstd have errors of their own
-        raise UserError(f"cannot read {path}: it is damaged ({error})") from error
-
-
 def detect_encoding(path):
     """The name of the encoding of a text file: from its byte order mark, else UTF-8 if it is that,
     else what its bytes look most like. ASCII counts as UTF-8.
 
     The first block with anything but ASCII decides. Raises `UserError` where it looks like no text.
     """
-    stream, start = blocks(path), True
+    stream, position = blocks(path), 0
     for block in stream:
-        if start:
+        if not position:
             for mark, encoding in MARKS:
                 if block.startswith(mark):
                     return encoding
-            start = False
         if b"\0" in block:
-            raise UserError(f"{path} is no text: it has bytes of zero")
+            refuse_zeros(path, block)
         if not block.isascii():
             break
+        position += len(block)
     else:
         return "utf-8"
     more = next(stream)
@@ -126,19 +114,60 @@ def detect_encoding(path):
     try:
         codecs.getincrementaldecoder("utf-8")().decode(sample, final=not more)
         return "utf-8"
-    except UnicodeDecodeError:
-        pass
+    except UnicodeDecodeError as error:
+        position += error.start
+    if is_damaged_utf8(sample):
+        raise UserError(
+            f"{path} is UTF-8, but damaged at byte {position}; leave out the damaged bytes: "
+            f"{iconv(path, 'utf-8').replace('iconv', 'iconv -c')}"
+        )
+    found = guess_encoding(sample, 4 if more else 1)
+    if found is None:
+        raise UserError(
+            f"{path} is not UTF-8 at byte {position}, and its encoding is unknown; name it "
+            f"(--encoding=gb18030, say), or convert it: {iconv(path, 'NAME')}"
+        )
+    note(
+        f"{path} is not UTF-8 at byte {position}; it looks like {found}, and is read as that. "
+        f"If it is not: --encoding=NAME, or convert it: {iconv(path, found)}"
+    )
+    return found
+
+
+def refuse_zeros(path, block):
+    """Raise `UserError` for a block with bytes of zero: UTF-16 without a mark has many."""
+    for encoding, ascii_half in (("utf-16-le", block[1::2]), ("utf-16-be", block[0::2])):
+        zeros = ascii_half.count(0)
+        if zeros > max(8, 0.4 * len(ascii_half)) and block.count(0) < 1.1 * zeros:
+            raise UserError(f"{path} looks like {encoding}; if it is: --encoding={encoding}")
+    raise NotText(f"{path} is no text: it has bytes of zero")
+
+
+def is_damaged_utf8(sample):
+    """Whether bytes that are not UTF-8 hold at least as many of its multi-byte characters as bytes
+    that cannot belong to one: text in another encoding has few."""
+    text = sample.decode("utf-8", errors="replace")
+    invalid = text.count("\N{REPLACEMENT CHARACTER}")
+    return sum(map(len, re.findall(r"[^\0-\x7f\ufffd]+", text))) >= invalid
+
+
+def guess_encoding(sample, cuts):
+    """The encoding that bytes look most like, or None. They may end within a character: `cuts` is
+    the number of ends to try."""
     import charset_normalizer
 
-    # Lines of ASCII say nothing. The sample may end within a character of up to four bytes.
+    # Lines of ASCII say nothing.
     telling = b"".join(line for line in sample.splitlines(True) if not line.isascii())
-    cuts = [telling[: len(telling) - cut] for cut in range(4 if more else 1)]
-    guesses = (charset_normalizer.from_bytes(cut, cp_isolation=ENCODINGS).best() for cut in cuts)
+    samples = [telling[: len(telling) - cut] for cut in range(cuts)]
+    guesses = (charset_normalizer.from_bytes(cut, cp_isolation=ENCODINGS).best() for cut in samples)
     found = next(filter(None, guesses), None)
-    if found is None:
-        raise UserError(f"cannot tell the encoding of {path}; name it: --encoding=gb18030, say")
-    print(f"{path} looks like {found.encoding}; if it is not: --encoding=NAME", file=sys.stderr)
-    return found.encoding
+    return found and found.encoding
+
+
+def iconv(path, encoding):
+    """The command that converts a file to UTF-8."""
+    name = shlex.quote(str(path))
+    return f"iconv -f {encoding} -t utf-8 {name} > new.txt"
 
 
 def find_text(given, here, filename, url, sha256, encoding="auto"):
@@ -171,15 +200,6 @@ def find_file(given, here, filename, url, sha256, name="input.txt"):
         looked = ", ".join(map(str, places))
         raise UserError(f"no text found at {looked}; give a file of yours: --input=PATH")
     return found or download(url, sha256, places)
-
-
-def checksum(path):
-    """The SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(PIECE):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def download(url, sha256, places):

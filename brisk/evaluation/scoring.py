@@ -1,8 +1,7 @@
-"""How likely a model holds given tokens to be: many rows of unlike length at a time.
+"""Negative log-likelihoods of given tokens, for batches of rows of different lengths.
 
-A row is its input ids (T,) and, for each, the id that follows; a target of -1 is not scored. Rows
-of a batch are padded on the right, where a causal model does not see the padding, so a row's
-figures do not depend on what is in the batch beside it.
+Rows are padded on the right. A causal model does not see that padding, so the results of a row do
+not depend on the other rows of its batch. A target of -1 is not scored.
 """
 
 import numpy as np
@@ -13,35 +12,35 @@ LOGITS_AT_ONCE = 2**26  # entries of the logits held at a time: 256 MB in float3
 
 
 @torch.no_grad()
-def token_nats(model, inputs, targets):
-    """What each target costs, and whether it is what the model holds to be likeliest.
+def token_losses(model, inputs, targets):
+    """Cross-entropy of each target, and whether it is the most likely token.
 
-    Of the logits only those of scored positions are computed, and of these a part at a time.
+    Only the logits of scored positions are computed, `LOGITS_AT_ONCE` at a time.
 
     Args:
         inputs: token ids (B, T), T at most `block_size`.
         targets: the token after each one (B, T), or -1.
 
     Returns:
-        (nats, likeliest), both (B, T): -ln p(target), in float32, and whether no other token has
+        (nll, is_top), both (B, T): -ln p(target) in nats, float32, and whether no other token has
         a higher logit; 0 and True where the target is -1.
     """
     scored = targets >= 0
     x, wanted = model.backbone(inputs)[scored], targets[scored]  # (N, n_embd), (N,)
-    nats = torch.zeros(targets.shape, device=targets.device)
-    likeliest = torch.ones_like(scored)
-    costs, hits = [], []
+    nll = torch.zeros(targets.shape, device=targets.device)
+    is_top = torch.ones_like(scored)
+    losses, hits = [], []
     step = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     for part, ids in zip(x.split(step), wanted.split(step), strict=True):
         logits = model.lm_head(part).float()
-        costs.append(F.cross_entropy(logits, ids, reduction="none"))
+        losses.append(F.cross_entropy(logits, ids, reduction="none"))
         hits.append(logits.argmax(dim=-1) == ids)
-    nats[scored], likeliest[scored] = torch.cat(costs), torch.cat(hits)
-    return nats, likeliest
+    nll[scored], is_top[scored] = torch.cat(losses), torch.cat(hits)
+    return nll, is_top
 
 
-def padded(rows, scored, device):
-    """Inputs and targets (B, T), int64 tensors on `device`.
+def collate(rows, scored, device):
+    """Rows padded to one length: inputs and targets (B, T), int64 tensors on `device`.
 
     Args:
         rows: arrays of ids, each one longer than its inputs: its last id is a target only.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from brisk.data.tokenizer import EOT
 from brisk.errors import UserError
-from brisk.evaluation.scoring import batches, padded, token_nats
+from brisk.evaluation.scoring import batches, collate, token_losses
 
 
 def hellaswag(model, tokenizer, path, batch_size, device, documents=False):
@@ -127,9 +127,9 @@ def score(model, pairs, batch_size, device):
     nats, likeliest = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
     for batch in tqdm(batches(lengths, batch_size * T), unit="batch", disable=None):
         scored = [len(pairs[i][1]) for i in batch]
-        inputs, targets = padded([rows[i] for i in batch], scored, device.device)
-        costs, hits = token_nats(model, inputs, targets)
-        nats[batch], likeliest[batch] = costs.sum(dim=1).cpu(), hits.all(dim=1).cpu()
+        inputs, targets = collate([rows[i] for i in batch], scored, device.device)
+        nll, hits = token_losses(model, inputs, targets)
+        nats[batch], likeliest[batch] = nll.sum(dim=1).cpu(), hits.all(dim=1).cpu()
     return nats, likeliest
 
 

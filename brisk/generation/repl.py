@@ -35,9 +35,10 @@ def converse(config, keys, change, answer):
     Args:
         config: has the values of `keys` as attributes, num_samples among them.
         keys: what commands may change, {name: what it is, for a person}.
-        change: `change(key, text)` sets one in `config`, or raises `UserError`.
-        answer: `answer(prompt, first)` writes the samples after a prompt, numbered from `first`;
-            a `UserError` says that there are none.
+        change: `change(config, key, text)` returns a `config` with that value, or raises
+            `UserError`.
+        answer: `answer(config, prompt, first)` writes the samples after a prompt, numbered from
+            `first`; a `UserError` says that there are none.
     """
     with suppress(ImportError):  # Windows has none, and its console edits lines by itself
         import readline  # gives `input` the arrow keys and a history
@@ -56,14 +57,18 @@ def converse(config, keys, change, answer):
             if not command:
                 first, number = number, number + config.num_samples
                 try:
-                    answer(line.removeprefix("/") if line.startswith("//") else line, first)
+                    prompt = line.removeprefix("/") if line.startswith("//") else line
+                    answer(config, prompt, first)
                 except UserError:
                     number = first
                     raise
             elif command[1] == "quit":
                 return
-            elif obey(command, config, keys, change) == "seed":
-                number = 0
+            else:
+                changed = obey(command, config, keys, change)
+                if command[1] == "seed" and changed is not config:
+                    number = 0
+                config = changed
         except UserError as error:
             say(f"error: {one_line(str(error))}")
         except EOFError:
@@ -92,7 +97,7 @@ def ask(sign):
 
 
 def obey(command, config, keys, change):
-    """Do what a matched command says; the key it changed, or None."""
+    """Do what a matched command says. Returns the settings after it."""
     name, value = command[1].replace("-", "_"), command[3].strip()
     if name == "help":
         about = [f"/{key} {getattr(config, key)}" for key in keys]
@@ -108,10 +113,10 @@ def obey(command, config, keys, change):
             f"unknown command /{command[1]}{near} (/help lists them; // begins a prompt with /)"
         )
     elif value or command[2]:
-        change(name, value)
-        return name
+        return change(config, name, value)
     else:
         say(f"{name}={getattr(config, name)}")
+    return config
 
 
 def say(text):

@@ -1,22 +1,27 @@
-"""Models in Hugging Face directories, and GPT-2 on its hub: reading their files, and writing them.
+"""Models in Hugging Face directories, and GPT-2 on its hub: reading them, and writing them.
 
-How their names and configs become ours is in `brisk/interop/families.py`.
+The families are `brisk/interop/gpt2.py` and `brisk/interop/qwen3.py`; files of weights are read in
+`brisk/interop/weight_files.py`.
 """
 
 import json
 import logging
-import zipfile
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from brisk.checkpoint import is_weight, load_tensors, verify
 from brisk.errors import UserError, did_you_mean
-from brisk.interop.families import to_config_args, to_state_dict
+from brisk.interop import gpt2, qwen3
+from brisk.interop.foreign_config import shown
 from brisk.interop.tokenizer_json import tokenizer_files
+from brisk.interop.weight_files import read_folder, read_json, read_weights
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+FAMILIES = (gpt2, qwen3)
 WRITER = {"format": "pt", "writer": "briskGPT"}  # tells an export of ours, untouched, from others
 
 
@@ -26,7 +31,7 @@ def load_pretrained(name_or_directory):
 
     Args:
         name_or_directory: one of `GPT2_NAMES`, or a directory with `config.json` and
-            `model.safetensors` (in shards too) or `pytorch_model.bin`.
+            `model.safetensors` or `pytorch_model.bin`, in shards too.
 
     Returns:
         (config_args, state_dict): arguments of `GPTConfig`, and float32 weights under our names,
@@ -46,56 +51,100 @@ def load_pretrained(name_or_directory):
     def find(file):
         return hub_file(name_or_directory, file) if from_hub else folder / file
 
-    theirs = read_json(find("config.json"))
-    try:
-        config_args = to_config_args(theirs, name_or_directory)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{folder / 'config.json'} is no config of a model: {error}") from error
-    index = folder / "model.safetensors.index.json"
-    if not from_hub and index.exists():
-        shards = shards_in(index)
-        weights = {k: w for shard in shards for k, w in read_weights(find(shard)).items()}
-    elif not from_hub and not (folder / "model.safetensors").exists():
-        weights = read_weights(find("pytorch_model.bin"))
-    else:
-        weights = read_weights(find("model.safetensors"))
-    try:
-        return config_args, to_state_dict(weights, config_args, name_or_directory)
-    except (TypeError, ValueError) as error:  # sizes that are no integers
-        raise UserError(f"{folder / 'config.json'} is no config of a model: {error}") from error
+    config_args = to_config_args(read_json(find("config.json")), name_or_directory)
+    weights = read_weights(find("model.safetensors")) if from_hub else read_folder(folder)
+    return config_args, to_state_dict(weights, config_args, name_or_directory)
 
 
-def shards_in(index):
-    """The names of the files that an index of weights lists; they lie beside it."""
-    try:
-        shards = sorted(set(read_json(index)["weight_map"].values()))
-        strays = [name for name in shards if Path(name).name != name]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weights ({error!r})") from error
-    if strays:
-        raise UserError(f"{index} names a file outside its folder: {strays[0]}")
-    return shards
+def to_config_args(theirs, source):
+    """Arguments of `GPTConfig` for their config (a dict). Raises `UserError` that names the key
+    which is invalid or which our model does not compute."""
+    if not isinstance(theirs, dict):
+        raise UserError(f"{source}: its config.json holds no config of a model")
+    model_type = theirs.get("model_type")
+    for family in FAMILIES:
+        if model_type == family.MODEL_TYPE:
+            return family.import_config(theirs, source)
+    known = " or ".join(family.MODEL_TYPE for family in FAMILIES)
+    raise UserError(f"{source}: its config says model_type={shown(model_type)}, wanted: {known}")
 
 
-def write_directory(folder, theirs, weights, tokenizer):
-    """Write a model, as `to_hugging_face` returns it, and its tokenizer to an empty `folder`.
+def to_state_dict(weights, config_args, source):
+    """Their weights under our names, checked against the shapes that the config asks for."""
+    family = qwen3 if config_args.get("position") == "rotary" else gpt2
+    if config_args["n_layer"] > len(weights):  # before a claim of a billion is believed
+        claim = f"its config says {config_args['n_layer']} layers"
+        raise UserError(f"{source}: {claim}, its files have {len(weights)} weights")
+    state = family.import_weights(weights, config_args, source)
+    state = {name: weight.float().contiguous() for name, weight in state.items()}
+    if config_args["tied"]:
+        tied = state.get("transformer.wte.weight")
+        if tied is not None and not torch.equal(state.setdefault("lm_head.weight", tied), tied):
+            raise UserError(f"{source}: its head is not tied to its embeddings, this model's is")
+        state["lm_head.weight"] = tied
+    shapes = family.weight_shapes(**config_args)
+    if odd := sorted(shapes.keys() ^ state.keys()):
+        what = "has no" if odd[0] in shapes else f"has a weight unknown to {family.NAME},"
+        raise UserError(f"{source} {what} {odd[0]} ({len(odd)} such weights)")
+    for name, weight in state.items():
+        if weight.shape != shapes[name]:
+            found, wanted = tuple(weight.shape), tuple(shapes[name])
+            raise UserError(f"{source}: {name} is {found}, its config asks for {wanted}")
+    return state
 
-    Raises `UserError` where the tokenizer cannot be written exactly, or the disk does not take it.
+
+def to_hugging_face(config, state, vocab_size):
+    """Their config (a dict) and weights for our model; the inverse of the way in.
+
+    Args:
+        config: the model's `GPTConfig`.
+        state: its weights under our names.
+        vocab_size: rows of the vocabulary that are kept; those beyond only pad it.
+
+    Raises `UserError` that names the fields of a model which neither GPT-2 nor Qwen3 computes.
+    """
+    family = qwen3 if config.position == "rotary" else gpt2
+    computed = family.FIELDS if family is qwen3 else {**family.FIELDS, "n_kv_head": config.n_head}
+    found = {**asdict(config), "n_kv_head": config.kv_heads}
+    if odd := [key for key in computed if found[key] != computed[key]]:
+        ours, wanted = (", ".join(f"{k}={args[k]}" for k in odd) for args in (found, computed))
+        raise UserError(
+            f"other programs cannot run this model: it has {ours} where {family.NAME} has {wanted}"
+        )
+    config = replace(config, vocab_size=vocab_size)
+    rows = ("transformer.wte.weight", "lm_head.weight")
+    state = {k: w[:vocab_size] if k in rows else w for k, w in state.items()}
+    if config.tied:
+        del state["lm_head.weight"]
+    weights = family.export_weights(config, state)
+    return family.export_config(config), {name: w.contiguous() for name, w in weights.items()}
+
+
+def directory_files(theirs, tokenizer):
+    """The contents (text), by name, of the files of a directory beside the weights.
+
+    Raises `UserError` where the tokenizer cannot be written exactly.
     """
     block_size = theirs.get("n_positions") or theirs["max_position_embeddings"]
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
     # A text ends where the context does, unless the caller says how many tokens it wants.
     generation = {**ends, "max_length": block_size}
-    contents = {
+    return {
         **tokenizer_files(tokenizer, block_size),
         "config.json": json.dumps({**theirs, **ends}, indent=2),
         "generation_config.json": json.dumps(generation, indent=2),
     }
+
+
+def write_directory(folder, files, weights):
+    """Write a model's weights, as `to_hugging_face` returns them, and its `directory_files` to an
+    empty `folder`. Raises `UserError` where the disk does not take it."""
     path = folder / "model.safetensors"
     try:
-        for name, text in contents.items():
+        for name, text in files.items():
             (folder / name).write_text(f"{text}\n", encoding="utf-8")
         save_file(weights, path, metadata=WRITER)
+        shutil.copymode(folder / "config.json", path)  # safetensors lets nobody else read it
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -115,38 +164,6 @@ def is_export(folder):
             return file.metadata() == WRITER
     except (OSError, SafetensorError):
         return False
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def read_weights(path):
-    """The tensors in one file, by name."""
-    try:
-        if path.suffix == ".bin":
-            if zipfile.is_zipfile(path):  # PyTorch's format since 1.6; before, it had no checksum
-                verify(path)
-            weights = load_tensors(path)
-        else:
-            weights = load_file(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can raise any error there is
-        raise UserError(f"{path} is damaged or holds something other than weights") from error
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise UserError(f"{path} holds something other than weights by name")
-    is_mask = (".attn.bias", ".attn.masked_bias")  # of GPT-2, often as bytes
-    if odd := [k for k, w in weights.items() if not k.endswith(is_mask) and not is_weight(w)]:
-        raise UserError(f"{path}: {odd[0]} is no weight")
-    return weights
 
 
 def hub_file(name, file):

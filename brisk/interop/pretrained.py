@@ -1,6 +1,7 @@
 """A trained model, by whatever `init_from` names: the run in `out_dir`, a checkpoint file, GPT-2,
 or a Hugging Face directory."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +29,16 @@ def read_pretrained(init_from, out_dir):
     Prints what was read. Raises `UserError` for a name that is none of these, a damaged file, or
     a tokenizer that does not belong to the model.
     """
-    settings = {}
-    if init_from in GPT2_NAMES or Path(init_from).is_dir():
+    if init_from == "resume":
+        init_from = best_checkpoint(out_dir)
+    if Path(init_from).is_file():
+        checkpoint = read_model(init_from)
+        print(f"checkpoint {init_from}, iteration {checkpoint.get('iter_num', 'unknown')}")
+        tokenizer = tokenizer_of(checkpoint)
+    elif init_from in GPT2_NAMES or Path(init_from).is_dir():
         own = read_tokenizer(init_from)
         print(f"weights of {init_from}, {'its' if own else 'GPT-2'} tokenizer")
-        model_args, weights = load_pretrained(init_from)
-        checkpoint, tokenizer = {"model_args": model_args, "model": weights}, own or gpt2()
-    elif init_from == "resume" or Path(init_from).is_file():
-        path = best_checkpoint(out_dir) if init_from == "resume" else Path(init_from)
-        checkpoint = load_checkpoint(path)
-        print(f"checkpoint {path}, iteration {checkpoint.get('iter_num', 'unknown')}")
-        tokenizer, settings = tokenizer_of(checkpoint), checkpoint.get("config", {})
+        checkpoint, tokenizer = read_model(init_from), own or gpt2()
     else:
         names = ["resume", *GPT2_NAMES]
         raise UserError(
@@ -50,7 +50,21 @@ def read_pretrained(init_from, out_dir):
         sizes = f"{tokenizer.vocab_size} tokens, the model {rows}"
         mend = "put the data set's meta.json or meta.pkl in its folder"
         raise UserError(f"the tokenizer has {sizes}: they do not belong together; {mend}")
-    return Pretrained(checkpoint, tokenizer, settings)
+    return Pretrained(checkpoint, tokenizer, checkpoint.get("config", {}))
+
+
+def read_model(source):
+    """A dict with the `model_args` and the state dict `model` of the model that `source` names: a
+    checkpoint file, with all its entries, GPT-2, or a Hugging Face directory."""
+    if Path(source).is_file():
+        return load_checkpoint(source)
+    model_args, weights = load_pretrained(source)
+    parts = {"model_args": model_args, "model": weights}
+    if Path(source).is_dir():
+        with suppress(UserError):  # one that cannot be read here cannot be compared either
+            if own := read_tokenizer(source):
+                parts["tokenizer"] = own.to_dict()
+    return parts
 
 
 def tokenizer_of(checkpoint):

@@ -1,11 +1,12 @@
 """Where a run's numbers go: the console, a progress bar, `metrics.jsonl` and a picture of it,
 TensorBoard, wandb.
 
-`metrics.jsonl` has one JSON object a line. Both kinds have `step`, `tokens` (seen so far) and
-`seconds` (since the run began). Training lines: `loss` (nats), `lr`, `grad_norm` (before
-clipping), `clipped` (share of the steps since the line before whose norm was over `grad_clip`),
-`step_ms`, `tokens_per_second`, `mfu`, `memory` (bytes at the peak so far, where known).
-Evaluation lines: `train_loss`, `val_loss` and, if asked for, `samples`, a list of texts.
+`metrics.jsonl` has one JSON object per line, in which a number that is not finite is null. Both
+kinds of line have `step`, `tokens` (seen so far) and `seconds` (of all starts together). Training
+lines: `loss` (nats), `lr`, `grad_norm` (before clipping), `clipped` (share of the steps since the
+line before whose norm was over `grad_clip`), `step_ms`, `tokens_per_second`, `mfu`, `memory` (bytes
+at the peak so far, where known). Evaluation lines: `train_loss`, `val_loss` and, if asked for,
+`samples`, a list of texts.
 """
 
 import html
@@ -21,6 +22,7 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
+from brisk.errors import without_controls
 from brisk.reporting.curves import leave_picture
 
 
@@ -32,7 +34,7 @@ class RunLog:
         self.file = self.bar = self.board = self.wandb = self.out_dir = None
         self.warned = False  # that the loss is not finite
         self.losing = False  # whether lines of metrics.jsonl are being lost
-        self.began = time.time()
+        self.began = time.monotonic()  # the wall clock may be set back
 
     def say(self, text):
         """Print a line, above the progress bar where there is one."""
@@ -51,7 +53,7 @@ class RunLog:
             return
         path = Path(out_dir, "metrics.jsonl")
         seconds = cut_metrics(path, step)
-        self.began = time.time() - seconds
+        self.began = time.monotonic() - seconds
         self.file = open(path, "a", encoding="utf-8")
         tty = sys.stderr.isatty()
         self.bar = tqdm(total=last_step + 1, initial=step, unit="step", disable=not tty)
@@ -86,8 +88,11 @@ class RunLog:
         if not self.file:
             return
         record = {key: value for key, value in record.items() if value is not None}
-        line = {"step": step, **record, "seconds": round(time.time() - self.began, 3)}
-        self.write_line(json.dumps(line))
+        line = {"step": step, **record, "seconds": round(time.monotonic() - self.began, 3)}
+        for key, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[key] = None  # JSON has no NaN
+        self.write_line(json.dumps(line, allow_nan=False))
         samples = record.pop("samples", ())
         names = {"train_loss": "train/loss", "val_loss": "val/loss", "loss": "train/batch_loss"}
         numbers = {names.get(key, key): value for key, value in record.items()}
@@ -148,15 +153,13 @@ class RunLog:
 
 
 def quoted(text, mark):
-    """`text` with `mark` before each line, and without what would steer a terminal."""
-    lines = [mark + line for line in text.splitlines() or [""]]
-    shown = [c if c.isprintable() or c in "\n\t" else "\ufffd" for c in "\n".join(lines)]
-    return "".join(shown)
+    """`text` with `mark` before each line, and without control characters."""
+    return "\n".join(mark + without_controls(line) for line in text.splitlines() or [""])
 
 
 def cut_metrics(path, step):
     """Drop the lines of `path` from `step` on, and a last line that was not written whole.
-    Returns the seconds of the last line kept, 0 where there is none."""
+    Returns the most seconds of a line kept, 0 where there is none."""
     if not path.exists():
         return 0.0
     kept, seconds = [], 0.0
@@ -165,7 +168,7 @@ def cut_metrics(path, step):
             record = json.loads(line)
             if record["step"] < step:
                 kept.append(line)
-                seconds = float(record["seconds"])
+                seconds = max(seconds, float(record["seconds"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     writing = path.with_name(path.name + ".writing")

@@ -57,7 +57,7 @@ class Saver:
                 raise UserError(f"step {step} is not saved: {broken}; what was there is kept")
             save_checkpoint(state, self.out_dir / "last.pt", names)
             if keep:
-                drop_older(self.out_dir, step, keep)
+                remove_older(self.out_dir, step, keep)
             self.failure = None
         except UserError as error:
             self.failure = str(error)
@@ -111,20 +111,20 @@ def not_finite(state, losses):
         if not math.isfinite(loss):
             return f"its loss is {loss}"
     for name, weight in state["model"].items():
-        if has_odd_number(weight):
+        if has_nonfinite(weight):
             return f"{name} has numbers that are not finite"
     for moments in state["optimizer"]["state"].values():
-        if any(map(has_odd_number, moments.values())):
+        if any(map(has_nonfinite, moments.values())):
             return "the optimizer's moments are not finite"
     return None
 
 
-def has_odd_number(tensor):
+def has_nonfinite(tensor):
     """Whether a number is infinite or NaN: the smallest or the largest then is, too."""
     return tensor.numel() > 0 and not torch.stack(tensor.aminmax()).isfinite().all()
 
 
-def drop_older(out_dir, step, keep):
+def remove_older(out_dir, step, keep):
     """Of the files `step-<number>.pt` up to `step`, all but the `keep` newest are removed. Those of
     later steps are of another start of the run, and stay until it comes there."""
     numbered = [(path.stem.removeprefix("step-"), path) for path in out_dir.glob("step-*.pt")]

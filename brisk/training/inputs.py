@@ -1,6 +1,8 @@
 """What a run reads: token files, and the tokenizer that made them."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 from brisk.data.dataset import load_tokenizer, read_meta, verify_data
 from brisk.data.loader import TokenFile, find_data_dir
@@ -13,6 +15,7 @@ from brisk.training.resume import describe_tokenizer, identity
 class RunData:
     """What a run reads: its token files, and the tokenizer that made them."""
 
+    folder: Path
     train: TokenFile
     evaluated: dict  # {split: TokenFile}, rows spread evenly over each
     tokenizer: object  # None where the data does not describe one
@@ -23,9 +26,16 @@ class RunData:
 
 
 def open_data(config, start, run):
-    """The `RunData` of the run, checked. Raises `UserError` where it is not there, or not whole."""
-    folder = find_data_dir(config.data_dir, config.dataset)
-    meta, tokenizer = read_meta(folder), load_tokenizer(folder)
+    """The `RunData` of the run, checked. Raises `UserError` where it is not there, or not whole,
+    except that a dry run does without: it then reckons with GPT-2's vocabulary."""
+    try:
+        folder = find_data_dir(config.data_dir, config.dataset)
+    except UserError:
+        if not config.dry_run or config.max_epochs or start.saved:
+            raise
+        return unprepared(config, start)
+    meta = read_meta(folder)
+    tokenizer = load_tokenizer(folder, meta)
     if config.verify_data:
         verify_data(folder, meta)
     if tokenizer is None:
@@ -43,8 +53,8 @@ def open_data(config, start, run):
         return TokenFile(folder / f"{split}.bin", *sizes, config.seed, config.rows, eot, evenly)
 
     train_data, eval_rows = open_tokens("train"), config.eval_iters * config.batch_size
-    run.say(f"data: {folder}, {len(train_data.tokens):,} training tokens")
     return RunData(
+        folder=folder,
         train=train_data,
         evaluated={split: open_tokens(split, eval_rows) for split in ("train", "val")},
         tokenizer=tokenizer,
@@ -52,6 +62,21 @@ def open_data(config, start, run):
         vocab_size=vocab_size,
         prompt=prompt,
         identity=identity(meta, len(train_data.tokens)),
+    )
+
+
+def unprepared(config, start):
+    """The `RunData` of a dry run whose data set is not there yet: no tokens."""
+    rows = start.model_args["vocab_size"] if start.model_args else config.vocab_size
+    return RunData(
+        folder=Path(config.data_dir or Path("data", config.dataset)),
+        train=SimpleNamespace(rows=0, tokens=()),
+        evaluated={},
+        tokenizer=None,
+        described=None,
+        vocab_size=rows or vocabulary_rows(None),
+        prompt=None,
+        identity=identity(None, 0),
     )
 
 

@@ -20,7 +20,7 @@ class FolderLock:
         self.ranks = ranks
         self.path = Path(folder, ".lock")
         self.note = Path(folder, ".running")  # who has it, for the one who is refused
-        self.lock = None
+        self.lock = self.stat = None  # the lock, and its file when it was taken
 
     def __enter__(self):
         return self
@@ -58,10 +58,19 @@ class FolderLock:
             if error.errno not in NO_LOCKS:
                 return f"cannot write to the folder --out_dir={folder}: {error.strerror or error}"
             return None
-        self.lock, now = lock, time.strftime("%Y-%m-%d %H:%M:%S")
+        self.lock, self.stat = lock, os.stat(self.path)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
         with suppress(OSError):  # a full disk: the lock holds without the note
             self.note.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
         return None
+
+    def is_held(self):
+        """Whether the lock, if it was taken, still keeps others out: on a file that was removed or
+        replaced it does not."""
+        try:
+            return not self.lock or os.path.samestat(os.stat(self.path), self.stat)
+        except OSError:
+            return False
 
     def holder(self):
         try:

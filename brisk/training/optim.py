@@ -10,7 +10,7 @@ from brisk.distributed.process_group import is_sharded
 from brisk.errors import UserError, is_out_of_memory
 
 # What PyTorch raises on loading a state that is none, or of other weights.
-ODD_STATE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+STATE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"})  # of a weight, in AdamW and in Muon
 
 
@@ -72,7 +72,7 @@ def load_optimizer(optimizer, state):
             group["params"] = before["params"]
         moments = fitted_moments(optimizer, state)
         optimizer.load_state_dict({"state": moments, "param_groups": given})
-    except ODD_STATE as error:
+    except STATE_ERRORS as error:
         if is_out_of_memory(error):
             raise
         raise UserError(
@@ -130,7 +130,7 @@ def get_lr(step, config, decay_steps):
     `schedule`, down to `min_lr` at `decay_steps`; constant where `decay_lr` is False.
 
     "cosine": along a cosine from the warm-up's end (SGDR, Loshchilov & Hutter 2017, one cycle).
-    "wsd": at `learning_rate` until the last `decay_share` of `decay_steps`, then along a line
+    "wsd": at `learning_rate` until the last `decay_frac` of `decay_steps`, then along a line
     (warmup-stable-decay: Hu et al. 2024, MiniCPM, section 4; Hägele et al. 2024, section 3).
     """
     if not config.decay_lr:
@@ -140,7 +140,7 @@ def get_lr(step, config, decay_steps):
     if step >= decay_steps:
         return config.min_lr
     if config.schedule == "wsd":
-        start = max(config.warmup_iters, decay_steps * (1 - config.decay_share))
+        start = max(config.warmup_iters, decay_steps * (1 - config.decay_frac))
         if step <= start:
             return config.learning_rate
         height = (decay_steps - step) / (decay_steps - start)

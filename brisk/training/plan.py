@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 
 from brisk.device import Device, cpu_training_dtype, resolve_compile
+from brisk.distributed.parallelize import check_offload
 from brisk.errors import UserError, format_bytes
+from brisk.reporting.forecast import duration
 from brisk.training.memory import expected_memory, shared_state
 from brisk.training.resume import is_other_data
 
@@ -18,6 +20,7 @@ class Plan:
     length: str  # the setting that decides last_step, as key=value
     device: Device  # where, and in what precision
     global_batch: int  # sequences in a step, over all micro-batches and processes
+    patience: int  # evaluations without a lower validation loss that end the run; 0: any number
     micro_batches: tuple  # this process's (index, first, count), see `Ranks.micro_batches`
     resolved: dict  # what a checkpoint keeps of all this
     lines: tuple  # what it says of itself
@@ -26,9 +29,20 @@ class Plan:
     def compile(self):
         return self.resolved["compile"]
 
+    def reason_to_end(self, state):
+        """Why a run at `state` makes no further step, in words; "" where it does."""
+        if state.step > self.last_step:
+            return f"step {state.step} is past {self.length}"
+        if self.patience and state.evals_since_best >= self.patience:
+            best = f"best {state.best_val_loss:.4f}"
+            return f"{state.evals_since_best} evaluations without a lower val loss ({best})"
+        return ""
+
 
 def make_plan(config, start, state, data, run):
     """The `Plan` of a start of `run` at `state`, from the settings, the `Start` and the data."""
+    if config.cpu_offload and not config.dry_run:
+        check_offload(run.ranks, run.device)
     resolved = start.saved.resolved if start.saved else {}
     dtype, compiling = resolve_precision(config, resolved, run)
     device = replace(run.device, dtype_name=dtype)
@@ -53,26 +67,34 @@ def make_plan(config, start, state, data, run):
         length=length,
         device=device,
         global_batch=batch,
+        patience=config.patience,
         micro_batches=tuple(
             run.ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
         ),
         resolved=resolved,
-        lines=tuple(describe(config, last_step, rows, device, compiling, state.model, run.ranks)),
+        lines=tuple(describe(config, last_step, data, device, compiling, state.model, run.ranks)),
     )
 
 
-def describe(config, last_step, rows, device, compiling, model, ranks):
-    """Lines that say what is about to happen: how many steps and tokens, in how many passes over
-    `rows` rows of data, where, and in how much memory."""
+def describe(config, last_step, data, device, compiling, model, ranks):
+    """Lines that describe the run: data, steps and tokens, device, and expected memory."""
+    if data.train.rows:
+        yield f"data: {data.folder}, {len(data.train.tokens):,} training tokens"
+    else:
+        yield f"data: {data.folder} is not prepared; a vocabulary of {data.vocab_size:,} is assumed"
     batch = global_batch(config)
+    yield f"number of parameters: {model.get_num_params() / 1e6:.2f}M"
+    if config.ngrams > 1:
+        yield f"and of n-grams: {model.transformer.ngrams.weight.numel() / 1e6:.2f}M"
     tokens, steps = batch * config.block_size, last_step + 1
     if {"max_iters", "max_epochs"} <= {*config.given} and config.max_epochs:
         pair = ("max_iters", "max_epochs")
         later, earlier = pair[::-1] if epochs_to_train(config) else pair
         yield f"note: {later}={getattr(config, later):g}, given after {earlier}, decides"
     yield f"tokens per iteration will be: {tokens:,}"
-    yield f"plan: {steps:,} steps, {steps * tokens:,} tokens, {batch * steps / rows:.3g} epochs"
-    ranks = replace(ranks, world_size=config.dry_run_ranks or ranks.world_size)
+    epochs = f", {batch * steps / data.train.rows:.3g} epochs" if data.train.rows else ""
+    yield f"plan: {steps:,} steps, {steps * tokens:,} tokens{epochs}"
+    ranks = replace(ranks, world_size=config.dry_run_world_size or ranks.world_size)
     micro_batches = ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
     memory = expected_memory(
         model,
@@ -90,6 +112,14 @@ def describe(config, last_step, rows, device, compiling, model, ranks):
     yield f"device: {where}; about {format_bytes(memory)} of memory for training"
     if config.cpu_offload:
         yield f"and {format_bytes(shared_state(model, ranks))} of the host's for each process"
+    if device.type == "cpu" and device.dtype_name == "float16":
+        yield "note: CPUs compute float16 far more slowly than float32 and bfloat16"
+    if config.dry_run:
+        flops = model.flops_per_token() * tokens * steps
+        peak, source = device.peak_flops()
+        peak *= ranks.world_size
+        limit = f"{peak / 1e12:.3g} TFLOP/s, {source}"
+        yield f"compute: {flops:.3g} FLOP; at least {duration(flops / peak)} at {limit}"
 
 
 def global_batch(config):

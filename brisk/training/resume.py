@@ -4,13 +4,15 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from brisk.checkpoint import latest_checkpoint, load_checkpoint
+from brisk.checkpoint import latest_checkpoint
 from brisk.data.bpe import gpt2
-from brisk.data.saved_tokenizer import from_dict
+from brisk.data.saved_tokenizer import from_dict, same_tokenizer
 from brisk.device import DTYPES
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.errors import UserError, did_you_mean
-from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
+from brisk.interop.huggingface import GPT2_NAMES
+from brisk.interop.pretrained import read_model
+from brisk.renamed_keys import new_key
 
 # ----------------------------------------------------------------------------- reading
 
@@ -19,10 +21,12 @@ from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
 class Start:
     """Where a run starts: from scratch, or with a model that is there already."""
 
-    model_args: dict | None = None  # arguments of its GPTConfig; None from scratch
-    weights: dict | None = None  # its state dict, on the CPU
-    checkpoint: dict | None = None  # the file it is from, where that is a checkpoint
+    checkpoint: dict | None = None  # its `model_args` and `model`, and more; None from scratch
     saved: "SavedRun | None" = None  # the run that is resumed, if one is
+
+    @property
+    def model_args(self):
+        return self.checkpoint["model_args"] if self.checkpoint else None
 
     @property
     def step(self):
@@ -38,8 +42,9 @@ def load_start(given, ranks):
             ranks.parallel = saved_parallel(start["checkpoint"], given.parallel)
 
     start = broadcast_checkpoint(ranks, read_start, given, before_tensors=take_parallel)
-    resuming, checkpoint = start.pop("resuming"), start["checkpoint"]
-    return Start(**start, saved=SavedRun.of(checkpoint, given.given) if resuming else None)
+    checkpoint = start["checkpoint"]
+    saved = SavedRun.of(checkpoint, given.given) if start["resuming"] else None
+    return Start(checkpoint, saved)
 
 
 def saved_parallel(checkpoint, default):
@@ -60,24 +65,16 @@ def read_start(given):
     if source == "auto" or restarted:
         saved = any(Path(given.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
         source = "resume" if saved else source
-    start = {"model_args": None, "weights": None, "checkpoint": None, "resuming": False}
     if source in ("scratch", "auto"):
-        return start
-    if source != "resume" and not Path(source).is_file():  # GPT-2, or a Hugging Face directory
-        model_args, weights = load_pretrained(source)
-        return {**start, "model_args": model_args, "weights": weights}
-    path = latest_checkpoint(given.out_dir) if source == "resume" else source
-    checkpoint = load_checkpoint(path)
-    if source == "resume":
+        return {"checkpoint": None, "resuming": False}
+    resuming = source == "resume"
+    path = latest_checkpoint(given.out_dir) if resuming else source
+    checkpoint = read_model(path)
+    if resuming:
         if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():
             what = f"{path} has no {' and no '.join(sorted(missing))} to resume with"
             raise UserError(f"{what}; start anew from its weights: --init_from={path}")
-    return {
-        "model_args": checkpoint["model_args"],
-        "weights": checkpoint["model"],
-        "checkpoint": checkpoint,
-        "resuming": source == "resume",
-    }
+    return {"checkpoint": checkpoint, "resuming": resuming}
 
 
 # ----------------------------------------------------------------------------- the saved run
@@ -99,7 +96,8 @@ class SavedRun:
         """From a checkpoint of this version, of 0.1 or of nanoGPT. Of `resolved`, dtype and
         compile are left out where they are given `now`. Raises `UserError` where an entry
         cannot be right."""
-        config, resolved = dict(checkpoint.get("config", {})), checkpoint.get("resolved", {})
+        config = {new_key(key): value for key, value in checkpoint.get("config", {}).items()}
+        resolved = checkpoint.get("resolved", {})
         if "resolved" not in checkpoint:
             precision = checkpoint.get("precision")
             if precision is None:  # nanoGPT: the machine's settings are not the run's
@@ -110,7 +108,7 @@ class SavedRun:
             if config.get("max_epochs"):  # 0.1: these two hold what was derived from it
                 if config.get("lr_decay_iters") == config.pop("max_iters", None):
                     config.pop("lr_decay_iters", None)
-        given = tuple(checkpoint.get("given", config))
+        given = tuple(map(new_key, checkpoint.get("given", config)))
         if resolved and resolved.get("dtype") not in DTYPES:
             raise UserError(f"the checkpoint states a dtype of {resolved.get('dtype')!r}")
         again = {"dtype", "compile"} & {*now}
@@ -174,7 +172,10 @@ def resolve(given, start, shape_keys, log):
     """
     if start.model_args is None:
         return given
-    values = saved_settings(given, start.saved, shape_keys, log) if start.saved else {}
+    values = {}
+    if start.saved:
+        log.say(f"Resuming training from {given.out_dir} at step {start.step}")
+        values = saved_settings(given, start.saved, shape_keys, log)
     stays = []
     for key in shape_keys:
         default = getattr(type(given), key)  # what a checkpoint leaves out
@@ -185,14 +186,15 @@ def resolve(given, start, shape_keys, log):
             raise UserError(f"--block_size={wanted}: {given.init_from} has only {kept}")
         stays += [f"{key}={kept}"] if key in given.given and wanted != kept else []
         values[key] = kept
+    rows = start.model_args["vocab_size"]
+    if "vocab_size" in given.given and given.vocab_size not in (0, rows):
+        stays.append(f"vocab_size={rows}")
     if stays:
-        whose = "the checkpoint's" if start.checkpoint else f"{given.init_from}'s"
+        whose = "the checkpoint's" if start.saved else f"{given.init_from}'s"
         log.say(f"note: {whose} {', '.join(stays)} stays, whatever is given")
-    config = replace(given, **values)
     before = start.saved.given if start.saved else ()
     before = (key for key in before if key not in (*given.start_keys, *given.given))
-    config.given = (*before, *given.given)
-    return config
+    return replace(given, **values, given=(*before, *given.given))
 
 
 def saved_settings(given, saved, shape_keys, log):
@@ -226,14 +228,14 @@ def describe_tokenizer(tokenizer, checkpoint, data_dir, log):
     Raises `UserError` where it is not the one that `checkpoint`, if there is one, was trained with.
     """
     try:
-        described = (tokenizer or gpt2()).to_dict()
+        tokenizer = tokenizer or gpt2()
     except UserError as error:
         log.say(f"note: the checkpoint will hold no tokenizer: {error}")
         return None
     before = (checkpoint or {}).get("tokenizer")
-    if before is not None and from_dict(before).to_dict() != described:
+    if before is not None and not same_tokenizer(from_dict(before), tokenizer):
         raise UserError(
             f"{data_dir} is tokenized otherwise than what the checkpoint was trained on; "
             "prepare the data anew, or name another --dataset"
         )
-    return described
+    return tokenizer.to_dict()

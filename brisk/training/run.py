@@ -26,6 +26,7 @@ class Outcome:
     signal: int = 0
     saved_step: int | None = None  # at which a run that a signal ended is saved
     failure: str = ""  # why, in one line
+    reason: str = ""  # why no further step was made, where that was no signal or failure
 
 
 class Run:
@@ -35,6 +36,7 @@ class Run:
         self.out_dir, self.ranks, self.device, self.stop = given.out_dir, ranks, device, stop
         self.log = RunLog(active=ranks.is_main)
         self.saver, self.at_end = None, at_end
+        self.removed = ""  # the folder, and what that means
         self.lock = at_end.enter_context(FolderLock(given.out_dir, ranks))
 
     def say(self, text):
@@ -50,6 +52,24 @@ class Run:
         self.lock.take(make)
         if self.ranks.is_main:
             remove_partial(self.out_dir)
+
+    def lost_folder(self, step):
+        """Why the run may write to its folder no longer, or "". A folder that was removed as a
+        whole is made again; the run then ends with status 1, since earlier files are lost."""
+
+        def check():
+            if self.lock.is_held() or Path(self.out_dir).is_file():
+                return ""
+            if Path(self.out_dir).exists():
+                return f"{self.lock.path} was removed, another run may write to {self.out_dir}"
+            self.removed = f"{self.out_dir} was removed during the run: its earlier files are lost"
+            self.say(f"{self.removed}; going on in a new one")
+            self.lock.give_back()
+            refusal = self.lock.try_to(make=True)
+            self.log.back_to(step)
+            return refusal or ""
+
+        return self.ranks.broadcast(check() if self.ranks.is_main else None)
 
     def open_folder(self, config, plan, resuming):
         """Make the folder, move an earlier run's files out of the way, and begin to record."""
@@ -72,7 +92,7 @@ class Run:
         failure = None
         if self.saver:
             self.saver.wait()
-            failure = self.ranks.broadcast(self.saver.failure)
+            failure = self.ranks.broadcast(self.saver.failure or self.removed)
         self.ranks.destroy()
         if failure:
             raise RunError(failure)
@@ -86,8 +106,8 @@ def open_run(given, stop=None):
     signals to stop, for tests. Raises `UserError` where the machine does not have what is asked
     for, or another run is in the folder.
     """
-    if given.dry_run_ranks and not given.dry_run:
-        raise UserError("--dry_run_ranks goes with --dry_run=True; torchrun starts processes")
+    if given.dry_run_world_size and not given.dry_run:
+        raise UserError("--dry_run_world_size goes with --dry_run=True; torchrun starts processes")
     if not given.out_dir:
         raise UserError("--out_dir= is empty; name a folder for the run")
     with lost_peers(), ExitStack() as at_end:
@@ -113,6 +133,8 @@ def conclude(outcome, config, best_val_loss, run):
         run.say(f"saved {where}; --init_from=resume goes on")
     if outcome.signal:
         sys.exit(128 + outcome.signal)
+    if outcome.reason:
+        run.say(f"stopped early: {outcome.reason}")
     if not config.eval_only:
         peak = peak_memory(run.device)
         memory = f", memory at its peak {format_bytes(peak)}" if peak else ""

@@ -1,7 +1,7 @@
 """All that a training step changes, saved and loaded as nanoGPT's dict."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ class TrainState:
     step: int = 0
     position: int = 0  # windows or documents of the training data consumed
     best_val_loss: float = math.inf
+    evals_since_best: int = 0
     ddp_model: nn.Module | None = None  # what a training step calls: `model`, or DDP around it
     optimizer: Any = None
     scaler: Any = None  # of gradients, at work in float16 only
@@ -31,6 +32,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "iter_num": self.step,
             "best_val_loss": self.best_val_loss,
+            "evals_since_best": self.evals_since_best,
             "position": self.position,
             "scaler": self.scaler.state_dict(),
             "grad_norms": self.spikes.norms,
@@ -44,8 +46,22 @@ class TrainState:
         self.spikes.load(checkpoint.get("grad_norms"))
         self.step = checkpoint["iter_num"]
         self.best_val_loss = float(checkpoint["best_val_loss"])
+        self.evals_since_best = checkpoint.get("evals_since_best", 0)
 
     def rewind(self, checkpoint, ranks):
         """Go back to a checkpoint of this run, and on with the batches that come next."""
         load_weights(self.model, checkpoint["model"], ranks)
         self.load_state_dict(checkpoint)
+
+
+def checkpoint_header(config, plan, state, data):
+    """The entries of a checkpoint that stay the same through a run."""
+    settings = asdict(config)
+    return {
+        "model_args": state.model.config.to_args(),
+        "given": settings.pop("given"),
+        "config": settings,
+        "resolved": plan.resolved,
+        "data": data.identity,
+        "tokenizer": data.described,
+    }

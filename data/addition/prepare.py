@@ -20,7 +20,7 @@ from brisk.errors import one_line_errors
 from configurator import PositiveInt, configure
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     digits: Annotated[int, (1, 9)] = 2  # of the longest summands; they start at 0
     max_problems: PositiveInt = 100_000  # where there are more, this many are drawn from them

@@ -19,14 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from brisk.data.bpe import gpt2
 from brisk.data.dataset import join_datasets, write_dataset
 from brisk.data.documents import Picked, find_files
-from brisk.data.tables import Rows, download_from_hub, files_on_hub, load_rows
+from brisk.data.hub import download_from_hub, files_on_hub
+from brisk.data.parquet_file import ParquetFile
+from brisk.data.tables import Column
 from brisk.errors import UserError, one_line_errors
 from configurator import NonNegativeInt, configure
 
 REPOSITORY, FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT/"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     source: str = ""  # parquet files of your own (a folder or a pattern), instead of the hub's
     shards: NonNegativeInt = 0  # how many of the files; all if 0
@@ -37,7 +39,7 @@ class PrepareConfig:
 
 def write_shard(folder, file, config):
     """Tokenize the documents of one file; which are for validation depends on their text alone."""
-    rows, bound = Rows(load_rows("parquet", file), "text", file), int(config.val_share * 2**64)
+    rows, bound = Column(ParquetFile(file), "text"), int(config.val_share * 2**64)
     splits = {
         "train": Picked(rows, lambda key: key >= bound),
         "val": Picked(rows, lambda key: key < bound),

@@ -31,7 +31,7 @@ HEADING = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # a text file; if empty, novel.txt in the folder that BRISK_DATA names
     chapters: str = HEADING  # a pattern (Python's re) for the lines at which chapters begin

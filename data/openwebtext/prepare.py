@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from brisk.data.bpe import gpt2
 from brisk.data.dataset import split_text, write_dataset
 from brisk.data.documents import load_documents
-from brisk.data.tables import Rows
+from brisk.data.hub import Rows
 from brisk.errors import one_line_errors
 from configurator import NonNegativeInt, UnitFloat, configure
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     source: str = "Skylion007/openwebtext"  # a set on the hub, a file or a folder of files
     test_size: UnitFloat = 0.0005  # share of the documents for validation, as in nanoGPT

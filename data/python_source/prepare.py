@@ -28,7 +28,7 @@ SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "turtledemo"
 SKIPPED |= {"site-packages", "dist-packages"}  # not of the library
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # a folder with .py files; the running Python's standard library if empty
     tokenizer: Literal["bpe", "byte"] = "bpe"  # pairs of bytes merged, learned here, or bytes
@@ -42,7 +42,7 @@ def read_sources(folder):
     for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
         path = file.relative_to(folder)
         generated = file.name.startswith("_sysconfigdata")
-        if not generated and SKIPPED.isdisjoint(path.parts):
+        if not generated and SKIPPED.isdisjoint(path.parts) and file.is_file():
             try:
                 texts[path.as_posix()] = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError):

@@ -18,8 +18,8 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from brisk.data.csv_file import CsvFile
 from brisk.data.dataset import write_dataset
-from brisk.data.tables import CsvFile
 from brisk.data.text_files import find_file
 from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError, one_line_errors
@@ -30,7 +30,7 @@ URL = "https://raw.githubusercontent.com/great-luao/my_min_gpt/master/data/revie
 SHA256 = "8b21f52b90b3d5659d17d4028cc028dab3e6f56951bd3f904eae5c16b743d633"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # a csv file with a header; if empty, 5,000 Chinese film reviews
     column: str = "review"  # where it has the texts

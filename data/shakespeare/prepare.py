@@ -23,7 +23,7 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # a text file; if empty, Shakespeare's, downloaded if need be
     data_dir: str = ""  # where to write; beside this script if empty

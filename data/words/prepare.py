@@ -24,7 +24,7 @@ URL = "https://raw.githubusercontent.com/diixo/numoGPT/main/data/train-nn.txt"
 SHA256 = "4d1036d6294a7fdef77e0b01648cbdd0ba29073c2852355fba5863b8bd90a53c"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig:
     input: str = ""  # a text file; if empty, 50 kB of abstracts on text clustering
     stop_words: str = "english"  # words to leave out: a file of them, english, or none
@@ -52,8 +52,11 @@ def main(config):
     settings = {"stop_words": stop_words, "lower": config.lower}
     tokenizer = learn_words(splits["train"], config.min_count, config.vocab_size, **settings)
     unknown = tokenizer.encode(splits["val"][0]) == tokenizer.unk
+    if not len(unknown):
+        share = 100 * config.val_share
+        raise UserError(f"the last {share:g} % of the text, for validation, has no words to keep")
     print(f"{tokenizer.vocab_size:,} words, {len(stop_words)} stop words left out")
-    print(f"unknown are {100 * unknown.mean() if len(unknown) else 0:.1f} % of validation")
+    print(f"unknown are {100 * unknown.mean():.1f} % of validation")
     write_dataset(config.data_dir or HERE, tokenizer, splits, source)
 
 

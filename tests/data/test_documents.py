@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brisk.data import text_files
+from brisk.data import raw_files, text_files
+from brisk.data.csv_file import CsvFile
 from brisk.data.documents import (
     Corpus,
     Span,
@@ -18,7 +19,6 @@ from brisk.data.documents import (
     sample_evenly,
     split_documents,
 )
-from brisk.data.tables import CsvFile
 from brisk.errors import UserError
 
 
@@ -51,7 +51,7 @@ def test_quotes_and_line_breaks_in_fields(tmp_path, monkeypatch):
     content = 'text,label\r\n"one ""two"", three\r\nfour",1\r\n\r\nfive,""\r\n"",0'
     expected = [('one "two", three\nfour', "1"), ("five", ""), ("", "0")]
     assert rows(tmp_path, content) == expected
-    monkeypatch.setattr(text_files, "PIECE", 3)
+    monkeypatch.setattr(raw_files, "PIECE", 3)
     assert rows(tmp_path, content) == expected
 
 
@@ -84,8 +84,10 @@ def test_a_table_without_rows_or_columns(tmp_path):
     assert rows(tmp_path, "text,label\n") == []
     with pytest.raises(UserError, match="is empty"):
         table(tmp_path, "")
-    with pytest.raises(UserError, match=r"a\.csv has no column text, it has body, label"):
-        list(Corpus(str(table(tmp_path, "body,label\na,1\n").text.path)))
+    with pytest.raises(UserError, match=r"a\.csv has a header and no rows"):
+        Corpus(str(table(tmp_path, "text,label\n").path))
+    with pytest.raises(UserError, match=r"a\.csv has no column text, it has body, title"):
+        Corpus(str(table(tmp_path, "body,title\na,b\n").path))
 
 
 # ----------------------------------------------------------------------------- files
@@ -157,7 +159,7 @@ def test_a_file_alone_that_is_no_text_is_told(tree):
 def test_lines_as_documents(tree, monkeypatch):
     (tree / "lines.txt").write_text("one\n\ntwo\r\n three\nfour")
     for piece in (2, 2**20):
-        monkeypatch.setattr(text_files, "PIECE", piece)
+        monkeypatch.setattr(raw_files, "PIECE", piece)
         assert list(Corpus("lines.txt", lines=True)) == ["one", "two", " three", "four"]
 
 
@@ -171,8 +173,9 @@ def test_tables_of_the_datasets_library(shared_memory, tree, kind):  # of datase
         dataset.to_json(f"a.{kind}", compression="gzip" if kind.endswith("gz") else None)
     corpus = Corpus(f"a.{kind}", column="body")
     assert list(corpus) == list(corpus) == ["one\n", "", "two 的"]
+    assert list(Corpus(f"a.{kind}")) == list(corpus)  # its only column of text
     with pytest.raises(UserError, match=r"has no column text, it has body, n"):
-        Corpus(f"a.{kind}")
+        Corpus(f"a.{kind}", column="text")
     with pytest.raises(UserError, match="the column n holds no text"):
         list(Corpus(f"a.{kind}", column="n"))
 
@@ -187,11 +190,14 @@ def split(documents, share):
 
 @given(st.lists(st.text(max_size=3), min_size=2), st.floats(0.0001, 0.5))
 def test_a_split_keeps_all_and_mixes_nothing(documents, share):
+    if len(set(documents)) == 1:
+        with pytest.raises(UserError, match="documents are equal"):
+            split(documents, share)
+        return
     train, val = split(documents, share)
     assert sorted(train + val) == sorted(documents)
     assert not set(train) & set(val)
-    if len(set(documents)) > 1:
-        assert train and val
+    assert train and val
     assert train == [text for text in documents if text in train]  # in order
 
 
@@ -249,3 +255,19 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "a.txt").chmod(0)
     with pytest.raises(UserError, match="Permission denied"):
         Corpus(str(tmp_path / "a.txt"))
+
+
+def test_a_file_that_vanishes_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr("brisk.data.documents.find_files", lambda _: [tmp_path / "b.txt"])
+    with pytest.raises(UserError, match=r"cannot read .*b\.txt: No such file"):
+        Corpus("anything")
+
+
+def test_the_column_of_a_set_on_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"n": [1, 2, 3], "body": ["a", None, "b"]})
+    monkeypatch.setattr("brisk.data.documents.load", lambda name, **options: rows)
+    assert list(Corpus("someone/texts")) == list(Corpus("texts", column="body")) == ["a", "b"]
+    with pytest.raises(UserError, match="someone/texts has no column text, it has n, body"):
+        Corpus("someone/texts", column="text")

@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-from brisk.data import text_files
+from brisk.data import raw_files
 from brisk.data.text_files import TextFile, find_text, read_text
 from brisk.errors import UserError
 
@@ -122,7 +122,7 @@ def test_text_is_read_right_in_any_encoding_and_with_any_line_end(
     assert read_text(file) == text * 5
     found = TextFile(file)
     for piece in (1, 2, 3, 7):  # characters, and line ends, fall on both sides of a border
-        monkeypatch.setattr(text_files, "PIECE", piece)
+        monkeypatch.setattr(raw_files, "PIECE", piece)
         assert "".join(found) == text * 5 == "".join(found)
         assert read_text(file, encoding) == text * 5
 
@@ -164,7 +164,7 @@ def test_a_name_of_no_encoding_is_told(tmp_path, name):
 def test_a_wrong_byte_is_named(tmp_path, monkeypatch, piece):
     file = tmp_path / "a.txt"
     file.write_bytes("好".encode() + b"ab\xff" + "好".encode())
-    monkeypatch.setattr(text_files, "PIECE", piece)
+    monkeypatch.setattr(raw_files, "PIECE", piece)
     with pytest.raises(UserError, match=r"a\.txt is not utf-8 at byte 5; name its encoding"):
         read_text(file, "utf-8")
     file.write_bytes(b"ab\xe5\xa5")  # ends within a character
@@ -203,7 +203,7 @@ def test_a_last_letter_with_an_accent_is_not_half_a_character(tmp_path):
     assert read_text(tmp_path / "a.txt") == text
     (tmp_path / "a.txt").write_bytes("un café".encode("cp1252"))  # too little to tell which
     assert read_text(tmp_path / "a.txt").startswith("un caf")
-    (tmp_path / "b.txt").write_bytes(b"a" * (text_files.PIECE - 1) + "é…".encode())
+    (tmp_path / "b.txt").write_bytes(b"a" * (raw_files.PIECE - 1) + "é…".encode())
     assert read_text(tmp_path / "b.txt").endswith("aé…")  # the first of it, half in a block
 
 

@@ -227,7 +227,7 @@ def test_a_mistake_in_the_model_is_one_line(settings, torchrun, tmp_path):
     [
         ({"cpu_offload": True}, "--cpu_offload needs --parallel=fsdp"),
         ({"cpu_offload": True, "parallel": "fsdp"}, "--cpu_offload needs --parallel=fsdp, and"),
-        ({"dry_run_ranks": 8}, "--dry_run_ranks goes with --dry_run=True"),
+        ({"dry_run_world_size": 8}, "--dry_run_world_size goes with --dry_run=True"),
     ],
 )
 def test_what_cannot_be_is_refused(train_tiny, tmp_path, changes, message):
@@ -305,7 +305,7 @@ def test_a_dry_run_reckons_with_processes_that_are_not_there(main, settings, tmp
 
     deep = {"n_layer": 12, "n_embd": 64}
     assert foretold()[0] == ""
-    each, memory = foretold(dry_run_ranks=8, parallel="fsdp", **deep)
+    each, memory = foretold(dry_run_world_size=8, parallel="fsdp", **deep)
     assert each == "8 processes (fsdp), each on "
     assert float(memory) < float(foretold(**deep)[1]) / 2
     assert not (tmp_path / "out").exists()

@@ -97,19 +97,19 @@ def theirs(model, tmp_path_factory):
 
 @torch.no_grad()
 def strided_nats(theirs, ids, stride, all_positions=False):
-    """What each target of `ids` costs, by transformers, in Hugging Face's loop over windows: with
+    """The loss of each target of `ids`, by transformers, in Hugging Face's loop over windows: with
     a window's inputs 8, and what the window before it ended with not counted again."""
-    costs, counted = [], 0
+    nll, counted = [], 0
     for begin in range(0, len(ids) - 1, stride):
         end = min(begin + 8, len(ids) - 1)
         logits = theirs(torch.tensor([ids[begin:end]])).logits[0]
         targets = torch.tensor(ids[begin + 1 : end + 1])
         nats = F.cross_entropy(logits, targets, reduction="none").tolist()
-        costs += nats if all_positions else nats[counted - begin :] if counted else nats
+        nll += nats if all_positions else nats[counted - begin :] if counted else nats
         counted = end
         if end == len(ids) - 1:
             break
-    return costs
+    return nll
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 40, 101])
@@ -119,14 +119,14 @@ def test_strided_loss_is_that_of_transformers(
     model, theirs, write_tokens, length, stride, all_positions
 ):
     tokens = random_tokens(length)
-    costs = strided_nats(theirs, tokens.tolist(), stride, all_positions)
+    nll = strided_nats(theirs, tokens.tolist(), stride, all_positions)
     counts = {"bytes": length, "characters": length}
     result = evaluate.loss(model, write_tokens(tokens), counts, CPU, 3, stride, all_positions)
-    assert result["tokens"] == len(costs)
-    assert result["loss"] == pytest.approx(np.mean(costs), abs=1e-4)
-    assert all_positions or len(costs) == length - 1
+    assert result["tokens"] == len(nll)
+    assert result["loss"] == pytest.approx(np.mean(nll), abs=1e-4)
+    assert all_positions or len(nll) == length - 1
     # Where a token counts twice, its bytes would have to.
-    assert ("bits_per_byte" in result) == (len(costs) == length - 1)
+    assert ("bits_per_byte" in result) == (len(nll) == length - 1)
 
 
 def test_a_small_stride_shows_a_token_more_of_the_text(model, write_tokens):
@@ -153,13 +153,13 @@ def documents_and_file(write_tokens):
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_documents_one_by_one(model, theirs, write_tokens, stride, batch_size):
     documents, file = documents_and_file(write_tokens)
-    costs = [strided_nats(theirs, [12, *d, 12], stride or 8) for d in documents]
+    nll = [strided_nats(theirs, [12, *d, 12], stride or 8) for d in documents]
     characters = sum(map(len, documents))
     counts = {"bytes": 2 * characters, "characters": characters}
     result = evaluate.loss(model, file, counts, CPU, batch_size, stride)
     assert result["tokens"] == characters + len(documents)
-    assert result["loss"] == pytest.approx(np.mean(np.concatenate(costs)), abs=1e-4)
-    of_text = sum(sum(nats[:-1]) for nats in costs) / characters
+    assert result["loss"] == pytest.approx(np.mean(np.concatenate(nll)), abs=1e-4)
+    of_text = sum(sum(nats[:-1]) for nats in nll) / characters
     assert result["loss_per_character"] == pytest.approx(of_text, abs=1e-4)
     assert result["bits_per_character"] == pytest.approx(of_text / math.log(2), abs=1e-4)
     assert result["bits_per_byte"] == pytest.approx(of_text / 2 / math.log(2), abs=1e-4)
@@ -168,8 +168,8 @@ def test_documents_one_by_one(model, theirs, write_tokens, stride, batch_size):
 def test_the_first_document_starts_as_all_others(model, theirs, write_tokens):
     """At the file's start there is no end-of-text; every other document has one before it."""
     file = write_tokens([1, 2, 3, 12, 4, 5, 12], rows="documents", eot=12)
-    costs = strided_nats(theirs, [12, 1, 2, 3, 12], 8) + strided_nats(theirs, [12, 4, 5, 12], 8)
-    assert evaluate.loss(model, file, {}, CPU)["loss"] == pytest.approx(np.mean(costs), abs=1e-4)
+    nll = strided_nats(theirs, [12, 1, 2, 3, 12], 8) + strided_nats(theirs, [12, 4, 5, 12], 8)
+    assert evaluate.loss(model, file, {}, CPU)["loss"] == pytest.approx(np.mean(nll), abs=1e-4)
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("aé—😀", eot=True)])
@@ -198,9 +198,9 @@ def test_a_model_of_documents_is_evaluated_document_by_document(
         row = [tokenizer.eot, *tokenizer.encode(line).tolist(), tokenizer.eot]
         for start in range(0, len(row) - 1, 16):
             part = torch.tensor([row[start : start + 17]])
-            costs = F.cross_entropy(model.predict(part[:, :-1])[0], part[0, 1:], reduction="none")
-            nats += costs.sum().item()
-            nats_of_text += costs[part[0, 1:] != tokenizer.eot].sum().item()
+            nll = F.cross_entropy(model.predict(part[:, :-1])[0], part[0, 1:], reduction="none")
+            nats += nll.sum().item()
+            nats_of_text += nll[part[0, 1:] != tokenizer.eot].sum().item()
     out = tmp_path / "out"
     result = evaluated(out_dir=out)
     characters = sum(map(len, lines))

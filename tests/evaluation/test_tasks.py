@@ -97,7 +97,7 @@ def test_hellaswag_is_that_of_transformers(models, write_items, text, batch_size
     assert 5 < cut < 55  # both kinds are there
 
     chosen = {
-        "accuracy": [int(np.argmin(costs)) for costs in nats],
+        "accuracy": [int(np.argmin(nll)) for nll in nats],
         "accuracy_norm": [
             int(np.argmin(np.array(n) / s[0])) for n, s in zip(nats, sizes, strict=True)
         ],
@@ -127,12 +127,12 @@ def test_lambada_is_that_of_transformers(models, write_items, batch_size, capsys
     texts = [draw_words(rng, ["a", "b", "ab", "ba"], 1, 40) for _ in range(80)]
     texts[3] += " \n"
     texts[4] = "\n".join(["a b", "ab"]).replace("\n", "  ")
-    costs, hits, cut = [], [], 0
+    nll, hits, cut = [], [], 0
     for line in texts:
         before, _, word = line.strip().rpartition(" ")
         context = tokenizer.encode(before.rstrip()).tolist() or [tokenizer.eot]
         nats, hit = reference(theirs, context, tokenizer.encode(f" {word}").tolist())
-        costs.append(nats)
+        nll.append(nats)
         hits.append(hit)
         cut += len(context) + len(word) + 1 > BLOCK_SIZE + 1
     path = write_items([{"text": line} for line in texts])
@@ -140,7 +140,7 @@ def test_lambada_is_that_of_transformers(models, write_items, batch_size, capsys
     assert 0 < np.mean(hits) < 1 and 5 < cut < 75
     assert result["items"] == 80 and result["cut"] == cut
     assert result["accuracy"] == pytest.approx(np.mean(hits))
-    assert result["perplexity"] == pytest.approx(math.exp(np.mean(costs)), rel=1e-3)
+    assert result["perplexity"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-3)
     assert f"{cut} of 80 items are longer than block_size=48" in capsys.readouterr().err
 
 
@@ -196,9 +196,9 @@ def test_gpt2s_tokens_and_a_hugging_face_folder(
             [draw_words(rng, words, 1, 6) for _ in "1234"],
         )
         ids = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
-        costs = [reference(theirs, tokenizer.encode(context).tolist(), e)[0] for e in ids]
+        nll = [reference(theirs, tokenizer.encode(context).tolist(), e)[0] for e in ids]
         items.append({"ctx": context, "endings": endings, "label": int(rng.integers(4))})
-        right += np.argmin(costs) == items[-1]["label"]
+        right += np.argmin(nll) == items[-1]["label"]
     assert run("hellaswag", write_items(items))["accuracy"] == pytest.approx(right / 30)
 
 

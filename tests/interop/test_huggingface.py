@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from brisk.errors import UserError
-from brisk.interop.families import weight_shapes
+from brisk.interop import gpt2, qwen3
 from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
 from model import GPT, GPTConfig
 
@@ -111,9 +112,11 @@ def test_a_qwen3_with_other_positions_or_weights_is_refused(tmp_path):
     assert "rope_type=yarn" in error_after(rope_parameters=yarn)
     older = {"type": "linear", "factor": 4.0}
     assert "rope_type=linear" in error_after(rope_parameters=None, rope_scaling=older)
+    assert "each of 3 layers" in error_after(num_hidden_layers=3)
+    del right["layer_types"]
     assert "has no transformer.h.2." in error_after(num_hidden_layers=3)
     assert "unknown to Qwen3, model.layers.1." in error_after(num_hidden_layers=1)
-    assert "c_attn.weight is (64, 32)" in error_after(num_key_value_heads=1)
+    assert "k_proj.weight is (16, 32)" in error_after(num_key_value_heads=1)
     del right["hidden_size"]
     assert "does not state hidden_size" in error_after()
 
@@ -140,6 +143,39 @@ def test_config_with_invalid_values_is_refused(tmp_path, make, changes, train_ti
         GPT.from_pretrained(tmp_path)
     with pytest.raises(UserError):
         train_tiny(tmp_path / "out", init_from=tmp_path)
+
+
+def test_scaled_or_layerwise_rope_is_refused(tmp_path):
+    """Where an older entry stands beside the new one, transformers takes the older alone."""
+    theirs = random_qwen3(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    theirs.save_pretrained(tmp_path)
+    right = json.loads((tmp_path / "config.json").read_text())
+    for words, changes in {
+        "rope_type=yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        "full_attention in rope_parameters": {"rope_parameters": {"full_attention": {}}},
+        "factor in rope_scaling": {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
+    }.items():
+        (tmp_path / "config.json").write_text(json.dumps({**right, **changes}))
+        with pytest.raises(UserError, match=words):
+            load_pretrained(tmp_path)
+    again = {**right, "rope_parameters": None, "rope_scaling": right["rope_parameters"]}
+    (tmp_path / "config.json").write_text(json.dumps(again))
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_keys_and_values_have_their_own_shapes(tmp_path):
+    """Queries, keys and values of the right size together, but not each."""
+    random_qwen3().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.{}_proj.weight"
+    keys = torch.cat([weights[name.format("k")], weights[name.format("v")]])
+    rows = {"k": keys[:8], "v": keys[8:]}
+    save_file(weights | {name.format(x): w.clone() for x, w in rows.items()}, tmp_path / "a")
+    (tmp_path / "a").replace(tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"k_proj.weight is \(8, 32\), its config asks for \(16, 32\)"
+    ):
+        load_pretrained(tmp_path)
 
 
 def test_qwen3_finetunes_from_its_directory(tmp_path, train_tiny):
@@ -183,9 +219,11 @@ def test_what_load_pretrained_returns(tmp_path):
 
 
 def test_weight_shapes_are_the_models():
-    sizes = dict(n_layer=2, n_embd=32, vocab_size=100, block_size=48, n_head=2)
-    model = GPT(GPTConfig(**sizes))
-    assert weight_shapes(**sizes) == {k: tuple(w.shape) for k, w in model.state_dict().items()}
+    sizes = dict(n_layer=2, n_embd=32, vocab_size=100, block_size=48, n_head=2, mlp_width=40)
+    for family, args in ((gpt2, {}), (qwen3, {**qwen3.FIELDS, "n_kv_head": 1})):
+        model = GPT(GPTConfig(**sizes, **args))
+        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        assert family.weight_shapes(**sizes, **args) == shapes
 
 
 @pytest.mark.parametrize(
@@ -222,6 +260,56 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
     assert "transformer.wte.weight is (100, 32)" in error_after(vocab_size=101)
 
 
+def write_bin_shards(folder, weights):
+    """PyTorch's files in shards, as transformers wrote them before version 5."""
+    names = sorted(weights)
+    shards = {"pytorch_model-00001-of-00002.bin": names[::2]}
+    shards["pytorch_model-00002-of-00002.bin"] = names[1::2]
+    for shard, held in shards.items():
+        torch.save({name: weights[name].clone() for name in held}, folder / shard)
+    index = {
+        "metadata": {},
+        "weight_map": {name: shard for shard, held in shards.items() for name in held},
+    }
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("make", [random_gpt2, random_qwen3])
+def test_pytorch_files_in_shards(tmp_path, make):
+    theirs = make()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights = {k: w for k, w in theirs.state_dict().items() if k != "lm_head.weight"}
+    write_bin_shards(
+        tmp_path, weights if theirs.config.tie_word_embeddings else theirs.state_dict()
+    )
+    assert_same_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+    assert_same_logits(theirs, tmp_path)
+
+
+def test_of_several_files_the_one_transformers_takes(tmp_path):
+    """Each kind of file with other weights; the one that is taken is removed, again and again."""
+    first = random_gpt2()
+    for scale, options in ((2, {"max_shard_size": "40KB"}), (1, {})):
+        changed = {k: w * scale for k, w in first.state_dict().items()}
+        first.save_pretrained(tmp_path / str(scale), state_dict=changed, **options)
+    for folder in ("2", "1"):
+        for path in (tmp_path / folder).iterdir():
+            path.replace(tmp_path / path.name)
+    weights = {k: w for k, w in first.state_dict().items() if k != "lm_head.weight"}
+    torch.save({k: w * 3 for k, w in weights.items()}, tmp_path / "pytorch_model.bin")
+    write_bin_shards(tmp_path, {k: w * 4 for k, w in weights.items()})
+    name = "transformer.h.0.mlp.c_fc.bias"
+    order = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    for scale, file in enumerate([*order, "pytorch_model.bin.index.json"], start=1):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert theirs.state_dict()[name].equal(weights[name] * scale)
+        assert load_pretrained(tmp_path)[1][name].equal(weights[name] * scale)
+        (tmp_path / file).unlink()
+    with pytest.raises(UserError, match="neither"):
+        load_pretrained(tmp_path)
+
+
 def test_an_untied_head_is_refused(tmp_path):
     theirs = random_gpt2()
     theirs.save_pretrained(tmp_path)
@@ -239,7 +327,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
-    with pytest.raises(UserError, match=r"cannot read .*pytorch_model\.bin"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load_pretrained(tmp_path)
     for name in ("pytorch_model.bin", "model.safetensors"):
         (tmp_path / name).write_bytes(b"not weights at all")

@@ -1,10 +1,12 @@
 """A run's numbers and texts arrive, whatever a recorder does, and leave training as it is."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from brisk.data.dataset import write_dataset
 from brisk.data.saved_tokenizer import from_dict
 from brisk.data.tokenizer import CharTokenizer
 from brisk.errors import UserError
+from brisk.reporting.curves import read_run
 from brisk.reporting.forecast import Forecast, duration
 from brisk.reporting.run_log import RunLog, cut_metrics
 from model import GPT
@@ -80,6 +83,44 @@ def test_time_goes_on_after_a_restart(log, tmp_path):
     log.iteration(0, RECORD)
     log.close()
     assert 100 <= lines(tmp_path)[-1]["seconds"] < 160
+
+
+def test_a_clock_that_is_set_back_changes_no_seconds(log, tmp_path, monkeypatch):
+    log, now = log(), time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    log.iteration(0, RECORD)
+    log.close()
+    assert 0 <= lines(tmp_path)[-1]["seconds"] < 60
+
+
+def test_seconds_continue_from_the_highest_before(log, tmp_path):
+    """Earlier versions recorded a clock that was set back."""
+    text = '{"step": -2, "seconds": 100.0}\n{"step": -1, "seconds": -3500.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    log = log()
+    log.iteration(0, RECORD)
+    log.close()
+    assert 100 <= lines(tmp_path)[-1]["seconds"] < 160
+
+
+def test_losses_that_are_not_finite_are_valid_json(log, tmp_path):
+    """null, which other programs read, and a gap in the curves."""
+    pytest.importorskip("matplotlib")
+    log = log()
+    log.iteration(0, RECORD)
+    log.iteration(1, RECORD | {"loss": math.nan, "grad_norm": math.inf})
+    log.evaluation(2, EVALUATION | {"val_loss": -math.inf})
+    log.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    _, second, third = (json.loads(line, parse_constant=refuse) for line in text.splitlines())
+    assert second["loss"] is second["grad_norm"] is third["val_loss"] is None
+    assert second["lr"] == RECORD["lr"] and third["train_loss"] == EVALUATION["train_loss"]
+    steps, losses = read_run(tmp_path).curve("loss")
+    assert list(steps) == [0, 1] and losses[0] == 2.5 and math.isnan(losses[1])
 
 
 def test_what_is_not_known_is_left_out(log, tmp_path):
@@ -339,7 +380,7 @@ def test_an_unknown_character_in_the_start_is_told_before_training(train_tiny, t
 
 
 def test_texts_need_a_tokenizer(train_tiny, char_data, tmp_path, monkeypatch):
-    monkeypatch.setattr("brisk.training.inputs.load_tokenizer", lambda folder: None)
+    monkeypatch.setattr("brisk.training.inputs.load_tokenizer", lambda *_: None)
     monkeypatch.setattr("brisk.training.inputs.describe_tokenizer", lambda *_: None)
     run = train_tiny(tmp_path / "out", eval_samples=1)
     assert run.console.count("--eval_samples needs a tokenizer") == 1
@@ -364,6 +405,15 @@ def test_texts_cannot_steer_a_terminal_or_pass_for_the_log(log, capsys, tmp_path
     said = capsys.readouterr().out
     assert "\x1b" not in said and "\x07" not in said and "  | two" in said.splitlines()
     assert not re.search(r"^iter", said, re.MULTILINE)
+
+
+def test_spaces_and_joiners_of_other_scripts_are_shown(log, capsys):
+    """No control characters: the indent of a Chinese paragraph, a joined emoji, Persian."""
+    text = "\u3000\u3000床前明月光\tcol 👩\u200d💻 می\u200cخواهم"
+    log = log()
+    log.evaluation(0, EVALUATION | {"samples": [text]})
+    log.close()
+    assert f"  | {text}" in capsys.readouterr().out.splitlines()
 
 
 def test_a_console_without_the_characters_does_not_stop_the_run(script, settings, tmp_path):

@@ -141,7 +141,7 @@ def test_a_failed_last_save_is_one_line_and_status_1(settings, script, tmp_path,
 
 
 @pytest.mark.parametrize("instead", ["nothing", "a file"])
-def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, instead):
+def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, capsys, instead):
     """Nothing there: it is made again. A file in its place: the run goes on without, and saves when
     the way is free."""
     import train
@@ -162,9 +162,12 @@ def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, in
         return original(step, *rest)
 
     monkeypatch.setattr(train, "get_lr", vanish)
-    console = train_tiny(out, max_iters=11).console
+    with pytest.raises(RunError, match="was removed during the run"):  # status 1
+        train_tiny(out, max_iters=11)
+    console = capsys.readouterr().out
     assert ("could not save" in console) == (instead == "a file")
     assert load_checkpoint(out / "ckpt.pt")["iter_num"] == 12
+    assert (out / "metrics.jsonl").exists()
 
 
 def test_a_small_disk(tmp_path, said):
@@ -251,9 +254,9 @@ def test_what_is_no_number_is_not_saved(saver, said, tmp_path, what):
 # ----------------------------------------------------------------------------- history
 
 
-def test_keep_checkpoints(train_tiny, resume, tmp_path):
+def test_keep_last(train_tiny, resume, tmp_path):
     out = tmp_path / "out"
-    train_tiny(out, max_iters=11, eval_interval=2, keep_checkpoints=3, always_save_checkpoint=False)
+    train_tiny(out, max_iters=11, eval_interval=2, keep_last=3, always_save_checkpoint=False)
     assert sorted(p.name for p in out.glob("step-*")) == [
         f"step-{step:06d}.pt" for step in (8, 10, 12)
     ]
@@ -264,7 +267,7 @@ def test_keep_checkpoints(train_tiny, resume, tmp_path):
     for name in ("last.pt", "ckpt.pt"):  # an older one put back
         (out / name).unlink()
         shutil.copyfile(out / "step-000008.pt", out / name)
-    resume(out, max_iters=10, eval_interval=1, keep_checkpoints=2)
+    resume(out, max_iters=10, eval_interval=1, keep_last=2)
     steps = [load_checkpoint(path)["iter_num"] for path in sorted(out.glob("step-*"))]
     assert steps == [10, 11, 12]  # the two newest; what is ahead is another start's
     train_tiny(out, max_iters=3)

@@ -17,7 +17,7 @@ from configurator import configure
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes made by fork")
 
 # Saves after every other step, of both kinds: of the best model and of the newest.
-SAVING = {"eval_interval": 2, "always_save_checkpoint": False, "keep_checkpoints": 2}
+SAVING = {"eval_interval": 2, "always_save_checkpoint": False, "keep_last": 2}
 SAVING |= {"max_iters": 39, "lr_decay_iters": 39, "dropout": 0.1, "init_from": "auto"}
 
 

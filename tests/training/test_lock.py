@@ -10,8 +10,9 @@ import threading
 import pytest
 from conftest import ROOT
 
+import train
 from brisk.distributed.process_group import Ranks
-from brisk.errors import UserError
+from brisk.errors import RunError, UserError
 from brisk.training.lock import FolderLock
 
 LONG = {"max_iters": 100000, "eval_interval": 50, "log_interval": 10}
@@ -89,3 +90,23 @@ def test_a_folder_is_made_only_when_it_is_wanted(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to the folder --out_dir=.*file"):
         FolderLock(tmp_path / "file", Ranks()).take(make=True)
+
+
+@pytest.mark.parametrize("instead", ["nothing", "another run's"])
+def test_a_run_whose_lock_was_removed_stops_at_its_next_save(
+    train_tiny, tmp_path, monkeypatch, instead
+):
+    """It does not write over what another run, which could get in, has saved."""
+    out, original = tmp_path / "out", train.get_lr
+
+    def remove(step, *rest):
+        if step == 2:
+            (out / ".lock").unlink()
+            if instead != "nothing":
+                (out / ".lock").touch()
+        return original(step, *rest)
+
+    monkeypatch.setattr(train, "get_lr", remove)
+    with pytest.raises(RunError, match=r"stopped at step 4 without saving: .*\.lock was removed"):
+        train_tiny(out)
+    assert not (out / "last.pt").exists()

@@ -237,7 +237,7 @@ def test_a_checkpoint_from_before_there_was_muon_goes_on(train_tiny, resume, tmp
     whole = train_tiny(tmp_path / "whole")
     run = train_tiny(tmp_path / "out", max_iters=3)
     checkpoint = torch.load(run.out_dir / "last.pt")
-    new = ("optimizer", "muon_learning_rate", "muon_momentum", "schedule", "decay_share")
+    new = ("optimizer", "muon_learning_rate", "muon_momentum", "schedule", "decay_frac")
     for key in new:
         del checkpoint["config"][key]
     for name in ("last.pt", "ckpt.pt"):
@@ -267,7 +267,7 @@ def test_a_learning_rate_of_zero_stops_all(train_tiny, tmp_path):
 def test_wsd_is_level_until_its_last_share():
     class Settings:
         learning_rate, min_lr, warmup_iters, decay_lr = 1.0, 0.2, 9, True
-        schedule, decay_share = "wsd", 0.4
+        schedule, decay_frac = "wsd", 0.4
 
     rates = [get_lr(step, Settings, 100) for step in range(120)]
     assert rates[:9] == pytest.approx([(step + 1) / 10 for step in range(9)])

@@ -1,6 +1,7 @@
 """A resumed run is the run that was never stopped, with whatever settings it was started."""
 
 import math
+import os
 import re
 import shutil
 
@@ -19,39 +20,6 @@ from brisk.training.signals import StopRequest
 from configurator import configure
 
 EPOCHS = {"max_iters": None, "lr_decay_iters": None}  # leave the length to max_epochs
-
-
-@pytest.fixture
-def train_until(settings, monkeypatch):
-    """Start a tiny run and stop it, as Ctrl-C does, before its step `stop`."""
-
-    def run(out_dir, stop, given=None, **changes):
-        argv = given or settings(out_dir, **changes)
-        request, get_lr = StopRequest(speaks=False), train.get_lr
-
-        def count(step, *rest):
-            if step == stop - 1:
-                request.number = 2
-            return get_lr(step, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "get_lr", count)
-            with pytest.raises(SystemExit):
-                train.main(configure(train.TrainConfig, argv), request)
-        assert torch.load(out_dir / "last.pt")["iter_num"] == stop
-
-    return run
-
-
-@pytest.fixture
-def carry_on(main):
-    """Resume a run with no key but its folder, the device, and `changes`."""
-
-    def run(out_dir, **changes):
-        given = {"init_from": "resume", "out_dir": out_dir, "device": "cpu", **changes}
-        return main([f"--{key}={value}" for key, value in given.items()])
-
-    return run
 
 
 def assert_same_run(run, whole):
@@ -222,7 +190,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(
 
 def test_compile_stays_as_resolved(train_until, carry_on, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(train, "compile_blocks", lambda blocks, say: compiled.append(blocks))
     monkeypatch.setattr("brisk.device.why_not_compile", lambda device: None)
     train_until(tmp_path / "out", 3, compile=True, max_iters=9)
     assert len(compiled) == 1
@@ -260,7 +228,9 @@ def test_parallel_stays_the_run_s_in_one_process_too(train_until, carry_on, tmp_
     """What a dry run says of 8 ranks is of the FSDP that the run was started with."""
 
     def memory(**changes):
-        said = carry_on(tmp_path / "out", dry_run=True, dry_run_ranks=8, **sizes, **changes).console
+        said = carry_on(
+            tmp_path / "out", dry_run=True, dry_run_world_size=8, **sizes, **changes
+        ).console
         return re.search(
             r"^device: 8 processes \((\w+)\).* about (.*) of memory", said, re.M
         ).groups()
@@ -408,7 +378,7 @@ def test_a_resume_with_other_settings_follows_them(
         last = (longer or length)["max_iters"]
     else:
         wanted = (longer or length)["max_epochs"] * windows(char_data, now["block_size"])
-        last = stop + round((wanted - first) / batch) - 1
+        last = round(stop + (wanted - first) / batch) - 1
         same = batch == 4 and now["block_size"] == 16
         last = round(wanted / 4) - 1 if same else last
     if last < stop:
@@ -427,3 +397,33 @@ def test_a_resume_with_other_settings_follows_them(
     saved = {key: checkpoint["config"][key] for key in changes}
     assert saved == changes
     assert run.checkpoint()["resolved"]["dtype"] == changes.get("dtype", "float32")
+
+
+def test_settings_under_old_names_are_resumed(train_until, carry_on, tmp_path):
+    train_until(tmp_path / "out", 4, keep_last=2, schedule="wsd", decay_frac=0.5)
+    path = tmp_path / "out" / "last.pt"
+    checkpoint = torch.load(path)
+    old = {"keep_last": "keep_checkpoints", "decay_frac": "decay_share"}
+    checkpoint["config"] = {old.get(k, k): value for k, value in checkpoint["config"].items()}
+    checkpoint["given"] = [old.get(k, k) for k in checkpoint["given"]]
+    save_checkpoint(checkpoint, path, [tmp_path / "out" / "ckpt.pt"])
+    config = carry_on(tmp_path / "out").checkpoint()["config"]
+    assert (config["keep_last"], config["decay_frac"]) == (2, 0.5)
+
+
+def test_vocab_size_given_at_a_resume_is_noted(train_until, carry_on, tmp_path):
+    train_until(tmp_path / "out", 4)
+    assert re.search(
+        r"the checkpoint's vocab_size=\d+ stays", carry_on(tmp_path / "out", vocab_size=999).console
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="paths are bytes on POSIX only")
+def test_a_folder_whose_name_is_not_utf8_is_resumed(train_until, carry_on, tmp_path):
+    out = tmp_path / os.fsdecode(b"out-\xff")
+    try:
+        out.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    train_until(out, 4)
+    assert carry_on(out).checkpoint()["iter_num"] == 8

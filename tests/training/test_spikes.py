@@ -105,7 +105,7 @@ def assert_same_weights(run, other):
 def test_a_step_left_out_moves_nothing(spoil, train_tiny, tmp_path, optimizer, factor):
     """The checkpoints before and after that step have the same weights, moments and counts."""
     spoil({4: factor})
-    changes = {"optimizer": optimizer, "eval_interval": 1, "keep_checkpoints": 9}
+    changes = {"optimizer": optimizer, "eval_interval": 1, "keep_last": 9}
     run = train_tiny(tmp_path / "out", on_spike="skip", **changes)
     before, after, next_one = (run.checkpoint(f"step-{step:06d}.pt") for step in (4, 5, 6))
     for key in ("model", "optimizer"):

@@ -1,0 +1,60 @@
+"""The length of a run from the time it may take."""
+
+import time
+from statistics import median
+
+from brisk.reporting.forecast import duration
+
+EVALUATIONS = 20  # in a run
+EVALUATION_SHARE = 0.1  # of the time, at most about this for all of them
+FEWEST_BATCHES, MOST_BATCHES = 5, 200  # of each split in an evaluation
+WARM_UP_STEPS, TIMED_STEPS, TIMED_SECONDS = 2, 5, 2.0
+
+
+def seconds_per_step(step, device, ranks):
+    """Seconds that one call of `step` takes: the median of `TIMED_STEPS` calls, or of as many as
+    fit into `TIMED_SECONDS`, after `WARM_UP_STEPS` calls. All ranks call it equally often."""
+
+    def timed(calls):
+        times = []
+        for _ in range(calls):
+            t0 = time.perf_counter()
+            step()
+            device.synchronize()
+            times.append(time.perf_counter() - t0)
+        return ranks.broadcast(median(times))
+
+    guess = timed(WARM_UP_STEPS + 1)
+    return timed(max(TIMED_STEPS, round(TIMED_SECONDS / guess)))
+
+
+def fit_to_minutes(config, plan, step_seconds, say):
+    """Settings, {key: value}, with which a run that starts at `plan.first_step` takes about
+    `config.minutes` minutes: the number of steps, and what follows from it (decay, warm-up, when
+    to evaluate and on how much). Keys that were given after `minutes` are left out.
+
+    Args:
+        step_seconds: time of one training step.
+        say: prints a line, of the settings chosen.
+    """
+    seconds = 60 * config.minutes
+    # A backward pass costs about two forward passes; an evaluation reads two splits.
+    batch_seconds = step_seconds / len(plan.micro_batches) / 3
+    room = EVALUATION_SHARE * seconds / (2 * EVALUATIONS * batch_seconds)
+    batches = round(min(max(room, FEWEST_BATCHES), MOST_BATCHES))
+    later = config.given[config.given.index("minutes") :] if "minutes" in config.given else ()
+    batches = config.eval_iters if "eval_iters" in later else batches
+    steps = max(1, round((seconds - 2 * EVALUATIONS * batches * batch_seconds) / step_seconds))
+    last_step = plan.first_step + steps - 1
+    values = {
+        "eval_iters": batches,
+        "eval_interval": -(-steps // EVALUATIONS),
+        "log_interval": max(1, steps // (10 * EVALUATIONS)),
+        "warmup_iters": min(100, steps // 20),
+        "lr_decay_iters": last_step,
+        "max_iters": last_step,
+    }
+    values = {key: value for key, value in values.items() if key not in later}
+    chosen = " ".join(f"--{key}={value}" for key, value in values.items())
+    say(f"for {config.minutes:g} minutes at {duration(step_seconds)} a step: {chosen}")
+    return values
