@@ -42,7 +42,7 @@ from configurator import PositiveInt, configure
 from gpu_sections.job import Job, describe_machine
 
 # minutes that a section may take; learn's grow with --minutes
-SECTIONS = {"correct": 7, "gpt2": 9, "small": 4, "decode": 4, "learn": 6}
+SECTIONS = {"correct": 6, "gpt2": 8, "small": 4, "decode": 4, "learn": 6}
 
 
 @dataclass

@@ -157,7 +157,8 @@ def shared_memory():
 def pytest_collection_modifyitems(items):
     """`-m device` are the tests that take a `device`, to be run on a GPU too."""
     for item in items:
-        if "device" in getattr(item, "fixturenames", ()):
+        parameters = getattr(getattr(item, "callspec", None), "params", ())
+        if "device" in getattr(item, "fixturenames", ()) and "device" not in parameters:
             item.add_marker("device")
 
 
