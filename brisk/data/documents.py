@@ -122,7 +122,8 @@ def tell_left_out(left_out):
         names = [file.name for file, error in left_out if type(error) is kind]
         if names:
             shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-            note(f"left out {len(names)} files that are {what}: {shown}")
+            files = "1 file that is" if len(names) == 1 else f"{len(names)} files that are"
+            note(f"left out {files} {what}: {shown}")
     others = [error for _, error in left_out if type(error) not in groups]
     for error in others[:SHOWN]:
         note(f"left out: {error}")
