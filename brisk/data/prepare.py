@@ -88,7 +88,9 @@ def choose_tokenizer(stats):
         Chinese reviews, 0.3 MB           1.13  1.04  1.00  1.00
         Shakespeare, 1.1 MB               0.89  0.86  0.84  0.84
 
-    So a BPE learns alphabetic text faster, and Chinese characters are as good as its tokens.
+    So a BPE learns alphabetic text faster, and Chinese characters are as good as its tokens. In
+    180 s characters reach 0.95 on the abstracts, the lowest before they overfit: the BPE stays
+    ahead. Texts above 1.1 MB were not measured; the sizes continue the trend.
     """
     small = SMALL_CJK if stats.cjk > 0.3 else TINY
     if stats.bytes < small or stats.distinct <= FEW:
