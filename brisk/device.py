@@ -64,6 +64,15 @@ class Device:
             return nullcontext()
         return torch.autocast(self.type, dtype=self.dtype)
 
+    def cast_linear_weights(self, model):
+        """Cast the weights of `model`'s linear layers to `dtype`, for inference: autocast casts
+        them at every call. The results are the same. A tied head becomes a copy."""
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and self.dtype_name != "float32":
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    cast = torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
+                    setattr(module, name, cast)
+
     def scaler(self):
         """A gradient scaler, at work for float16 only (Micikevicius et al. 2018, section 3.2)."""
         return torch.amp.GradScaler(self.type, enabled=self.dtype_name == "float16")

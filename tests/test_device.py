@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from networks import VARIANTS, random_ids, random_model
 
 from brisk.device import Device, cpu_training_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError, format_bytes
@@ -207,3 +208,21 @@ def test_the_schedule_warms_up_decays_and_stays():
     assert get_lr(0, Settings, 109) == get_lr(500, Settings, 109) == 1.0
     Settings.decay_lr, Settings.warmup_iters = True, 5
     assert get_lr(5, Settings, 5) == 0.1  # no decay to speak of, and no division by zero
+
+
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
+def test_cast_linear_weights_changes_no_logit(variant):
+    device, idx = Device(torch.device("cpu"), "bfloat16"), random_ids()
+    plain, cast = random_model(**variant), random_model(**variant)
+    device.cast_linear_weights(cast)
+    assert cast.lm_head.weight.dtype == torch.bfloat16
+    with torch.inference_mode(), device.autocast():
+        assert cast(idx)[0].equal(plain(idx)[0])
+        ours, theirs = (model.generate(idx, 12, seed=1) for model in (cast, plain))
+    assert ours.equal(theirs)
+
+
+def test_cast_linear_weights_leaves_float32_alone():
+    model = random_model()
+    Device(torch.device("cpu"), "float32").cast_linear_weights(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
