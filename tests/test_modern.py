@@ -420,7 +420,7 @@ def test_modern_run_resumes_and_samples(
     whole = main([PRESET, *settings(tmp_path / "whole", max_iters=4, dropout=0.1, **changes)])
     main([PRESET, *settings(tmp_path / "parts", max_iters=2, dropout=0.1, **changes)])
     parts = resume(tmp_path / "parts", max_iters=4)
-    assert ("and of n-grams: 0.0" in parts.console) == ("ngrams" in changes)
+    assert ("number of n-gram parameters: 0.0" in parts.console) == ("ngrams" in changes)
     expected, found = whole.checkpoint(), parts.checkpoint()
     assert found["iter_num"] == 5 and found["model_args"] == expected["model_args"]
     for name, weight in expected["model"].items():

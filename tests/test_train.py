@@ -272,7 +272,7 @@ def test_data_of_another_tokenizer(finished, resume, tmp_path, text):
     turned = text.swapcase()
     tokenizer = CharTokenizer(sorted(set(text + turned)))
     write_dataset(tmp_path / "data", tokenizer, {"train": [turned], "val": [text]}, "turned")
-    with pytest.raises(UserError, match="tokenized otherwise"):
+    with pytest.raises(UserError, match="another tokenizer"):
         resume(finished, max_iters=8, data_dir=tmp_path / "data")
 
 
@@ -393,7 +393,7 @@ def test_dry_run_needs_no_data(main, settings, tmp_path, char_data):
     argv = [a for a in settings(tmp_path / "out") if not a.startswith("--data_dir")]
     argv += ["--dry_run", f"--data_dir={tmp_path / 'nowhere'}"]
     console = main(argv).console
-    assert "is not prepared; a vocabulary of 50,304 is assumed" in console
+    assert "is not prepared; assuming a vocabulary of 50,304" in console
     assert re.search(r"compute: [\d.e+]+ FLOP; at least .* TFLOP/s", console)
     with pytest.raises(UserError, match=r"no train\.bin"):  # its length is needed
         main([*argv, "--max_epochs=2"])
@@ -401,7 +401,7 @@ def test_dry_run_needs_no_data(main, settings, tmp_path, char_data):
 
 def test_float16_on_a_cpu_is_noted_and_mfu_is_a_share(train_tiny, tmp_path):
     run = train_tiny(tmp_path / "out", dtype="float16", max_iters=1)
-    assert "far more slowly" in run.console and "float32 matrix product" in run.console
+    assert "far slower" in run.console and "float32 matrix product" in run.console
     assert max(run.series("mfu").values()) < 1
 
 
