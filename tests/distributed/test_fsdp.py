@@ -186,7 +186,7 @@ def test_all_ranks_respond_to_a_spike(settings, torchrun, quick_script, tmp_path
     changes = {**SIZES, **CLASSIC, "on_spike": on_spike, "parallel": "fsdp"}
     one = quick_script(poisoned, *settings(tmp_path / "one", **changes))
     two = torchrun(poisoned, *settings(tmp_path / "two", **changes))
-    said = {"rewind": "continuing with new batches", "skip": "skipped", "stop": ""}[on_spike]
+    said = {"rewind": "continuing with new batches", "skip": ", skipped", "stop": ""}[on_spike]
     assert said in one.stdout and said in two.stdout
     if on_spike == "stop":
         assert one.returncode == 1 and two.returncode != 0

@@ -218,7 +218,7 @@ def test_full_disk_loses_only_metrics(train_tiny, tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    original = brisk.reporting.run_log.cut_metrics
+    original = brisk.reporting.run_log.truncate_metrics
 
     def cut(path, step):
         monkeypatch.setattr(
@@ -226,9 +226,9 @@ def test_full_disk_loses_only_metrics(train_tiny, tmp_path, monkeypatch):
         )
         return original(path, step)
 
-    monkeypatch.setattr(brisk.reporting.run_log, "cut_metrics", cut)
+    monkeypatch.setattr(brisk.reporting.run_log, "truncate_metrics", cut)
     run = train_tiny(tmp_path / "out")
-    assert run.console.count("metrics.jsonl cannot be written: No space left") == 1
+    assert run.console.count("cannot write metrics.jsonl: No space left") == 1
     assert len(run.metrics) == 11 - 3 and run.checkpoint()["iter_num"] == 8
 
 
