@@ -21,7 +21,7 @@ import torch
 
 from brisk.errors import UserError, format_bytes, one_line
 
-ENTRY_TYPES = {  # of optional entries
+ENTRY_TYPES = {  # types of optional entries
     "optimizer": (dict,),
     "config": (dict,),
     "scaler": (dict,),
@@ -34,7 +34,7 @@ ENTRY_TYPES = {  # of optional entries
     "data": (dict,),
     "best_val_loss": (float, torch.Tensor),
 }
-NESTED_TYPES = {  # of required keys in these entries
+NESTED_TYPES = {  # types of the required keys inside these entries
     "resolved": {
         "device": (str,),
         "dtype": (str,),

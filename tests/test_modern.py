@@ -357,9 +357,9 @@ def test_zero_init():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"position": "rotory"}, "position=rotory is none of learned, rotary"),
-        ({"norm": "batch"}, "norm=batch is none of layer, rms"),
-        ({"mlp": "relu"}, "mlp=relu is none of gelu, relu2, swiglu"),
+        ({"position": "rotory"}, "position=rotory is not one of learned, rotary"),
+        ({"norm": "batch"}, "norm=batch is not one of layer, rms"),
+        ({"mlp": "relu"}, "mlp=relu is not one of gelu, relu2, swiglu"),
         ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
         ({"n_kv_head": 8}, "n_head=4 is not divisible by n_kv_head=8"),
         ({"n_embd": 36, "position": "rotary"}, "n_embd / n_head = 9 is odd"),

@@ -217,7 +217,7 @@ def test_saved_int_fits_a_float_key(finished, resume):
     assert run.checkpoint()["optimizer"]["param_groups"][0]["weight_decay"] == 0
 
 
-def test_new_shape_on_resume_is_ignored_with_a_note(finished, resume):
+def test_new_shape_on_resume_is_ignored(finished, resume):
     run = resume(finished, max_iters=8, n_layer=3)
     assert re.search(r"^note: .*n_layer=1.* stays", run.console, re.MULTILINE)
     assert run.checkpoint()["model_args"]["n_layer"] == 1

@@ -76,8 +76,7 @@ class Saver:
             raise error
 
     def newest(self):
-        """Path of the newest valid checkpoint, after the save in progress; None if there is
-        none."""
+        """Path of the newest valid checkpoint, or None. Waits for the save in progress."""
         self.wait()
         try:
             return latest_checkpoint(self.out_dir)

@@ -159,7 +159,7 @@ def test_full_row_is_refilled(decoding):
 
 
 @VARIANT
-def test_static_step_is_one_graph_for_all_positions(variant):
+def test_static_step_is_one_graph(variant):
     """Positions are tensors: no shape and no constant of the graph depends on them."""
     model, idx = random_model(**variant), random_ids()
     cache, graphs = KVCache(model, 2, 24), []
