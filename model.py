@@ -312,6 +312,8 @@ class NgramEmbedding(nn.Module):
 class GPT(nn.Module):
     """Embeddings, `n_layer` blocks, and an output head, tied to the token embeddings or not."""
 
+    loss_kernel = None  # a compiled one, set from outside; see `brisk.training.loss`
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -387,11 +389,12 @@ class GPT(nn.Module):
         x = self.backbone(idx, cache)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        if not return_logits and HAS_BRISK:
-            from brisk.training.loss import linear_cross_entropy
+        if not return_logits and HAS_BRISK and not torch.compiler.is_compiling():
+            from brisk.training.loss import linear_cross_entropy, loss_and_gradient
 
             head = self.lm_head.weight
-            return None, linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+            rows = (x.flatten(0, 1), head, targets.flatten())
+            return None, linear_cross_entropy(*rows, kernel=self.loss_kernel or loss_and_gradient)
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits if return_logits else None, loss

@@ -58,6 +58,7 @@ from ratios import HEAD, as_lines, check, row, summary
 from sides import (
     DATASET,
     alternate,
+    describe_as_bytes,
     fresh,
     lay_out_text,
     open_sides,
@@ -159,6 +160,8 @@ def train_steps(config, sides, size, device, warm_up, steps):
         job |= {"weights": f"{folder}/weights.pt", "tokens": f"{folder}/train.bin"}
         save_random_model(size.model_args(), job["weights"])
         write_random_ids(folder, size.vocab_size)
+        if size.vocab_size == PADDED:
+            describe_as_bytes(folder)
         job["starts"] = window_starts(folder, size.block_size, batch_size, warm_up + steps + 1)
         return alternate(config, sides, lambda side: work(side, job))
 

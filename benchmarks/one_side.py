@@ -1,16 +1,18 @@
-"""One side of compare_nanogpt.py, in a process of its own.
+"""One side of a comparison with nanoGPT, in a process of its own.
 
     $ python benchmarks/one_side.py < job.json
 
-A job is a JSON object: `job` (a function below that takes one), `root` (the folder whose model.py
-and scripts are meant), `is_brisk` (whether that is this repository) and what the function reads.
-The last line printed is a JSON object of its figures.
+A job is a JSON object on one line: `job` (a function below that takes one), `root` (the folder
+whose model.py and scripts are meant), `is_brisk` (whether that is this repository) and what the
+function reads. Its figures are printed as a JSON object on a line. Where the function has rounds,
+every further line of input asks for the figures of one more.
 
 On nanoGPT's side nothing of this repository is imported: neither the memory it takes nor its
 settings of the allocator (`brisk.device.keep_freed_memory`) are in nanoGPT's figures.
 """
 
 import importlib
+import itertools
 import json
 import runpy
 import sys
@@ -28,7 +30,10 @@ SEED = 1337  # of the order of the windows
 def main(job):
     sys.path.insert(0, job["root"])  # `model` is this side's
     jobs = {"step": step, "generate": generate, "prepare": prepare, "start": start}
-    print("\n" + json.dumps(jobs[job["job"]](job)))
+    for figures in jobs[job["job"]](job):
+        print("\n" + json.dumps(figures), flush=True)
+        if not sys.stdin.readline():
+            break
 
 
 def load_model(job):
@@ -53,25 +58,47 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def seconds_of(work):
+    """Seconds that `work()` takes, by CUDA events where there are any."""
+    synchronize()
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    work()
+    ended.record()
+    synchronize()
+    return began.elapsed_time(ended) / 1000
+
+
 # ------------------------------------------------------------------------------- training steps
 
 
 def step(job):
-    """Seconds of a training step, the mean of `steps` after `warm_up`, the loss of the last one,
-    and the peak of memory. Each side does what its train.py does in a step, but for the
-    evaluations and for writing the numbers down."""
+    """In each round, seconds of a training step, the mean of `steps`, the loss of the last one and
+    the peak of memory; before the first of them come `warm_up` steps. `first_s` is the time from
+    the start of the job to the end of its first step. Each side does what its train.py does in a
+    step, but for the evaluations and for writing the numbers down."""
+    began, numbers, first = time.perf_counter(), itertools.count(), None
     trainer = brisk_trainer if job["is_brisk"] else nanogpt_trainer
     with trainer(job) as (train_step, precision):
-        for number in range(job["warm_up"]):
-            train_step(number)
-        synchronize()
-        began = time.perf_counter()
-        for number in range(job["steps"]):
-            loss = train_step(job["warm_up"] + number)
-        synchronize()
-        seconds = (time.perf_counter() - began) / job["steps"]
-    figures = {"seconds": seconds, "loss": loss.item(), "precision": precision}
-    return {**figures, "bytes": peak_memory(job)}
+        for _ in range(job["warm_up"]):
+            train_step(next(numbers))
+            synchronize()
+            first = first or time.perf_counter() - began
+
+        def steps():
+            nonlocal loss
+            for _ in range(job["steps"]):
+                loss = train_step(next(numbers))
+
+        while True:
+            loss = None
+            seconds = seconds_of(steps) / job["steps"]
+            figures = {"seconds": seconds, "loss": loss.item(), "precision": precision}
+            yield {**figures, "first_s": first, **peak_memory(job)}
 
 
 @contextmanager
@@ -145,40 +172,45 @@ def nanogpt_trainer(job):
 
 
 def peak_memory(job):
-    """Bytes at the peak: of the GPU's memory, or of this process (None where unknown)."""
+    """Bytes at the peak: of the GPU's memory, and reserved there, or of this process (None where
+    unknown)."""
     if "cuda" in job["device"]:
-        return torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.max_memory_reserved()
+        return {"bytes": torch.cuda.max_memory_allocated(), "reserved": reserved}
     try:
         import resource  # not on Windows
     except ImportError:
-        return None
+        return {"bytes": None, "reserved": None}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {"bytes": peak if sys.platform == "darwin" else peak * 1024, "reserved": None}
 
 
 # ------------------------------------------------------------------------------------- sampling
 
 
 def generate(job):
-    """Seconds of `model.generate` for `samples` samples of `tokens` tokens: ours side by side,
-    nanoGPT's one after another. Eight tokens of each sample are drawn before the clock starts."""
+    """In each round, seconds of `model.generate` for `samples` samples of `tokens` tokens,
+    `batch_size` of them side by side (by default ours all, nanoGPT's one). Eight tokens of each
+    are drawn before the clock starts."""
     if job["is_brisk"]:
         from brisk.device import open_device
 
         autocast = open_device(job["device"], "auto").autocast()
-        batch_size, options = job["samples"], {"exact_window": job["exact_window"]}
+        options = {"exact_window": job.get("exact_window", False)}
     else:
-        autocast, batch_size, options = autocast_of_nanogpt(job), 1, {}
+        autocast, options = autocast_of_nanogpt(job), {}
+    batch_size = job.get("batch_size") or (job["samples"] if job["is_brisk"] else 1)
     model = load_model(job).to(job["device"]).eval()
     idx = torch.zeros(batch_size, 1, dtype=torch.long, device=job["device"])
-    with torch.no_grad(), autocast:
-        model.generate(idx, 8, temperature=0.8, top_k=200, **options)
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(job["samples"] // batch_size):
-            model.generate(idx, job["tokens"], temperature=0.8, top_k=200, **options)
-        synchronize()
-    return {"seconds": time.perf_counter() - began}
+
+    def draw(tokens, times=1):
+        with torch.no_grad(), autocast:
+            for _ in range(times):
+                model.generate(idx, tokens, temperature=0.8, top_k=200, **options)
+
+    draw(8)
+    while True:
+        yield {"seconds": seconds_of(lambda: draw(job["tokens"], job["samples"] // batch_size))}
 
 
 # -------------------------------------------------------------------------------- whole scripts
@@ -196,7 +228,7 @@ def prepare(job):
     began = time.perf_counter()
     runpy.run_path(job["script"], run_name="__main__")
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "modules": [name for name in sys.modules if name not in before]}
+    yield {"seconds": seconds, "modules": [name for name in sys.modules if name not in before]}
 
 
 class UntilFirstStep:
@@ -227,8 +259,8 @@ def start(job):
             sys.exit(ended.code or "train.py ended before its first step")
     seconds = time.perf_counter() - began
     sys.stdout = watched.stream
-    return {"seconds": seconds}
+    yield {"seconds": seconds}
 
 
 if __name__ == "__main__":
-    main(json.load(sys.stdin))
+    main(json.loads(sys.stdin.readline()))

@@ -30,6 +30,8 @@ from brisk.errors import UserError, note
 
 SHOWN = 5  # files left out that are named
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+PARTS_OF_A_SET = {"meta.json", "meta.pkl", "train.bin", "val.bin"}
+FEW, LONG = 100, 10_000  # documents, and characters of all of them, see `split_documents`
 COUNTED = 100_000  # documents up to which a split is exact; beyond, chance is exact enough
 
 
@@ -120,7 +122,8 @@ def tell_left_out(left_out):
         names = [file.name for file, error in left_out if type(error) is kind]
         if names:
             shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-            note(f"left out {len(names)} files that are {what}: {shown}")
+            files = "1 file that is" if len(names) == 1 else f"{len(names)} files that are"
+            note(f"left out {files} {what}: {shown}")
     others = [error for _, error in left_out if type(error) not in groups]
     for error in others[:SHOWN]:
         note(f"left out: {error}")
@@ -146,6 +149,17 @@ class Picked:
 
     def __iter__(self):
         return (document for document in self.corpus if self.is_wanted(key_of(document)))
+
+
+class Shortened:
+    """The documents of a corpus, those whose key is `key` up to their character `n`."""
+
+    def __init__(self, corpus, key, n):
+        self.corpus, self.key, self.n = corpus, key, n
+
+    def __iter__(self):
+        for document in self.corpus:
+            yield Span(document, 0, self.n) if key_of(document) == self.key else document
 
 
 class Span:
@@ -176,7 +190,8 @@ def pieces(documents):
 def split_documents(corpus, share):
     """Split a corpus for training and validation: by document, picked by a hash of their text, so
     that equal ones are on the same side and nothing depends on their order. A document alone is
-    split in itself, the last `share` of it for validation.
+    split in itself, the last `share` of it for validation; so is one of a few that has more than
+    half of the text, and the others are for training.
 
     Returns {"train": …, "val": …}. Raises `UserError` where there are no documents.
     """
@@ -189,6 +204,16 @@ def split_documents(corpus, share):
         n = int(length * (1 - share))
         return {"train": [Span(document, 0, n)], "val": [Span(document, n, length)]}
     different = sorted(set(keys))
+    if 1 < len(different) <= len(keys) < FEW:
+        sizes = {key_of(document): sum(map(len, pieces([document]))) for document in corpus}
+        total, largest = sum(sizes.values()), max(sizes, key=sizes.get)
+        if sizes[largest] > total / 2 and total > LONG:
+            n = sizes[largest] - int(total * share)
+            whole = next(document for document in corpus if key_of(document) == largest)
+            return {
+                "train": Shortened(corpus, largest, n),
+                "val": [Span(whole, n, sizes[largest])],
+            }
     if len(keys) == COUNTED:
         bound = int(share * 2**64)
     elif len(different) == 1:
@@ -229,6 +254,8 @@ def find_files(sources):
     none where `sources` looks like the name of a data set on the hub. Hidden ones are left out."""
     found = []
     listed = [part.strip() for part in sources.split(",") if part.strip()]
+    if sources == "-":
+        raise UserError("standard input cannot be read again; save it in a file: --input=PATH")
     for source in [sources] if os.path.exists(sources) else listed:
         path = Path(source)
         if not os.path.exists(path) and source.startswith("~"):  # not expanded after --input=
@@ -260,14 +287,13 @@ def find_files(sources):
 def files_in(folder):
     """The files below a folder, in order, without hidden ones and data sets that were made here."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    names = {file.parent: set() for file in files}
-    for file in files:
-        names[file.parent].add(file.name)
-    made = {parent for parent in names if names[parent] >= {"meta.json", "train.bin", "val.bin"}}
+    made = {file.parent for file in files if file.name == "meta.json"}
+    made &= {file.parent for file in files if file.name == "train.bin"}
     return [
         file
         for file in files
-        if file.parent not in made and not is_clutter(file.relative_to(folder))
+        if not (file.parent in made and file.name in PARTS_OF_A_SET)
+        and not is_clutter(file.relative_to(folder))
     ]
 
 

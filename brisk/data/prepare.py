@@ -80,7 +80,17 @@ def in_large_pieces(documents, size=2**20):
 def choose_tokenizer(stats):
     """The tokenizer for a text of such `TextStats`: ("char", 0), or ("bpe", its vocab_size).
 
-    TABLE
+    Bits per byte of validation text after 60 s of one core, divided by those with characters (the
+    model of config/train_shakespeare_char_cpu.py, one seed, two cores shared with other work):
+
+        text                        bpe of 512  1024  2048  4096
+        English abstracts, 50 kB          0.90  0.86
+        Chinese reviews, 0.3 MB           1.13  1.04  1.00  1.00
+        Shakespeare, 1.1 MB               0.89  0.86  0.84  0.84
+
+    So a BPE learns alphabetic text faster, and Chinese characters are as good as its tokens. In
+    180 s characters reach 0.95 on the abstracts, the lowest before they overfit: the BPE stays
+    ahead. Texts above 1.1 MB were not measured; the sizes continue the trend.
     """
     small = SMALL_CJK if stats.cjk > 0.3 else TINY
     if stats.bytes < small or stats.distinct <= FEW:

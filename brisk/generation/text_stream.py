@@ -12,20 +12,21 @@ WORD = re.compile(rf"[^\w\s]*[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+")
 class TextStream:
     """Converts the ids of one sample, one at a time, to text that can be printed at once.
 
-    Only complete characters are returned (one may be several tokens), and nothing of the stop text:
-    a possible beginning of it is held back until later tokens decide. With `max_words` only
-    complete words are returned (see `WORD`), and the last one ends the text.
+    Only complete characters are returned (one may be several tokens), and nothing of the stop text
+    (a str, or a list of them): a possible beginning of it is held back until later tokens decide.
+    With `max_words` only complete words are returned (see `WORD`), and the last one ends the text.
     """
 
     def __init__(self, tokenizer, stop_text="", stop_ids=(), max_words=0):
         self.token_bytes = tokenizer.token_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.stop_text = stop_text
+        texts = [stop_text] if isinstance(stop_text, str) else stop_text
+        self.stop_texts = [text for text in texts if text]
         self.stop_ids = frozenset(stop_ids)
         self.words_left = max_words or None  # None: no limit
-        self.pending = ""  # may be the beginning of the stop text
+        self.pending = ""  # may be the beginning of a stop text
         self.partial_word = ""  # white space and the beginning of a word
-        self.stopped = False  # by a stop id, the stop text or the last word
+        self.stopped = False  # by a stop id, a stop text or the last word
 
     def feed(self, token_id):
         """The text that `token_id` completes, often ""."""
@@ -53,14 +54,14 @@ class TextStream:
 
     def _before_stop(self, text):
         text, self.pending = self.pending + text, ""
-        if not self.stop_text:
+        if not self.stop_texts:
             return text
-        before, stop, _ = text.partition(self.stop_text)
-        if stop:
+        if found := [at for stop in self.stop_texts if (at := text.find(stop)) >= 0]:
             self.stopped = True
-            return before
-        for length in range(min(len(self.stop_text) - 1, len(text)), 0, -1):
-            if self.stop_text.startswith(text[-length:]):
+            return text[: min(found)]
+        longest = max(map(len, self.stop_texts)) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self.stop_texts):
                 self.pending = text[-length:]
                 return text[:-length]
         return text

@@ -72,7 +72,7 @@ class SpikeWatch:
         limit = self.no_limit
         if self.factor:
             enough = self.norms.isfinite().sum() >= MIN_HISTORY
-            limit = torch.where(enough, self.factor * self.norms.nanmedian(), self.no_limit)
+            limit = torch.where(enough, self.factor * median(self.norms), self.no_limit)
             finite = torch.where(grad_norm.isfinite(), grad_norm, float("nan"))
             self.norms = torch.cat((self.norms[1:], finite[None]))
         self.unread.append((step, position, (loss, grad_norm, limit)))
@@ -120,6 +120,12 @@ class SpikeWatch:
             log.say(f"rewinding to {path}, continuing with new batches")
             return path
         return end_reason(spikes[-1], path)
+
+
+def median(norms):
+    """`norms.nanmedian()`, a tensor (), without its synchronization with the GPU."""
+    middle = (norms.isfinite().sum() - 1).clamp(min=0) // 2
+    return norms.sort().values.gather(0, middle[None])[0]  # NaN is sorted to the end
 
 
 def end_reason(spike, path):

@@ -271,3 +271,55 @@ def test_the_column_of_a_set_on_the_hub(monkeypatch):
     assert list(Corpus("someone/texts")) == list(Corpus("texts", column="body")) == ["a", "b"]
     with pytest.raises(UserError, match="someone/texts has no column text, it has n, body"):
         Corpus("someone/texts", column="text")
+
+
+# ----------------------------------------------------------------------------- a few files
+
+
+def test_a_document_with_most_of_the_text_is_split_in_itself():
+    book, note = "".join(f"sentence {i} of the book. " for i in range(2000)), "a short note"
+    for documents in ([book, note], [note, book, "another", book]):
+        train, val = split(documents, 0.1)
+        assert note in train and len(val) == 1 and book.endswith(val[0])
+        assert 0.09 < len(val[0]) / len(book) < 0.11
+        assert all(val[0] not in document for document in train)  # nor is it in the copy
+        assert sum(map(len, train)) > 0.8 * len(book)
+    equal = [book, book.upper(), book[::-1]]
+    train, val = split(equal, 0.1)
+    assert sorted(train + val) == sorted(equal)  # by document
+
+
+def test_a_data_set_among_the_files_is_left_out(tree):
+    for name in ("meta.json", "train.bin", "val.bin", "meta.pkl"):
+        (tree / "in" / "deep" / name).write_text("tokens")
+    assert "meta.json" not in [file.name for file in find_files("in")]
+    assert [file.name for file in find_files("in/deep")] == ["c.py", "settings.json"]
+    (tree / "in" / "deep" / "train.bin").unlink()
+    assert "meta.json" in [file.name for file in find_files("in")]  # of something else
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("-", "standard input cannot be read again"),
+        ("loop", "is a link that leads nowhere"),
+        ("https://example.org/a.txt", "is an address; download it first"),
+        ("empty", "there are no files in empty"),
+    ],
+)
+def test_a_source_that_is_no_file_is_told(tree, source, message):
+    (tree / "loop").symlink_to("loop")
+    (tree / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        Corpus(source)
+
+
+def test_links_in_a_circle_are_followed_once(tree):
+    (tree / "in" / "deep" / "up").symlink_to(tree / "in")
+    assert [file.name for file in find_files("in/**/*.md")] == ["a.md"]
+    assert sorted(find_files("in")) == sorted(set(find_files("in")))
+
+
+def test_a_tilde_is_the_home_folder(tree, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree))
+    assert texts(Corpus("~/in/a.md")) == ["text a"]

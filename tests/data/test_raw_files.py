@@ -53,7 +53,7 @@ def test_a_zip_is_read_like_a_folder(capsys):
     }
     expected = ["text a", "text b", "row c", "row d", "text e"]
     assert sorted(texts(zipped("all.zip", members))) == sorted(expected)
-    assert "left out 1 files that are no text: picture.png" in capsys.readouterr().err
+    assert "left out 1 file that is no text: picture.png" in capsys.readouterr().err
     Path("in").mkdir()
     Path("all.zip").rename("in/all.zip")
     Path("in/f.txt").write_text("text f")
@@ -229,8 +229,8 @@ def test_a_folder_says_what_could_be_converted(capsys):
     Path("in/empty.txt").write_text("")
     assert texts("in") == ["text"]
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "left out 1 files that are no text: g.png"
-    assert told[1] == "left out 1 files that are empty: empty.txt"
+    assert told[0] == "left out 1 file that is no text: g.png"
+    assert told[1] == "left out 1 file that is empty: empty.txt"
     assert "left out: in/a.pdf is no text: it is a PDF; convert it: pdftotext in/a.pdf" in told
     assert len(told) == 5
 

@@ -334,6 +334,10 @@ def test_incomplete_character_becomes_u_fffd():
         ("no stop her", "here", "no stop her"),
         ("语言模型", "模", "语言"),
         ("", "x", ""),
+        ("one, two. three", [".", ","], "one"),
+        ("aaabcd", ["abd", "bcd"], "aaa"),  # what one stop holds back may begin another
+        ("no end", ["end!", "d!"], "no end"),
+        ("text", [], "text"),
     ],
 )
 def test_stop_text_is_never_shown(text, stop, shown):
