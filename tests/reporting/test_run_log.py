@@ -178,7 +178,7 @@ def test_failing_backend_does_not_stop_the_run(log, capsys, tmp_path, recorder, 
     log.close()
     said = capsys.readouterr().out
     name = {"board": "TensorBoard"}.get(recorder, recorder)
-    assert said.count("no route to host") == 1 and f"{name} stopped" in said
+    assert said.count("no route to host") == 1 and f"{name} failed" in said
     assert len(lines(tmp_path)) == 3
     assert failing.calls.count(at) == 1 and calls in (failing.calls, None)
 

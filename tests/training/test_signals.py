@@ -80,12 +80,12 @@ def test_all_ranks_stop_after_the_same_step(
 
 def test_second_ctrl_c_stops_at_once(capfd):
     request = StopRequest()
-    request.note(signal.SIGINT, None)
+    request.handle(signal.SIGINT, None)
     assert request.number == signal.SIGINT and "saving" in capfd.readouterr().out
-    request.note(signal.SIGTERM, None)  # a scheduler that says it twice has to wait all the same
+    request.handle(signal.SIGTERM, None)  # a scheduler that says it twice has to wait all the same
     assert request.number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
-        request.note(signal.SIGINT, None)
+        request.handle(signal.SIGINT, None)
 
 
 def test_stop_interrupts_an_evaluation(settings, resume, train_tiny, tmp_path, monkeypatch):
