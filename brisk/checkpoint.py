@@ -225,7 +225,7 @@ def verify(path):
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(f.file_size for f in archive.infolist()) > os.path.getsize(path):
-                raise zipfile.BadZipFile("its records are larger than the file")  # overlap, or zip
+                raise zipfile.BadZipFile("its records are larger than the file")  # overlapping
             # torch.save leaves both fields 0; otherwise its reader treats a record differently
             bad = [f.filename for f in archive.infolist() if f.flag_bits & 1 or f.external_attr]
             damaged = bad[0] if bad else archive.testzip()
