@@ -193,8 +193,8 @@ def run_config_file(path, values, types):
 
 
 def checked(value, kind, key, where):
-    """`value` converted to the type `kind`. Raises `UserError`, with the key, the place and the
-    legal values, where it has another type or is out of bounds."""
+    """`value` converted to the type `kind`. If its type or range is wrong, raises `UserError` with
+    the key, the place `where` and the legal values."""
     if isinstance(value, bool | int | float | str):
         plain = value
     elif hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
@@ -226,8 +226,8 @@ def checked(value, kind, key, where):
 
 
 def check_values(config, where):
-    """Check every setting against the type of its key. Raises `UserError`, with the place `where`
-    the settings are from."""
+    """Check every setting against the type of its key. Raises `UserError`, which names `where` the
+    settings come from."""
     for key, kind in key_types(type(config)).items():
         checked(getattr(config, key), kind, key, where)
 

@@ -3,8 +3,8 @@
 Later changes to the architecture are fields of `GPTConfig`, each with its source below.
 config/model/modern.py sets those that make the network of Qwen3.
 
-This file depends on PyTorch only. With the `brisk` package it uses faster kernels, samplers and
-optimizers; without it, it trains and generates in plain PyTorch.
+It needs PyTorch only. If the `brisk` package is present, it uses its faster kernels, sampling and
+optimizers.
 
 References: Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2), and
 https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -46,7 +46,7 @@ class GPTConfig:
     n_head: PositiveInt = 12  # attention heads in a block
     n_embd: PositiveInt = 768  # channels
     dropout: UnitFloat = 0.0  # 0 for pretraining, 0.1 or more for finetuning
-    bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
+    bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
     gelu: Literal["none", "tanh"] = "none"  # approximation: none (exact) in nanoGPT, tanh in GPT-2
     # later than GPT-2; config/model/modern.py sets most of these
     n_kv_head: NonNegativeInt = 0  # key/value heads (grouped-query attention); 0: n_head
@@ -112,7 +112,7 @@ def check_value(key, value, kind):
     """Raise ValueError unless the annotated type `kind` allows `value`."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{key}={value} is none of {', '.join(get_args(kind))}")
+            raise ValueError(f"{key}={value} is not one of {', '.join(get_args(kind))}")
     elif kind is bool:
         if not isinstance(value, int) or value not in (0, 1):
             raise ValueError(f"{key}={value} is neither True nor False")
@@ -264,7 +264,7 @@ class Block(nn.Module):
 
 
 def embedding(rows, channels):
-    """An uninitialized `nn.Embedding`: `init_weights` fills it, so PyTorch's own init is wasted."""
+    """An `nn.Embedding` without PyTorch's initialization, which `init_weights` would overwrite."""
     return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
 
 
@@ -459,7 +459,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_directory, override_args=None):
         """Load GPT-2 from the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or GPT-2
-        or Qwen3 from a local directory in that format, in eval mode. `override_args` may set
+        or Qwen3 from a local Hugging Face directory, in eval mode. `override_args` may set
         `dropout`."""
         from brisk.interop.huggingface import load_pretrained
 
@@ -468,7 +468,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, override_args=None):
-        """Load the model of a checkpoint, a file of briskGPT or nanoGPT or the dict in it, in eval
+        """Load the model of a briskGPT or nanoGPT checkpoint, a path or a loaded dict, in eval
         mode. `override_args` may set `dropout` and `ngram_dropout`."""
         from brisk.checkpoint import load_checkpoint
         from brisk.errors import UserError
@@ -484,7 +484,7 @@ class GPT(nn.Module):
     @classmethod
     def from_state_dict(cls, config_args, state_dict, override_args=None):
         """A model with the arguments `config_args` of `GPTConfig` and the weights `state_dict`, in
-        eval mode. Raises ValueError or RuntimeError where they do not match."""
+        eval mode. Raises ValueError or RuntimeError if they do not match."""
         if unknown := (override_args or {}).keys() - {"dropout", "ngram_dropout"}:
             raise ValueError(f"only dropouts can be overridden, not {', '.join(sorted(unknown))}")
         config = GPTConfig(**{**config_args, **(override_args or {})})
@@ -517,8 +517,8 @@ class GPT(nn.Module):
             part.requires_grad_(False)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters, by default without the embeddings. Token embeddings that are also
-        the head count."""
+        """Number of parameters, by default without embeddings. Tied token embeddings are included:
+        they are also the head."""
         total = sum(parameter.numel() for parameter in self.parameters())
         names = ("wpe", "ngrams") if self.config.tied else ("wte", "wpe", "ngrams")
         embeddings = [part for name, part in self.transformer.items() if name in names]
@@ -541,11 +541,9 @@ class GPT(nn.Module):
         return adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
 
     def flops_per_token(self):
-        """FLOPs of the forward and backward pass for one token: 6 N + 12 L H Q T (Chowdhery et al.
-        2022, PaLM, appendix B), a third of that for frozen blocks, which need no backward pass.
-
-        N is `get_num_params()`, H the number of query heads: grouped-query attention reduces the
-        memory of attention, not its FLOPs.
+        """FLOPs of the forward and backward pass for one token: 6 N + 12 L H Q T, with N
+        parameters, L layers, H query heads, Q = head_dim and T = block_size (Chowdhery et al. 2022,
+        PaLM, appendix B). Frozen blocks count a third: they have no backward pass.
         """
         c = self.config
         blocks = [block for block in self.transformer.h if not block.ln_1.weight.requires_grad]

@@ -21,7 +21,7 @@ import torch
 
 from brisk.errors import UserError, format_bytes, one_line
 
-ENTRY_TYPES = {  # of optional entries
+ENTRY_TYPES = {  # types of optional entries
     "optimizer": (dict,),
     "config": (dict,),
     "scaler": (dict,),
@@ -34,7 +34,7 @@ ENTRY_TYPES = {  # of optional entries
     "data": (dict,),
     "best_val_loss": (float, torch.Tensor),
 }
-NESTED_TYPES = {  # of required keys in these entries
+NESTED_TYPES = {  # types of the required keys inside these entries
     "resolved": {
         "device": (str,),
         "dtype": (str,),
@@ -225,7 +225,7 @@ def verify(path):
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(f.file_size for f in archive.infolist()) > os.path.getsize(path):
-                raise zipfile.BadZipFile("its records are larger than the file")  # overlap, or zip
+                raise zipfile.BadZipFile("its records are larger than the file")  # overlapping
             # torch.save leaves both fields 0; otherwise its reader treats a record differently
             bad = [f.filename for f in archive.infolist() if f.flag_bits & 1 or f.external_attr]
             damaged = bad[0] if bad else archive.testzip()

@@ -63,8 +63,8 @@ def is_out_of_memory(error):
 
 
 def one_line(text):
-    """`text` on one line, safe to print: without control characters, and with the middle left out
-    past `MAX_LENGTH`. For text from files or the command line."""
+    """`text`, possibly from a file, on one line that is safe to print: without control characters,
+    and shortened in the middle to `MAX_LENGTH`."""
     line = " ".join(text.split())
     if len(line) > MAX_LENGTH:
         line = f"{line[: MAX_LENGTH // 2]} … {line[-MAX_LENGTH // 2 :]}"

@@ -236,7 +236,7 @@ def train_until(settings, monkeypatch):
 
     def run(out_dir, stop, given=None, **changes):
         argv = given or settings(out_dir, **changes)
-        request, get_lr = StopRequest(speaks=False), train.get_lr
+        request, get_lr = StopRequest(prints=False), train.get_lr
 
         def count(step, *rest):
             if step == stop - 1:

@@ -357,9 +357,9 @@ def test_zero_init():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"position": "rotory"}, "position=rotory is none of learned, rotary"),
-        ({"norm": "batch"}, "norm=batch is none of layer, rms"),
-        ({"mlp": "relu"}, "mlp=relu is none of gelu, relu2, swiglu"),
+        ({"position": "rotory"}, "position=rotory is not one of learned, rotary"),
+        ({"norm": "batch"}, "norm=batch is not one of layer, rms"),
+        ({"mlp": "relu"}, "mlp=relu is not one of gelu, relu2, swiglu"),
         ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
         ({"n_kv_head": 8}, "n_head=4 is not divisible by n_kv_head=8"),
         ({"n_embd": 36, "position": "rotary"}, "n_embd / n_head = 9 is odd"),
@@ -420,7 +420,7 @@ def test_modern_run_resumes_and_samples(
     whole = main([PRESET, *settings(tmp_path / "whole", max_iters=4, dropout=0.1, **changes)])
     main([PRESET, *settings(tmp_path / "parts", max_iters=2, dropout=0.1, **changes)])
     parts = resume(tmp_path / "parts", max_iters=4)
-    assert ("and of n-grams: 0.0" in parts.console) == ("ngrams" in changes)
+    assert ("number of n-gram parameters: 0.0" in parts.console) == ("ngrams" in changes)
     expected, found = whole.checkpoint(), parts.checkpoint()
     assert found["iter_num"] == 5 and found["model_args"] == expected["model_args"]
     for name, weight in expected["model"].items():

@@ -29,7 +29,7 @@ KERNELS = [loss_and_gradient, fusible_loss_and_gradient]
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rows", [1, 7, N, 2 * N])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(tensors, rows, kernel):
+def test_loss_and_gradients_match_pytorch(tensors, rows, kernel):
     x, weight, targets = tensors
     ours = linear_cross_entropy(x, weight, targets, chunk=rows * V, kernel=kernel)
     theirs = reference(x, weight, targets)
@@ -39,13 +39,13 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(tensors, rows, kerne
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_hugely_wrong_logits_keep_their_loss(tensors, kernel):
+def test_extreme_logits_stay_finite(tensors, kernel):
     x, weight, targets = tensors
     ours = linear_cross_entropy(1000 * x, weight, targets, kernel=kernel)
     assert ours.item() == pytest.approx(reference(1000 * x, weight, targets).item(), rel=1e-5)
 
 
-def test_only_what_wants_a_gradient_gets_one(tensors):
+def test_gradients_only_where_required(tensors):
     x, weight, targets = tensors
     frozen = weight.detach()
     (grad,) = torch.autograd.grad(linear_cross_entropy(x, frozen, targets), [x])
@@ -55,14 +55,14 @@ def test_only_what_wants_a_gradient_gets_one(tensors):
         assert not linear_cross_entropy(x, weight, targets).requires_grad
 
 
-def test_no_target_at_all_is_no_number_as_in_pytorch(tensors):
+def test_no_valid_target_is_nan(tensors):
     x, weight, targets = tensors
     nothing = torch.full_like(targets, -1)
     assert linear_cross_entropy(x, weight, nothing).isnan()
     assert reference(x, weight, nothing).isnan()
 
 
-def test_under_autocast_products_are_bfloat16_and_gradients_float32(tensors, device):
+def test_autocast_dtypes(tensors, device):
     x, weight, targets = tensors
     with torch.autocast(device.type, torch.bfloat16):
         ours = linear_cross_entropy(x, weight, targets, chunk=7 * V)
@@ -75,7 +75,7 @@ def test_under_autocast_products_are_bfloat16_and_gradients_float32(tensors, dev
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.02)
 
 
-def test_logits_are_never_all_in_memory(tensors):
+def test_logits_are_chunked(tensors):
     """The largest tensor that any operation makes has no more entries than asked for."""
     x, weight, targets = tensors
     largest = 0
