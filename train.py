@@ -21,7 +21,6 @@ import torch
 
 from brisk.checkpoint import load_checkpoint
 from brisk.data.loader import hash64, to_device
-from brisk.device import compile_blocks
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.distributed.parallelize import (
     checkpoint_activations,
@@ -36,6 +35,7 @@ from brisk.generation.preview import draw_samples
 from brisk.reporting.forecast import Forecast
 from brisk.training import own_text
 from brisk.training.budget import fit_to_minutes, seconds_per_step
+from brisk.training.compilation import compile_model
 from brisk.training.inputs import open_data
 from brisk.training.memory import check_fits, peak_memory
 from brisk.training.optim import get_lr, step_if_finite
@@ -201,7 +201,8 @@ def parallelize(state, config, plan, run):
         if config.activation_checkpointing:
             checkpoint_activations(block, config.dropout > 0)
     if plan.compile:
-        compile_blocks(state.model.transformer.h, run.say)
+        blocks_only = run.ranks.shards or config.activation_checkpointing
+        compile_model(state.model, config.batch_size * config.block_size, run.say, blocks_only)
     state.ddp_model = wrap_model(state.model, run.ranks, plan.device, config.cpu_offload)
     muon = (config.muon_learning_rate, config.muon_momentum, run.ranks)
     state.optimizer = state.model.configure_optimizers(
@@ -259,7 +260,6 @@ def train(config, plan, state, data, run):
                 clipped.zero_()
                 continue
 
-        # the folder or its lock was removed: leave another run's files alone
         if (evaluating or stopping) and (lost := run.lost_folder(step)):
             return Outcome(failure=f"stopped at step {step} without saving: {lost}")
 

@@ -180,9 +180,9 @@ def peak_memory(job):
     try:
         import resource  # not on Windows
     except ImportError:
-        return {"bytes": None}
+        return {"bytes": None, "reserved": None}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"bytes": peak if sys.platform == "darwin" else peak * 1024}
+    return {"bytes": peak if sys.platform == "darwin" else peak * 1024, "reserved": None}
 
 
 # ------------------------------------------------------------------------------------- sampling

@@ -243,39 +243,6 @@ def first_line(error):
     return f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__
 
 
-def compile_blocks(blocks, say):
-    """Compile the forward pass of `blocks`, modules, in place: names of weights stay as they are.
-
-    A later compilation, of another shape, may still fail, by a full disk for instance. Then `say`
-    is called with a line, once, and all the blocks go on uncompiled.
-    """
-    import torch._dynamo.config as dynamo
-    import torch._functorch.config as functorch
-
-    dynamo.optimize_ddp = False  # it would cut every block in two, at the edges of DDP's buckets
-    if hasattr(functorch, "force_non_lazy_backward_lowering"):  # PyTorch 2.9
-        functorch.force_non_lazy_backward_lowering = True  # it fails in the forward pass, or not
-    compiling = True
-
-    def compiled_or_not(forward):
-        compiled = torch.compile(forward)
-
-        def call(*inputs):
-            nonlocal compiling
-            if compiling:
-                try:
-                    return compiled(*inputs)
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    compiling = False
-                    say(f"compiling failed, going on without it: {first_line(error)}")
-            return forward(*inputs)
-
-        return call
-
-    for block in blocks:
-        block.forward = compiled_or_not(block.forward)
-
-
 def matmul_flops(device, size=None, seconds=0.05):
     """FLOP/s of a square matrix product in the device's precision: the best of repeated runs.
 

@@ -30,6 +30,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job; ch
 # For models this small more threads are slower, much so side by side; here and in child processes.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's products are exact again
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there

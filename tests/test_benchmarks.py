@@ -9,9 +9,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from brisk.data.dataset import write_dataset
@@ -358,3 +360,52 @@ def test_what_gpu_does_not_know_is_one_line(quick_script, tmp_path):
         done = quick_script("benchmarks/gpu.py", *argv, "--device=cpu")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert words in done.stderr
+
+
+def test_clocks_are_nvidia_smis(gpu, monkeypatch, tmp_path):
+    job = importlib.import_module("gpu_sections.job")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert job.clocks() == {}
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '1980, 3201, 412.53'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert job.clocks() == {"SM MHz": 1980, "memory MHz": 3201, "W": 412.53}
+
+
+def test_what_is_only_for_gpus(measure, monkeypatch):
+    """Their branches, on a CPU that is taken for one."""
+    job, fractions = importlib.import_module("gpu_sections.job"), []
+    monkeypatch.setattr(job.Job, "on_gpu", True)
+    monkeypatch.setattr(torch, "compile", lambda form: form)
+    stubs = {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda *_: 10**9,
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=160e9),
+        "set_per_process_memory_fraction": fractions.append,
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    rows = measure("correct", "--parts=ceilings,memory")
+    rows = measure("gpt2", "--parts=loss,attention,xl,step")
+    failed = [row["what"] for row in rows if "failed" in row]
+    assert set(failed) <= {f"attention, {kernel}" for kernel in ("cuDNN", "memory-efficient")}
+    found = {row["what"] for row in rows}
+    assert {"loss, ours, compiled", "memory expected, eager", "attention, flash"} <= found
+    assert {"product of 256x256, float32 as TF32", "memory, 124M, 2x16"} <= found
+    assert fractions == [0.5, 1.0]
+
+
+def test_a_worker_that_fails_ends_the_others(measure, monkeypatch):
+    """What it said last is in the row, and no process is left that holds memory."""
+    gpt2, made = importlib.import_module("gpu_sections.gpt2"), []
+
+    class Worker(gpt2.Worker):
+        def __init__(self, side, job, environment=None):
+            wrong = {**job, "tokens": "nowhere/train.bin"} if made else job
+            super().__init__(side, wrong, environment)
+            made.append(self)
+
+    monkeypatch.setattr(gpt2, "Worker", Worker)
+    (row,) = measure("gpt2", "--parts=ddp")
+    assert "no train.bin" in row["failed"]
+    assert [worker.process.poll() is not None for worker in made] == [True, True]

@@ -9,8 +9,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from brisk import device as module
-from brisk.device import Device, compile_blocks, compile_failure, resolve_compile
+from brisk.device import Device, compile_failure, resolve_compile
 from brisk.distributed.parallelize import checkpoint_activations
+from brisk.training.compilation import compile_model
 from model import GPT, GPTConfig
 
 CPU = Device(torch.device("cpu"), "float32")
@@ -57,19 +58,35 @@ def a_model(**settings):
     return GPT(GPTConfig(**{**SIZES, **settings}))
 
 
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+LARGE = 10**9  # tokens, whose logits do not fit into a chunk
+
+
 @pytest.mark.parametrize("variant", [{}, {"dropout": 0.1}, *VARIANTS], ids=str)
-def test_blocks_share_two_graphs(backend, variant, recomputed):
-    """One to train and one to evaluate, whole and for blocks of any number: more would end in
+@pytest.mark.parametrize(
+    "tokens, blocks_only, recomputed, graphs",
+    [(32, False, False, 1), (LARGE, False, False, 4), (32, True, False, 1), (32, True, True, 1)],
+    ids=["whole", "regions", "blocks", "recomputed blocks"],
+)
+def test_graphs_are_few(backend, variant, tokens, blocks_only, recomputed, graphs):
+    """One of each region to train and one to evaluate, for any number of blocks: more would end in
     PyTorch's limit of compilations, and run uncompiled without a word."""
     counter = backend(CompileCounter())
-    model = a_model(**variant, n_layer=10)
+    model = a_model(**variant, n_layer=10 if blocks_only else 2)
     if recomputed:
         for block in model.transformer.h:
             checkpoint_activations(block, variant.get("dropout", 0) > 0)
-    compile_blocks(model.transformer.h, pytest.fail)
+    compile_model(model, tokens, pytest.fail, blocks_only)
     steps(model)
-    assert counter.frame_count == 2 and not counters["graph_break"]
+    assert counter.frame_count == 2 * graphs and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("tokens", [32, LARGE], ids=["whole", "regions"])
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
+def test_compiled_regions_compute_the_same(backend, variant, tokens):
+    backend("eager")  # the graphs as they were traced, without a compiler
+    model, plain = a_model(**variant), a_model(**variant)
+    compile_model(model, tokens, pytest.fail)
+    assert steps(model) == pytest.approx(steps(plain), rel=1e-5)
 
 
 def test_a_failure_in_mid_run_is_one_line(backend):
@@ -83,7 +100,7 @@ def test_a_failure_in_mid_run_is_one_line(backend):
 
     backend(fails_at_another_shape)
     model, plain = a_model(), a_model()
-    compile_blocks(model.transformer.h, said.append)
+    compile_model(model, 32, said.append, blocks_only=True)
     assert steps(model) == steps(plain) and not said
     assert steps(model, T=16) == steps(plain, T=16)
     assert said == ["compiling failed, going on without it: OSError: no space left on device"]
@@ -93,7 +110,7 @@ def test_a_failure_in_mid_run_is_one_line(backend):
 def test_an_error_of_the_block_stays_its_own(backend):
     backend("eager")
     model = a_model()
-    compile_blocks(model.transformer.h, print)
+    compile_model(model, 32, print, blocks_only=True)
     with pytest.raises(RuntimeError, match="normalized_shape"):
         model.transformer.h[0](torch.zeros(1, 4, 7), None, None)
 

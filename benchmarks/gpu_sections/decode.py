@@ -1,6 +1,6 @@
 """Sampling from GPT-2's size (124M)."""
 
-from gpu_sections.job import GPT2, Worker, clocks, row, take_turns
+from gpu_sections.job import GPT2, Worker, row, take_turns
 from sides import save_random_model
 
 
@@ -30,7 +30,7 @@ def samples(job):
             for name in rounds
         }
         what = f"124M, {what}, of {tokens} tokens"
-        yield row(what, "tokens/s", rates["brisk"], rates.get("nanogpt"), **clocks())
+        yield row(what, "tokens/s", rates["brisk"], rates.get("nanogpt"), **job.clocks)
 
 
 PARTS = {"samples": samples}

@@ -12,7 +12,6 @@ from gpu_sections.job import (
     GPT2,
     PADDED,
     Worker,
-    clocks,
     free_port,
     peak_gigabytes,
     row,
@@ -57,10 +56,10 @@ def rows_of_steps(job, what, rounds, settings):
     more = {f"loss, {name}": last[name]["loss"] for name in last}
     more["tokens/s"] = tokens / min(times["brisk"]) * 1000
     more |= {} if args["n_embd"] < 768 else mfu(job, args, settings["batch_size"], times["brisk"])
-    yield row(f"step, {what}", "ms", times["brisk"], times.get("nanogpt"), **more, **clocks())
+    yield row(f"step, {what}", "ms", times["brisk"], times.get("nanogpt"), **more, **job.clocks)
     if job.on_gpu:
         gigabytes = {name: [figures["bytes"] / 1e9] for name, figures in last.items()}
-        reserved = {f"reserved GB, {name}": f["reserved"] / 1e9 for name, f in last.items()}
+        reserved = {f"reserved GB, {k}": (f["reserved"] or 0) / 1e9 for k, f in last.items()}
         yield row(f"memory, {what}", "GB", gigabytes["brisk"], gigabytes.get("nanogpt"), **reserved)
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ class Job:
         self.rounds, self.minutes = config.rounds, config.minutes
         self.warm_up, self.steps = (2, 2) if config.tiny else (config.warm_up, config.steps)
         self.device = open_device(config.device)
+        self.clocks = {}  # of the GPU at the end of the last figure
         if config.tiny:
             self.rounds = 1
         self._folder = tempfile.TemporaryDirectory(prefix="gpu-")
@@ -90,7 +92,9 @@ class Job:
 
         times(self.warm_up)
         rounds = range(self.rounds)
-        return [1000 * seconds_of(lambda: times(self.steps)) / self.steps for _ in rounds]
+        found = [1000 * seconds_of(lambda: times(self.steps)) / self.steps for _ in rounds]
+        self.clocks = clocks()
+        return found
 
     def clean_up(self):
         """Leave nothing of a part to the next: memory, and what was compiled."""
@@ -174,10 +178,14 @@ class Worker:
                 return json.loads(line)
         self.process.wait()
         self.errors.seek(0)
-        raise UserError(f"{self.name} failed: {self.errors.read().strip()[-500:]}")
+        said = self.errors.read().strip()
+        print(said[-3000:], file=sys.stderr)
+        raise UserError(f"{self.name}: {said.splitlines()[-1] if said else 'it ended'}")
 
     def close(self):
-        self.process.stdin.close()
+        """Let the process end; it may have ended by itself."""
+        with suppress(OSError):
+            self.process.stdin.close()
         self.process.stdout.read()
         self.process.wait()
         self.errors.close()
@@ -185,10 +193,12 @@ class Worker:
 
 def take_turns(job, workers):
     """Name → figures of each round. All workers are warm before the first round is timed."""
-    for worker in workers.values():
-        worker.figures()
     try:
-        return alternate(job, workers, Worker.figures)
+        for worker in workers.values():
+            worker.figures()
+        rounds = alternate(job, workers, Worker.figures)
+        job.clocks = clocks()  # while it is still warm
+        return rounds
     finally:
         for worker in workers.values():
             worker.close()

@@ -1,7 +1,7 @@
 """train_shakespeare_char's step: so small that it is the host's speed that counts."""
 
 from gpu_sections.gpt2 import rows_of_steps
-from gpu_sections.job import SMALL, Worker, clocks, row, step_job, take_turns
+from gpu_sections.job import SMALL, Worker, row, step_job, take_turns
 from trainer import open_trainer
 
 KEYS = {"learning_rate": 1e-3, "beta2": 0.99}  # of config/train_shakespeare_char.py
@@ -21,7 +21,7 @@ def eager(job):
     with open_trainer(job.argv(SMALL, job.pick(64, 2), **keys)) as trainer:
         times = job.time_steps(trainer.step)
     rate = 1000 / sorted(times)[len(times) // 2]
-    yield row("step, shakespeare_char, eager", "ms", times, **{"steps/s": rate}, **clocks())
+    yield row("step, shakespeare_char, eager", "ms", times, **{"steps/s": rate}, **job.clocks)
 
 
 PARTS = {"compiled": compiled, "eager": eager}

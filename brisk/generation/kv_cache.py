@@ -96,6 +96,24 @@ class KVCache:
         before = self.push_ids(idx)
         return CacheStep(self, None, positions, self.size, before, start=None, masked=True)
 
+    def padded_step(self, idx, first, live, longest):
+        """The `CacheStep` of the rows from `first` on for idx (R, 1), one token each, in which only
+        the rows `live`, a list of row numbers, are extended: the others are computed to fill the
+        batch, and lose nothing that they hold.
+
+        The shapes depend on R and `longest` alone, the positions that attention reads: more than
+        any live row holds. An idle row writes where its next token will be written, or, if it is
+        full, over its last position: it is read again before it is extended.
+        """
+        rows = [*range(first, first + len(idx))]
+        positions = self.lengths[rows].clamp(max=self.size - 1)[:, None].to(idx.device)
+        before = None
+        if self.last_ids.size(1):
+            before = self.last_ids[rows].clone()
+            self.push_ids(idx[[row - first for row in live]], live)
+        self.lengths[live] += 1
+        return CacheStep(self, rows, positions, longest, before, start=None, masked=True)
+
     def push_ids(self, idx, rows=None, counts=None):
         """Shift the ids idx (R, T) into `last_ids`; the ids (R, ngrams - 1) before them, which
         `NgramEmbedding` reads, or None for a model without n-grams."""
@@ -250,7 +268,11 @@ def decode_step(model, ids, cache, rows=None, decoder=None):
     Raises:
         ValueError: a row is full; see `prefill_window`.
     """
-    step = cache.extend(ids, rows)
+    return compute_step(model, ids, cache.extend(ids, rows), decoder)
+
+
+def compute_step(model, ids, step, decoder=None):
+    """The logits (R, vocab_size) after the ids (R, 1) of a `CacheStep` of one token a row."""
     if decoder is not None:
         return decoder.decode_step(ids, step)
     return model(ids, cache=step)[0][:, -1]

@@ -14,16 +14,17 @@ WORD = re.compile(rf"[^\w\s]*[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+")
 class TextStream:
     """One sample's ids, one at a time, as text that can be shown at once.
 
-    Never gives half a character (one may be several tokens), nor anything of the stop text:
-    what may be its beginning is held back until the next tokens tell. With `max_words` never
-    half a word either: one is given when what follows it has begun, and the last one ends the
-    text (see `WORD`).
+    Never gives half a character (one may be several tokens), nor anything of a stop text (one, or
+    a list of them): what may be its beginning is held back until the next tokens tell. With
+    `max_words` never half a word either: one is given when what follows it has begun, and the last
+    one ends the text (see `WORD`).
     """
 
     def __init__(self, tokenizer, stop_text="", stop_ids=(), max_words=0):
         self.token_bytes = tokenizer.token_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.stop_text = stop_text
+        texts = [stop_text] if isinstance(stop_text, str) else stop_text
+        self.stop_texts = [text for text in texts if text]
         self.stop_ids = frozenset(stop_ids)
         self.words_left = max_words or None  # None is no limit
         self.held = ""  # may be the beginning of the stop text
@@ -56,14 +57,14 @@ class TextStream:
 
     def _before_stop(self, text):
         text, self.held = self.held + text, ""
-        if not self.stop_text:
+        if not self.stop_texts:
             return text
-        shown, stop, _ = text.partition(self.stop_text)
-        if stop:
+        if found := [at for stop in self.stop_texts if (at := text.find(stop)) >= 0]:
             self.stopped = True
-            return shown
-        for length in range(min(len(self.stop_text) - 1, len(text)), 0, -1):
-            if self.stop_text.startswith(text[-length:]):
+            return text[: min(found)]
+        longest = max(map(len, self.stop_texts)) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self.stop_texts):
                 self.held = text[-length:]
                 return text[:-length]
         return text

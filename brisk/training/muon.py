@@ -2,8 +2,8 @@
 
 import torch
 
-from brisk.distributed.process_group import Ranks, local
-from brisk.distributed.sharded_work import by_turns
+from brisk.distributed.process_group import Ranks, to_local
+from brisk.distributed.sharded_work import distribute_work
 from brisk.training.optim import Plain, adamw
 
 # a x + b x³ + c x⁵ for each of five steps, which together bring every x in [0.001, 1] to within
@@ -109,8 +109,11 @@ class MuonAdamW(Plain, torch.optim.Optimizer):
         for p, _ in trained:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        weights, gradients = [local(p) for p, _ in trained], [local(p.grad) for p, _ in trained]
-        means = [local(self.state[p]["momentum"]) for p, _ in trained]
+        weights, gradients = (
+            [to_local(p) for p, _ in trained],
+            [to_local(p.grad) for p, _ in trained],
+        )
+        means = [to_local(self.state[p]["momentum"]) for p, _ in trained]
         decay = 1 - group["lr"] * group["weight_decay"]
         if skipped is not None:
             pairs = zip(means, gradients, strict=True)
@@ -122,7 +125,7 @@ class MuonAdamW(Plain, torch.optim.Optimizer):
 
         shapes = [tuple(p.shape) for p, _ in trained]
         parts = [update.to(self.device, self.dtype) for update in updates]
-        directions = by_turns(
+        directions = distribute_work(
             self.ranks,
             parts,
             shapes,

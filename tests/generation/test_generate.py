@@ -334,6 +334,10 @@ def test_a_stream_cut_within_a_character_ends_in_a_replacement_character():
         ("no stop her", "here", "no stop her"),
         ("语言模型", "模", "语言"),
         ("", "x", ""),
+        ("one, two. three", [".", ","], "one"),
+        ("aaabcd", ["abd", "bcd"], "aaa"),  # what one stop holds back may begin another
+        ("no end", ["end!", "d!"], "no end"),
+        ("text", [], "text"),
     ],
 )
 def test_a_stop_text_is_cut_before_it_is_shown(text, stop, shown):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from brisk.training.loss import linear_cross_entropy
+from brisk.training.loss import fusible_loss_and_gradient, linear_cross_entropy, loss_and_gradient
 
 N, C, V = 50, 16, 37
 
@@ -24,19 +24,24 @@ def grads(loss, *tensors):
     return torch.autograd.grad(3 * loss, tensors)
 
 
+KERNELS = [loss_and_gradient, fusible_loss_and_gradient]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rows", [1, 7, N, 2 * N])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(tensors, rows):
+def test_loss_and_gradients_are_those_of_all_logits_at_once(tensors, rows, kernel):
     x, weight, targets = tensors
-    ours = linear_cross_entropy(x, weight, targets, chunk=rows * V)
+    ours = linear_cross_entropy(x, weight, targets, chunk=rows * V, kernel=kernel)
     theirs = reference(x, weight, targets)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for a, b in zip(grads(ours, x, weight), grads(theirs, x, weight), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_hugely_wrong_logits_keep_their_loss(tensors):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_hugely_wrong_logits_keep_their_loss(tensors, kernel):
     x, weight, targets = tensors
-    ours = linear_cross_entropy(1000 * x, weight, targets)
+    ours = linear_cross_entropy(1000 * x, weight, targets, kernel=kernel)
     assert ours.item() == pytest.approx(reference(1000 * x, weight, targets).item(), rel=1e-5)
 
 

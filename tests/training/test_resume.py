@@ -190,7 +190,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(
 
 def test_compile_stays_as_resolved(train_until, carry_on, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(train, "compile_blocks", lambda blocks, say: compiled.append(blocks))
+    monkeypatch.setattr(train, "compile_model", lambda model, *_: compiled.append(model))
     monkeypatch.setattr("brisk.device.why_not_compile", lambda device: None)
     train_until(tmp_path / "out", 3, compile=True, max_iters=9)
     assert len(compiled) == 1

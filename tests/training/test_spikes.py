@@ -9,7 +9,7 @@ import train
 from brisk.checkpoint import load_checkpoint
 from brisk.errors import RunError
 from brisk.training.optim import step_if_finite
-from brisk.training.spikes import ENOUGH, HISTORY, PATIENCE, SpikeWatch
+from brisk.training.spikes import ENOUGH, HISTORY, PATIENCE, SpikeWatch, median
 from model import GPT, GPTConfig
 
 
@@ -255,11 +255,19 @@ def test_a_norm_far_over_its_median_is_a_spike():
     watch = SpikeWatch("cpu", "skip", factor=4.0)
     usual = [1 + 0.5 * math.sin(k) for k in range(HISTORY)]
     assert not any(norms(watch, usual))
-    median = torch.tensor(usual).median().item()
-    assert norms(watch, [3.9 * median, 4.1 * median], HISTORY) == [0, 1]
+    middle = torch.tensor(usual).median().item()
+    assert norms(watch, [3.9 * middle, 4.1 * middle], HISTORY) == [0, 1]
     (spike,) = watch.poll()
     assert (spike.step, spike.position) == (HISTORY + 1, 4 * (HISTORY + 1))
     assert re_all(str(spike), "is 4.1, 4.06 times the usual")
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 127, 128])
+def test_the_median_is_that_of_the_finite_norms(count):
+    """PyTorch's own waits for a GPU, in every step."""
+    found = torch.full((HISTORY,), math.nan)
+    found[-count:] = torch.randn(count, generator=torch.Generator().manual_seed(count)).abs()
+    assert median(found).equal(found.nanmedian())
 
 
 def test_norms_are_judged_once_there_are_enough():
