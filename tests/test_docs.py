@@ -21,7 +21,8 @@ def prose(page):
 
 def links(page):
     """Targets of the relative links and pictures of a page."""
-    found = re.findall(r"\]\(([^()\s]+)\)", prose(page))
+    found = re.findall(r"\]\(([^()\s]+)\)|src=\"([^\"]+)\"", prose(page))
+    found = [target or source for target, source in found]
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 
