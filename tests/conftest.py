@@ -414,6 +414,22 @@ def torchrun():
     return run
 
 
+@pytest.fixture
+def engine():
+    """`engine(model, rows=8, queue=99, **options)`: closed when the test ends."""
+    from brisk.serving.scheduler import Engine
+
+    opened = []
+
+    def engine(model, rows=8, queue=99, **options):
+        opened.append(Engine(model, rows, queue, **{"vocab_size": 61, **options}))
+        return opened[-1]
+
+    yield engine
+    for one in opened:
+        one.close()
+
+
 def free_port():
     with socket.socket() as some:
         some.bind(("127.0.0.1", 0))

@@ -282,3 +282,8 @@ def window_start(T, block_size, exact_window=False):
         return 0
     step = 1 if exact_window else (block_size + 1) // 2
     return -((block_size - T) // step) * step
+
+
+def row_bytes(config):
+    """Bytes of a row of `block_size` positions of a float32 `KVCache`."""
+    return 8 * config.n_layer * config.kv_heads * config.head_dim * config.block_size

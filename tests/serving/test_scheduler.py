@@ -9,13 +9,11 @@ import pytest
 import torch
 from networks import MODERN, random_model
 
-from brisk.cpu.decode import Decoder
 from brisk.data.tokenizer import CharTokenizer
-from brisk.generation.kv_cache import KVCache, compute_step, prefill
+from brisk.generation import continuous_batch
+from brisk.generation.continuous_batch import Sequence
 from brisk.generation.text_stream import TextStream
-from brisk.serving import scheduler
-from brisk.serving.batch_shapes import ROWS, BatchShapes, agreeing_shapes
-from brisk.serving.scheduler import Engine, QueueFull, Sample
+from brisk.serving.scheduler import QueueFull, Sample
 
 TOKENIZER = CharTokenizer(map(chr, range(48, 48 + 61)))
 NETWORKS = [{}, {**MODERN, "n_kv_head": 1}, {"ngrams": 3, "ngram_rows": 50}]
@@ -47,10 +45,10 @@ class Inbox:
         return [token.id for token in self.tokens]
 
 
-def a_sample(ids, max_tokens=20, cancel_at=math.inf, stop=(), **settings):
+def a_sample(ids, max_tokens=20, cancel_at=math.inf, stop=(), interval=math.inf, **settings):
     inbox = Inbox(cancel_at)
-    stream = TextStream(TOKENIZER, stop)
-    inbox.sample = Sample([*ids], stream, inbox, max_tokens=max_tokens, **settings)
+    sequence, stream = Sequence([*ids], max_tokens, **settings), TextStream(TOKENIZER, stop)
+    inbox.sample = Sample(sequence, stream, inbox, interval)
     if cancel_at < math.inf:
         inbox.sample.interval = 0
     return inbox
@@ -59,20 +57,6 @@ def a_sample(ids, max_tokens=20, cancel_at=math.inf, stop=(), **settings):
 def submit(engine, *inboxes):
     engine.submit([inbox.sample for inbox in inboxes])
     return inboxes
-
-
-@pytest.fixture
-def engine():
-    """`engine(model, rows=8, queue=99)`, closed when the test ends."""
-    opened = []
-
-    def engine(model, rows=8, queue=99, **options):
-        opened.append(Engine(model, vocab_size=61, rows=rows, queue=queue, **options))
-        return opened[-1]
-
-    yield engine
-    for one in opened:
-        one.close()
 
 
 def prompt(length, seed=0):
@@ -112,7 +96,7 @@ def random_samples(rng, count):
 @NETWORK
 def test_text_is_the_one_it_is_alone(engine, network, part, monkeypatch):
     """In float32 `generate`'s too, and the logprobs to the bit, past the window of 24 tokens."""
-    monkeypatch.setattr(scheduler, "PART", part)
+    monkeypatch.setattr(continuous_batch, "PART", part)
     model, rng = random_model(**network), random.Random(1)
     busy, quiet = engine(model, rows=8), engine(model, rows=8)
     asked = [*random_samples(rng, 16)]
@@ -133,7 +117,7 @@ def test_text_is_the_one_it_is_alone(engine, network, part, monkeypatch):
             idx, options["max_tokens"], temperature, top_k, top_p=top_p, **own
         )
         assert inbox.ids == expected[0, len(options["ids"]) :].tolist()
-    assert len(busy.free) == len(quiet.free) == 8 and not busy.reading and not busy.samples
+    assert len(busy.batch.free) == len(quiet.batch.free) == 8 and not busy.batch.reading
 
 
 def test_logprobs_are_the_networks(engine):
@@ -176,7 +160,7 @@ def test_queue_is_bounded_and_all_or_none_are_admitted(engine):
     one = engine(random_model(), rows=1, queue=2)
     endless = a_sample([1], 10**6, cancel_at=10**6)
     submit(one, endless)
-    while one.free:
+    while one.batch.free:
         pass
     waiting = submit(one, a_sample([1], 3))
     with pytest.raises(QueueFull):
@@ -201,15 +185,15 @@ def test_streamed_sample_comes_at_once_and_then_at_intervals(engine):
 
 def test_long_prompt_does_not_stall_the_others(engine, monkeypatch):
     """Between any two of its parts every other sample has a token."""
-    monkeypatch.setattr(scheduler, "PART", 4)
+    monkeypatch.setattr(continuous_batch, "PART", 4)
     events, model = [], random_model()
-    original = scheduler.prefill
+    original = continuous_batch.prefill
 
     def noted(model, parts, cache, rows):
         events.append(("read", rows[0]))
         return original(model, parts, cache, rows)
 
-    monkeypatch.setattr(scheduler, "prefill", noted)
+    monkeypatch.setattr(continuous_batch, "prefill", noted)
     one = engine(model, rows=4)
     others = [a_sample([1], 20, interval=0) for _ in range(2)]
     long = [a_sample(prompt(21), 1) for _ in range(2)]
@@ -227,8 +211,8 @@ def test_long_prompt_does_not_stall_the_others(engine, monkeypatch):
 def test_failure_fails_the_open_samples_and_those_to_come(engine, monkeypatch):
     one = engine(random_model(), rows=1)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    monkeypatch.setattr(one.model.transformer.ln_f, "forward", None)
-    monkeypatch.setattr(one, "decoder", None)
+    monkeypatch.setattr(one.batch.model.transformer.ln_f, "forward", None)
+    monkeypatch.setattr(one.batch, "decoder", None)
     opened = submit(one, a_sample([1]), a_sample([1, 2]))
     assert [inbox.wait().finish for inbox in opened] == ["error", "error"]
     one.thread.join(10)
@@ -242,76 +226,3 @@ def test_close_ends_open_samples(engine):
     running, waiting = submit(one, a_sample([1], 10**6), a_sample([1]))
     one.close()
     assert running.wait().finish == waiting.wait().finish == "error"
-
-
-# ------------------------------------------------------------------------------------ batch shapes
-
-
-@NETWORK
-def test_rows_have_the_same_bits_in_all_shapes(network):
-    """Every row of every pair of agreeing shapes, beside rows of other texts and lengths."""
-    model = random_model(**{**network, "block_size": 200})
-    with torch.inference_mode():
-        cache, decoder = KVCache(model, 16, 999), Decoder.of(model)
-        shapes = agreeing_shapes(model, cache, decoder)
-        assert shapes.rows[-1] <= 16 and shapes.positions[-1] == 200
-        text = torch.tensor(prompt(50))
-        found = set()
-        for positions in [n for n in shapes.positions if n >= 50]:
-            for rows in shapes.rows:
-                for row in range(rows):
-                    cache.reset([*range(16)])
-                    others = [torch.tensor(prompt(5 + i, i)) for i in range(rows)]
-                    others[row] = text[:-1]
-                    prefill_each(model, others, cache)
-                    ids = torch.full((rows, 1), 7)
-                    ids[row] = text[-1]
-                    step = cache.padded_step(ids, 0, [*range(rows)], positions)
-                    logits = compute_step(model, ids, step, decoder)[row]
-                    found.add(tuple(logits.tolist()))
-    assert len(found) == 1
-
-
-def prefill_each(model, texts, cache):
-    for row, text in enumerate(texts):
-        prefill(model, [text], cache, [row])
-
-
-def test_steps_cover_the_live_rows():
-    shapes = BatchShapes([4, 8, 16], [64, 128, 200])
-    assert [*shapes.split([0])] == [(0, 4, [0])]
-    assert [*shapes.split([1, 7])] == [(0, 8, [1, 7])]
-    assert [*shapes.split([3, 16, 30, 47])] == [(0, 4, [3]), (16, 16, [16, 30]), (32, 16, [47])]
-    assert [shapes.longest(n) for n in (1, 64, 65, 128, 129, 200)] == [64, 64, 128, 128, 200, 200]
-    assert [*BatchShapes([1], [9]).split([0, 2])] == [(0, 1, [0]), (2, 1, [2])]
-
-
-def test_kernel_that_treats_its_last_row_otherwise_is_not_trusted():
-    """Then steps are as small as it takes for all rows to agree."""
-
-    class Odd(torch.nn.Module):
-        def forward(self, ids, cache):
-            logits = torch.ones(len(ids), 1, 5)
-            if len(ids) > 4:
-                logits[-1] += 1e-6
-            return logits, None
-
-    cache = KVCache(random_model(), 16, 99)
-    assert agreeing_shapes(Odd(), cache).rows == [1, 2, 4]
-    assert ROWS[0] == 1  # a row alone always agrees with itself
-
-
-def test_idle_rows_lose_nothing_in_a_padded_step():
-    model = random_model(ngrams=3, ngram_rows=50)
-    cache = KVCache(model, 4, 99)
-    texts = [torch.tensor(prompt(n, n)) for n in (5, 20, 24, 3)]
-    prefill_each(model, texts, cache)
-    before = [memory[:, 1, :, :20].clone() for memory in cache.memory]
-    last = cache.last_ids[[1, 2]].clone()
-    ids = torch.tensor([[1], [9], [9], [2]])
-    with torch.no_grad():
-        compute_step(model, ids, cache.padded_step(ids, 0, [0, 3], 8))
-    assert cache.lengths.tolist() == [6, 20, 24, 4] and cache.last_ids[[1, 2]].equal(last)
-    assert cache.last_ids[[0, 3], -1].tolist() == [1, 2]
-    for memory, kept in zip(cache.memory, before, strict=True):
-        assert memory[:, 1, :, :20].equal(kept)
