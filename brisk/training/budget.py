@@ -5,7 +5,7 @@ from statistics import median
 
 from brisk.reporting.forecast import duration
 
-EVALUATIONS = 20  # in a run
+MAX_EVALUATIONS = 20  # in a run; fewer where the time is short
 EVALUATION_FRACTION = 0.1  # of the time, for all evaluations together
 MIN_BATCHES, MAX_BATCHES = 5, 200  # of each split in an evaluation
 WARM_UP_STEPS, TIMED_STEPS, TIMED_SECONDS = 2, 5, 2.0
@@ -40,16 +40,17 @@ def fit_to_minutes(config, plan, step_seconds, say):
     seconds = 60 * config.minutes
     # A backward pass costs about two forward passes; an evaluation reads two splits.
     batch_seconds = step_seconds / len(plan.micro_batches) / 3
-    affordable = EVALUATION_FRACTION * seconds / (2 * EVALUATIONS * batch_seconds)
-    batches = round(min(max(affordable, MIN_BATCHES), MAX_BATCHES))
+    affordable = EVALUATION_FRACTION * seconds / (2 * batch_seconds)  # batches of each split
+    evaluations = min(max(1, int(affordable / MIN_BATCHES)), MAX_EVALUATIONS)
+    batches = round(min(max(affordable / evaluations, MIN_BATCHES), MAX_BATCHES))
     later = config.given[config.given.index("minutes") :] if "minutes" in config.given else ()
     batches = config.eval_iters if "eval_iters" in later else batches
-    steps = max(1, round((seconds - 2 * EVALUATIONS * batches * batch_seconds) / step_seconds))
+    steps = max(1, round((seconds - 2 * evaluations * batches * batch_seconds) / step_seconds))
     last_step = plan.first_step + steps - 1
     values = {
         "eval_iters": batches,
-        "eval_interval": -(-steps // EVALUATIONS),
-        "log_interval": max(1, steps // (10 * EVALUATIONS)),
+        "eval_interval": -(-steps // evaluations),
+        "log_interval": max(1, steps // (10 * MAX_EVALUATIONS)),
         "warmup_iters": min(100, steps // 20),
         "lr_decay_iters": last_step,
         "max_iters": last_step,
