@@ -7,12 +7,11 @@
     $ python sample.py --start="The answer is" --top_next=10
     $ python sample.py --interactive
 
-Standard output is the text alone, a sample begun with its prompt and ended by a line of dashes;
-notices go to standard error. The samples are drawn side by side, those of different prompts too,
-as many as TOKENS_AT_ONCE allows: the first of a batch is shown as its tokens come, the others
-follow whole. A sample's
-text depends on the seed and its number, not on how many are drawn with it; the number counts the
-samples of one prompt, with --interactive those of the session.
+Standard output has the text alone: each sample after its prompt, then a line of dashes. Notices go
+to standard error. Samples are drawn in batches, those of different prompts too, as many at a time
+as TOKENS_AT_ONCE allows. The first of a batch is printed as it is drawn, the others when all are
+finished. A sample depends on the seed and its number, not on the samples drawn with it. The number
+counts the samples of one prompt, or, with --interactive, those of the session.
 """
 
 import sys
@@ -46,36 +45,42 @@ from model import GPT
 
 TOKENS_AT_ONCE = 32768  # in the windows of a batch: bounds its memory, to 32 times 1024 tokens
 CACHE_BYTES = 4 * 2**30  # of keys and values of a batch, in float32
-TOKENS_A_WORD = 32  # at the most, and rarely: the budget of a sample that max_words ends
+TOKENS_A_WORD = 32  # more than any word has: the budget of a sample that max_words ends
 MOST_TOKENS = 10**7  # of one sample
 DASHES = "---------------"
-# What makes a text what it is: --out records these, and --interactive has commands for them.
+# A text follows from these: --out records them, and --interactive has commands for SHAPING.
 SHAPING = ("temperature", "top_k", "top_p", "max_new_tokens", "max_words", "stop", "seed")
 ORIGIN = ("init_from", "out_dir")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
-    out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
-    start: str = ""  # the prompt, or FILE:prompt.txt; none means a newline (or end of text)
-    prompts: str = ""  # a file of prompts instead, one a line; blank lines are passed over
-    interactive: bool = False  # type prompts and see the text as it comes; /help is there
-    num_samples: PositiveInt = 10  # samples to draw after each prompt; interactive: 1
-    max_new_tokens: Annotated[int, (0, MOST_TOKENS)] = 500  # tokens drawn in each sample
-    max_words: NonNegativeInt = 0  # a sample ends after so many words, never in one; 0: no limit
-    temperature: NonNegativeFloat = 0.8  # below 1 less random, above 1 more, 0 the likeliest token
-    top_k: NonNegativeInt = 200  # draw among the k likeliest tokens; 0 means all
-    top_p: UnitFloat = 1.0  # draw among the fewest tokens that reach this probability; 1 means all
-    exact_window: bool = False  # past block_size see all of it, not half and more; much slower
-    rows: Literal["auto", "windows", "documents"] = "auto"  # text goes on, or ends as documents do
-    stop: str = ""  # a sample ends before this text, which is not shown; <|endoftext|> too
-    seed: Seed = 1337  # the same seed gives the same text
-    top_next: NonNegativeInt = 0  # instead of samples, the n likeliest next tokens
-    out: str = ""  # write prompts and samples to this new file too, one JSON object a line
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
-    compile: bool | Literal["auto"] = False  # compile the blocks: a slow start, then faster
+    # model
+    init_from: str = "resume"  # resume, gpt2*, a checkpoint, or a Hugging Face folder
+    out_dir: str = "out"  # folder of the run with init_from=resume; ckpt.pt is read, else last.pt
+    # prompts
+    start: str = ""  # the prompt, or FILE:prompt.txt; empty: a newline or end-of-text
+    prompts: str = ""  # instead of start: a file of prompts, one a line; blank lines are skipped
+    interactive: bool = False  # type prompts and read the text as it is drawn; see /help there
+    # sampling
+    num_samples: PositiveInt = 10  # samples of each prompt; default with interactive: 1
+    max_new_tokens: Annotated[int, (0, MOST_TOKENS)] = 500  # length of a sample at most
+    max_words: NonNegativeInt = 0  # length in whole words at most; 0: no limit
+    temperature: NonNegativeFloat = 0.8  # divides the logits; 0: the most likely token
+    top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: all
+    top_p: UnitFloat = 1.0  # sample from the fewest tokens with this total probability; 1: all
+    exact_window: bool = False  # past block_size see all of it, not half to all; much slower
+    rows: Literal["auto", "windows", "documents"] = "auto"  # documents: end at an end-of-text
+    stop: str = ""  # end a sample before this text; <|endoftext|> too
+    seed: Seed = 1337  # of the random numbers: the same seed gives the same text
+    # output
+    top_next: NonNegativeInt = 0  # instead of samples: the n most likely next tokens
+    out: str = ""  # also write prompts and samples to this new file, one JSON object a line
+    # system
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
+    compile: bool | Literal["auto"] = False  # torch.compile the blocks: a slow start, then faster
+
     given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 
 
@@ -111,10 +116,11 @@ class Sample:
     prompt: Prompt
     number: int  # of the random numbers that it is drawn with
     drawn: str = ""  # what was drawn of it so far
+    printed: bool = False  # at least in part
 
 
 def main(config):
-    sys.stdout.reconfigure(encoding="utf-8")  # elsewhere than on Windows it is that already
+    sys.stdout.reconfigure(encoding="utf-8")  # the default everywhere but on Windows
     texts, out = before_loading(config)
     if config.interactive and "num_samples" not in config.given:
         config = replace(config, num_samples=1)
@@ -124,7 +130,7 @@ def main(config):
     prompts = encode_prompts(source, texts, config)  # all of them before the first is answered
     with source.device.autocast():
         for prompt in prompts:
-            note_unknown(source, prompt)
+            note_lost_words(source, prompt)
             if config.top_next:
                 print_top_next(source, prompt, config)
         if not config.top_next:
@@ -196,15 +202,17 @@ def encode_prompt(source, text):
     if source.documents:
         ids = [tokenizer.eot, *ids] if text else [tokenizer.eot]
         shown = tokenizer.decode(ids[1:])
-    else:
-        ids = ids or [tokenizer.eot or 0]
-        shown = tokenizer.decode(ids)
+    else:  # a model needs one token to begin: a hidden one where the prompt has none
+        shown, ids = tokenizer.decode(ids), ids or [tokenizer.eot or 0]
     return Prompt(text, torch.tensor(ids, device=source.device.device), shown)
 
 
-def note_unknown(source, prompt):
+def note_lost_words(source, prompt):
     if unknown := prompt.ids.tolist().count(source.tokenizer.unk):
         print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
+    elif prompt.text.strip() and not prompt.shown:
+        lost = "stop words and punctuation, which the model leaves out"
+        print(f"note: the prompt is empty: it has only {lost}", file=sys.stderr)
 
 
 def samples_of(prompt, config, first=0):
@@ -227,8 +235,8 @@ def draw(source, samples, config, out):
 
 
 def batches(samples, budget, sizes):
-    """`samples` in order, in lists of those to be drawn side by side, `budget` tokens at most
-    each, by a model of `sizes`: as many as have room when all are as long as the longest."""
+    """Lists of consecutive `samples` to draw as one batch, `budget` tokens each, by a model with
+    the config `sizes`: as many as have room if all are as long as the longest."""
     cached = 8 * sizes.n_layer * sizes.kv_heads * sizes.head_dim  # bytes: a key and a value a layer
     room = min(TOKENS_AT_ONCE, CACHE_BYTES // cached)
     batch, longest = [], 0
@@ -244,7 +252,7 @@ def batches(samples, budget, sizes):
 
 
 def token_budget(config):
-    """The most tokens to draw in a sample; with max_words alone, those end it long before."""
+    """The most tokens to draw in a sample. With max_words alone, the words end it long before."""
     if config.max_words and "max_new_tokens" not in config.given:
         return min(TOKENS_A_WORD * config.max_words, MOST_TOKENS)
     return config.max_new_tokens
@@ -262,9 +270,10 @@ def print_samples(source, samples, config):
         for sample, piece in zip(samples, pieces, strict=True):
             sample.drawn += piece
         show(pieces[0], end="")
-        return all(stream.stopped for stream in streams)
+        return [stream.stopped for stream in streams]
 
     show(samples[0].prompt.shown, end="")
+    samples[0].printed = True
     try:
         source.model.generate(
             [sample.prompt.ids for sample in samples],
@@ -287,19 +296,36 @@ def print_samples(source, samples, config):
     show(f"{rests[0]}\n{DASHES}")
     for sample in samples[1:]:
         show(f"{sample.prompt.shown}{sample.drawn}\n{DASHES}")
+        sample.printed = True
+
+
+def last_text(samples):
+    """The text of the last of `samples` that was printed, to be continued. Half a character at its
+    end is left out."""
+    printed = [sample for sample in samples if sample.printed]
+    if not printed:
+        raise UserError("there is no text to continue yet; type a prompt")
+    return f"{printed[-1].prompt.shown}{printed[-1].drawn}".removesuffix(
+        "\N{REPLACEMENT CHARACTER}"
+    )
 
 
 def interact(source, config, out):
     """Answer prompts and commands from standard input until it ends."""
     about = help_lines(SampleConfig)
 
+    samples = []  # of the newest prompt that has any
+
     def answer(config, line, first):
-        prompt = encode_prompt(source, read_prompt(line))
-        note_unknown(source, prompt)
+        nonlocal samples
+        text = last_text(samples) if line is None else read_prompt(line)
+        prompt = encode_prompt(source, text)
+        note_lost_words(source, prompt)
         if config.top_next:
             print_top_next(source, prompt, config)
         else:
-            draw(source, samples_of(prompt, config, first), config, out)
+            samples = samples_of(prompt, config, first)
+            draw(source, samples, config, out)
 
     def change(config, key, text):
         kind = get_type_hints(SampleConfig, include_extras=True)[key]

@@ -5,6 +5,8 @@ section 2). Any rows can be emptied (`KVCache.reset`), extended by a prompt or a
 (`prefill`), or extended by one token (`decode_step`); the other rows do not change.
 """
 
+from copy import copy
+
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -49,6 +51,14 @@ class KVCache:
                 memory.index_fill_(1, index, 0)
         self.last_ids[index] = -1
         self.lengths[rows] = 0
+
+    def select(self, rows):
+        """A cache of `rows`, a list of row numbers, alone: a copy of their memory."""
+        index = torch.tensor(rows, device=self.last_ids.device)
+        selected = copy(self)
+        selected.memory = [memory.index_select(1, index) for memory in self.memory]
+        selected.lengths, selected.last_ids = self.lengths[rows], self.last_ids[index]
+        return selected
 
     def full_rows(self):
         """The numbers of the rows without free positions."""

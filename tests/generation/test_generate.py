@@ -292,6 +292,39 @@ def test_on_token_sees_every_id_and_can_stop(model):
     assert torch.stack(seen, dim=1).equal(ids[:, 5:])
 
 
+@pytest.mark.parametrize("window", ["half", "exact"])
+def test_finished_samples_leave_the_batch_and_move_no_other(model, monkeypatch, window):
+    computed = []
+
+    def counting(model, ids, *args, **options):
+        computed.append(len(ids))
+        return decode_step(model, ids, *args, **options)
+
+    monkeypatch.setattr("brisk.generation.generate.decode_step", counting)
+    ends = [3, 40, 5, 1, 30, 2, 3, 12]
+    prompts = [[1 + i] * (1 + 3 * i) for i in range(len(ends))]  # the last ones fill their window
+    settings = {
+        "temperature": [0, 1, 2, 1, 1, 1, 0, 1],
+        "seed": 0,
+        "exact_window": window == "exact",
+    }
+    alone = generate(model, prompts, 40, **settings)
+    computed.clear()
+    seen = []
+
+    def on_token(step, ids):
+        seen.append(ids)
+        return [end <= step + 1 for end in ends]
+
+    found = generate(model, prompts, 40, **settings, on_token=on_token)
+    for row, expected, end, given_ids in zip(found, alone, ends, prompts, strict=True):
+        length = len(given_ids) + end
+        assert row[:length].equal(expected[:length])
+        assert (row[length:] == row[length - 1]).all()  # it repeats its last token
+    assert [len(ids) for ids in seen] == [8] * 40
+    assert computed == [8] * 3 + [4] * 9 + [2] * 18 + [1] * 10  # out as soon as half have finished
+
+
 @pytest.mark.parametrize(
     "options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}, {"max_new_tokens": -1}]
 )
