@@ -363,7 +363,7 @@ def test_frozen_layers_do_not_change(train_tiny, resume, tmp_path, optimizer):
 
 
 def test_too_many_frozen_layers(train_tiny, tmp_path):
-    with pytest.raises(UserError, match="freeze_layers=2: there are 1"):
+    with pytest.raises(UserError, match="freeze_layers=2: the model has 1"):
         train_tiny(tmp_path / "out", freeze_layers=2)
 
 

@@ -413,4 +413,4 @@ def test_a_run_from_a_directory_wants_its_tokenizer(tmp_path, settings, script):
     run_export(tmp_path / "run", make_model(tokenizer), tokenizer, to=tmp_path / "to")
     argv = settings(tmp_path / "out", init_from=tmp_path / "to", block_size=8)
     result = script("train.py", *argv)
-    assert result.returncode == 2 and "is tokenized otherwise" in result.stderr
+    assert result.returncode == 2 and "has another tokenizer" in result.stderr
