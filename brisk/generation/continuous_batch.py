@@ -7,6 +7,7 @@ bit (`batch_shapes`).
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -18,13 +19,12 @@ from brisk.generation.kv_cache import KVCache, compute_step, prefill, window_sta
 PART = 128  # tokens of a prompt that are read in one step: longer ones would stall the others
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One drawn token."""
 
     id: int
-    logprob: float | None  # natural logarithm, at temperature 1; None where none was asked for
-    top: list  # (id, logprob) of the most likely tokens
+    logprob: float | None = None  # natural, at temperature 1; None where none was asked for
+    top: list = ()  # (id, logprob) of the most likely tokens
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Sequence:
 
     row: int = -1
     drawn: int = 0
-    unread: object = ()  # ids of the window that are not in the cache yet
+    unread: list = ()  # ids of the window that are not in the cache yet
     uniforms: list = field(default_factory=list)
 
 
@@ -81,22 +81,21 @@ class ContinuousBatch:
     def remove(self, row):
         sequence = self.sequences.pop(row)
         self.free.add(row)
-        if len(sequence.unread):
+        if sequence.unread:
             self.reading.remove(sequence)
 
     def open_window(self, sequence):
         """Empty its row, and have the newest ids read but for the last: see `prefill_window`."""
         self.cache.reset([sequence.row])
-        ids = sequence.ids[window_start(len(sequence.ids), self.cache.size) : -1]
-        sequence.unread = torch.tensor(ids, dtype=torch.long, device=self.device)
-        if ids:
+        sequence.unread = sequence.ids[window_start(len(sequence.ids), self.cache.size) : -1]
+        if sequence.unread:
             self.reading.append(sequence)
 
     def step(self):
         """Read on, then draw a token for each row that is read: a list of (row, `Token`). A
         sequence must be removed with its token number `max_tokens`, or before."""
         self.read()
-        live = sorted(row for row, sequence in self.sequences.items() if not len(sequence.unread))
+        live = sorted(row for row, sequence in self.sequences.items() if not sequence.unread)
         drawn, held = [], self.cache.lengths[live].tolist()
         longest = self.shapes.longest(1 + max(held, default=0))
         for first, count, rows in self.shapes.split(live):
@@ -113,9 +112,10 @@ class ContinuousBatch:
             kind = "window" if sequence.drawn else "prompt"
             if room[kind] > 0:
                 part, sequence.unread = sequence.unread[:PART], sequence.unread[PART:]
-                prefill(self.model, [part], self.cache, [sequence.row])
+                ids = torch.tensor(part, device=self.device)
+                prefill(self.model, [ids], self.cache, [sequence.row])
                 room[kind] -= len(part)
-                if not len(sequence.unread):
+                if not sequence.unread:
                     self.reading.remove(sequence)
 
     def decode(self, first, count, rows, longest):
@@ -132,8 +132,11 @@ class ContinuousBatch:
         uniforms = torch.tensor([s.uniforms[s.drawn] for s in sequences], device=self.device)
         ids = sample_rows(logits, uniforms, [s.settings for s in sequences]).tolist()
         tokens = []
-        for sequence, token_id, row_logits in zip(sequences, ids, logits, strict=True):
-            tokens.append(make_token(token_id, row_logits, sequence.logprobs))
+        for i, (sequence, token_id) in enumerate(zip(sequences, ids, strict=True)):
+            if sequence.logprobs is None:
+                tokens.append(Token(token_id))
+            else:
+                tokens.append(with_logprobs(token_id, logits[i], sequence.logprobs))
             sequence.ids.append(token_id)
             sequence.drawn += 1
             if self.cache.lengths[sequence.row] == self.cache.size:
@@ -141,10 +144,8 @@ class ContinuousBatch:
         return tokens
 
 
-def make_token(token_id, logits, count):
+def with_logprobs(token_id, logits, count):
     """The `Token` of an id drawn from the logits (V,), with the `count` most likely ones."""
-    if count is None:
-        return Token(token_id, None, [])
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     values, ids = logprobs.topk(min(count, len(logprobs)))
     top = [*zip(ids.tolist(), values.tolist(), strict=True)]

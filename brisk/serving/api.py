@@ -53,24 +53,14 @@ def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
             raise ApiError(503, str(error), kind="server_error") from error
         return answer
 
-    async def chat(request):
-        reason = "this checkpoint has no chat template; /v1/completions continues a text"
-        raise ApiError(400, reason)
-
     async def models(request):
         model = {"id": served.name, "object": "model", "created": 0, "owned_by": "briskgpt"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(request):
         state = {"status": engine.failure or "ok", "running": len(engine.samples)}
-        state |= {"waiting": len(engine.waiting), "rows": engine.rows}
+        state |= {"waiting": len(engine.waiting), "rows": engine.rows, "tokens": engine.drawn}
         return JSONResponse(state, 503 if engine.failure else 200)
-
-    async def page(request):
-        html = PAGE.read_text(encoding="utf-8")
-        script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        return HTMLResponse(html, headers={"Content-Security-Policy": POLICY.format(digest)})
 
     async def runs(request):
         return JSONResponse({"runs": await asyncio.to_thread(list_runs, runs_dir)})
@@ -92,11 +82,6 @@ def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
         yield
         await asyncio.to_thread(engine.close)
 
-    async def on_error(request, error):
-        if isinstance(error, HTTPException):  # Starlette's own
-            error = ApiError(error.status_code, error.detail, headers=error.headers)
-        return JSONResponse(error.body, error.status, error.headers)
-
     gets = {"/": page, "/health": health, "/v1/models": models, "/runs": runs}
     gets["/runs/loss.svg"] = loss_curves
     posts = {"/v1/completions": completions, "/v1/chat/completions": chat}
@@ -105,6 +90,23 @@ def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
     handlers = {ApiError: on_error, HTTPException: on_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     return Guard(app, api_key, hosts)
+
+
+async def chat(request):
+    raise ApiError(400, "the checkpoint has no chat template; /v1/completions continues a text")
+
+
+async def page(request):
+    html = PAGE.read_text(encoding="utf-8")
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return HTMLResponse(html, headers={"Content-Security-Policy": POLICY.format(digest)})
+
+
+async def on_error(request, error):
+    if isinstance(error, HTTPException):  # Starlette's own
+        error = ApiError(error.status_code, error.detail, headers=error.headers)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
 class Guard:
@@ -120,16 +122,14 @@ class Guard:
 
     def refusal(self, scope):
         """The `ApiError` that a request is refused with, or None."""
-        headers = Headers(scope=scope)
+        headers, is_open = Headers(scope=scope), scope["path"] in ("/", "/health")
         host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
         if self.hosts and host not in self.hosts:
             return ApiError(403, f"the Host header is none of {', '.join(sorted(self.hosts))}")
         given = headers.get("authorization", "").encode()
-        if scope["path"] in ("/", "/health") or not self.key:
-            return None
-        if secrets.compare_digest(given, self.key.encode()):
-            return None
-        return ApiError(401, "the API key is missing or wrong", kind="authentication_error")
+        if self.key and not is_open and not secrets.compare_digest(given, self.key.encode()):
+            return ApiError(401, "the API key is missing or wrong", kind="authentication_error")
+        return None
 
 
 async def read_json(request):
@@ -153,10 +153,6 @@ async def read_json(request):
         raise ApiError(400, "the body is not JSON") from error
 
 
-class ClientGone(Exception):
-    """There is nobody to answer."""
-
-
 class Answer:
     """The response to a `Completion`, in one piece or as server-sent events. When it ends, however
     it does, its samples give their rows back."""
@@ -167,30 +163,30 @@ class Answer:
         self.head |= {"created": int(time.time()), "model": asked.served.name}
 
     async def __call__(self, scope, receive, send):
-        watching = asyncio.create_task(self.watch(receive))
+        task = asyncio.current_task()
+
+        async def watch():
+            await receive()  # what comes after the body is the end of the connection
+            task.cancel()
+
+        watching = asyncio.create_task(watch())
         try:
             if self.asked.stream:
                 await self.stream(send)
             else:
                 await (await self.whole())(scope, receive, send)
-        except (ClientGone, asyncio.TimeoutError):
-            pass
+        except asyncio.CancelledError:
+            pass  # nobody is there to answer
         finally:
             watching.cancel()
             for sample in self.samples:
                 sample.cancelled = True
-
-    async def watch(self, receive):
-        await receive()  # what comes after the body is the end of the connection
-        self.events.put_nowait(None)
 
     async def received(self):
         """The events (index, text, tokens, finish), until all samples have ended."""
         ended = 0
         while ended < len(self.samples):
             event = await self.events.get()
-            if event is None:
-                raise ClientGone
             if event[-1] == "error":
                 raise ApiError(500, "the model has failed", kind="server_error")
             ended += event[-1] is not None
@@ -209,12 +205,15 @@ class Answer:
         return JSONResponse({**self.head, "choices": choices, "usage": usage})
 
     async def stream(self, send):
-        """Send chunks as they come. Raises TimeoutError where the client does not take them."""
+        """Send chunks as they come, until the client does not take one."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
         async def chunk(data, more=True):
             text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
             body = {"type": "http.response.body", "body": f"data: {text}\n\n".encode()}
-            await asyncio.wait_for(send({**body, "more_body": more}), IDLE)
+            timer = loop.call_later(IDLE, task.cancel)  # wait_for takes as long as the chunk itself
+            await send({**body, "more_body": more})
+            timer.cancel()
 
         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

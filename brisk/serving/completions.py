@@ -16,7 +16,7 @@ from brisk.generation.text_stream import TextStream
 from brisk.serving.scheduler import Sample
 
 PROMPT_TOKENS = 2**16
-INTERVAL = 0.02  # seconds between the chunks of a stream: one costs about as much as a token
+INTERVAL = 0.05  # seconds between the chunks of a stream: one costs about as much as a token
 FIELDS = {  # name: default, type, lowest, highest
     "max_tokens": (16, int, 1, math.inf),
     "temperature": (1.0, float, 0, 2),
@@ -70,10 +70,8 @@ class Completion:
             raise ApiError(404, f"the model here is {served.name}", "model")
         limits = {"max_tokens": served.max_tokens, "n": served.rows}
         for key, (default, kind, low, high) in FIELDS.items():
-            value = given.get(key, default)
-            if key in given:
-                value = checked(key, value, kind, low, limits.get(key, high))
-            setattr(self, key, value)
+            bounds = kind, low, limits.get(key, high)
+            setattr(self, key, checked(key, given[key], *bounds) if key in given else default)
         options = given.get("stream_options", {})
         if not isinstance(options, dict) or {*options} - {"include_usage"}:
             raise ApiError(400, "stream_options has include_usage only", "stream_options")

@@ -29,15 +29,7 @@ class IdleProtocol(H11Protocol):
 
 def make_server(app):
     """A `uvicorn.Server`; its `run(sockets=[…])` ends with a signal."""
-    config = uvicorn.Config(
-        app,
-        http=IdleProtocol,
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=IDLE,
-        timeout_graceful_shutdown=2,  # seconds for answers that are under way
-    )
-    return uvicorn.Server(config)
+    limits = {"limit_concurrency": CONNECTIONS, "timeout_keep_alive": IDLE}
+    limits["timeout_graceful_shutdown"] = 2  # seconds for answers that are under way
+    logs = {"log_level": "warning", "access_log": False, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, http=IdleProtocol, lifespan="on", **limits, **logs))

@@ -47,11 +47,13 @@ class Engine:
 
     Attributes:
         failure: the error that ended the thread, or None.
+        drawn: tokens, since the start.
     """
 
     def __init__(self, model, rows, queue, *, autocast=nullcontext, **options):
         self.rows, self.queue, self.failure, self.closing = rows, queue, None, False
         self.waiting, self.samples = deque(), {}  # samples; {row: sample}
+        self.drawn = 0
         self.changed, self.ready = threading.Condition(), threading.Event()
         arguments = model, autocast, options
         self.thread = threading.Thread(target=self.run, args=arguments, name="engine", daemon=True)
@@ -85,8 +87,10 @@ class Engine:
                 self.batch = ContinuousBatch(model, self.rows, **options)
                 self.ready.set()
                 while self.admit():
-                    for row, token in self.batch.step():
-                        self.advance(row, self.samples[row], token)
+                    drawn, now = self.batch.step(), time.monotonic()
+                    self.drawn += len(drawn)
+                    for row, token in drawn:
+                        self.advance(row, self.samples[row], token, now)
         except BaseException as error:
             self.failure = f"{type(error).__name__}: {error}"
             raise
@@ -116,7 +120,7 @@ class Engine:
         self.batch.remove(row)
         del self.samples[row]
 
-    def advance(self, row, sample, token):
+    def advance(self, row, sample, token, now):
         """Hand over the text of a new `Token`, and free the row at the end of the sample."""
         text, finish = sample.stream.feed(token.id), None
         if sample.stream.stopped:
@@ -125,7 +129,6 @@ class Engine:
             text, finish = text + sample.stream.finish(), "length"
         sample.text += text
         sample.tokens.append(token)
-        now = time.monotonic()
         if finish or now >= sample.due:
             if finish:
                 self.release(row)
