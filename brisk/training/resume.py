@@ -43,6 +43,8 @@ def load_start(given, ranks):
 
     start = broadcast_checkpoint(ranks, read_start, given, before_tensors=set_parallel)
     checkpoint = start["checkpoint"]
+    if {"minutes", "max_iters", "max_epochs"} & {*given.given}:  # longer: patience starts anew
+        (checkpoint or {}).pop("evals_since_best", None)
     saved = SavedRun.of(checkpoint, given.given) if start["resuming"] else None
     return Start(checkpoint, saved)
 

@@ -279,10 +279,10 @@ def described(pattern):
 
 @pytest.mark.parametrize("pattern", DROPPING)
 def test_a_pattern_that_drops_text_is_refused(pattern):
-    start = time.monotonic()
+    start = time.process_time()  # others may keep the machine busy
     with pytest.raises(UserError, match="pattern does not cut text into pieces"):
         from_dict(described(pattern))
-    assert time.monotonic() - start < 10  # of a second or two for exponential ones
+    assert time.process_time() - start < 10  # of a second or two for exponential ones
 
 
 @pytest.mark.parametrize("pattern", [CL100K, O200K, r"\w{1,60}|\W", r"[\s\S]", r"(\s)\1*|\S+"])
