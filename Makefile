@@ -1,12 +1,14 @@
 # make demo: from a fresh clone to text from a model trained here, in about two minutes and
-# without a network but a package index. make test: all tests but the slow ones, on all cores up to
-# four (PARALLEL= for one after another), or those in TESTS=files. make test-all: the slow ones too.
+# without a network but a package index. make serve: that model, trained if there is none, behind an
+# endpoint and a page at the address that it prints. make test: all tests but the slow ones, on all
+# cores up to four (PARALLEL= for one after another), or those in TESTS=files. make test-all: the
+# slow ones too.
 
 PYTHON ?= python3
 OUT ?= out-demo
 PARALLEL ?= -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo serve test test-all lint clean
 
 demo: .venv/installed
 	.venv/bin/python data/python_source/prepare.py
@@ -15,6 +17,13 @@ demo: .venv/installed
 		--num_samples=3 --max_new_tokens=200 --temperature=0.8
 	@echo "checkpoint: $(OUT)/ckpt.pt   loss curve: $(OUT)/loss.png   metrics: $(OUT)/metrics.jsonl"
 	@echo "your turn:  .venv/bin/python sample.py --out_dir=$(OUT) --start='class '"
+
+serve: .venv/installed $(OUT)/ckpt.pt
+	.venv/bin/python serve.py --out_dir=$(OUT)
+
+$(OUT)/ckpt.pt: | .venv/installed
+	.venv/bin/python data/python_source/prepare.py
+	.venv/bin/python train.py config/train_python_source.py --out_dir=$(OUT)
 
 test: .venv/tested
 	.venv/bin/python -m pytest -q -m "not slow" $(PARALLEL) $(TESTS)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from brisk.data.dataset import load_tokenizer, read_meta
 from brisk.data.loader import SCAN, TokenFile, find_data_dir
+from brisk.data.saved_tokenizer import same_tokenizer
 from brisk.data.tokenizer import knows_documents
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
@@ -111,7 +112,7 @@ def open_split(config, trained_with, model, tokenizer, rows):
         raise UserError("on what text? name a data set that is prepared: --dataset=NAME")
     data_dir = find_data_dir(data_dir, dataset)
     theirs = load_tokenizer(data_dir)
-    if theirs and theirs.to_dict() != tokenizer.to_dict():
+    if theirs and not same_tokenizer(theirs, tokenizer):
         raise UserError(f"{data_dir} is tokenized otherwise than what this model was trained on")
     meta = read_meta(data_dir)
     dtype = meta["dtype"] if meta else "uint16"

@@ -28,6 +28,7 @@ from brisk.generation.repl import converse, open_new, read_prompt, read_prompts,
 from brisk.generation.text_stream import TextStream
 from brisk.generation.top_tokens import as_table, top_next_tokens
 from brisk.interop.pretrained import read_pretrained
+from brisk.training.compilation import compile_model
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -161,10 +162,10 @@ def load_source(config):
     start = read_pretrained(config.init_from, config.out_dir)
     model, tokenizer = GPT.from_checkpoint(start.checkpoint), start.tokenizer
     model.to(device.device)
-    if resolve_compile(config.compile, device):
-        for block in model.transformer.h:
-            block.compile()
     print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}")
+    device.cast_linear_weights(model)
+    if resolve_compile(config.compile, device):
+        compile_model(model, 0, print, blocks_only=True)
     rows = start.settings.get("rows") if config.rows == "auto" else config.rows
     documents = knows_documents(rows, tokenizer) and config.rows != "windows"
     if config.rows == "documents" and not documents:

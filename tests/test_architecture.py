@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-FOLDERS = "evaluation training interop generation reporting distributed cpu data".split()
+FOLDERS = "serving evaluation training interop generation reporting distributed cpu data".split()
 FRONT = {path.stem for path in ROOT.glob("*.py")}
 
 
