@@ -63,6 +63,7 @@ def generate(
     batch = Batch(model, as_tensors(idx, model), max_new_tokens, exact_window)
     B, device = batch.ids.size(0), batch.ids.device
     settings = sampling_settings(B, temperature, top_k, top_p)
+    stop_ids = frozenset(stop_ids)
     # Drawn before the loop, so that the device need not wait for the host at each token.
     uniforms = draw_uniforms(range(B) if samples is None else samples, max_new_tokens, seed)
     uniforms, never = uniforms.to(device), suppressed_ids(suppress, vocab_size, device)
@@ -75,12 +76,9 @@ def generate(
                 own = [settings[text] for text in batch.texts]
                 new = batch.append(sample_rows(logits, uniforms[batch.rows, step], own))
                 ends = on_token(step, new) if on_token is not None else None
-                if ends is True:
+                if ends is True or (ends and batch.finish(ends)):
                     break
-                if stop_ids:  # read on the host only where they may end a sample
-                    at_stop = [token in stop_ids for token in new.tolist()]
-                    ends = [a or b for a, b in zip(ends or at_stop, at_stop, strict=True)]
-                if ends and batch.finish(ends):
+                if stop_ids and batch.finish([token in stop_ids for token in new.tolist()]):
                     break
     finally:
         model.train(was_training)
