@@ -57,5 +57,5 @@ def open_trainer(argv):
         plan = make_plan(config, start, state, data, run)
         train.parallelize(state, config, plan, run)
         forecast = Forecast.of(config, plan, run)
-        forecast.told.add("micro-batch")  # until it has spoken every micro-batch is waited for
+        forecast.reported.add("micro-batch")  # until it has spoken every micro-batch is waited for
         yield Trainer(config, plan, state, data, run, forecast)

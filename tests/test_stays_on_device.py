@@ -77,7 +77,7 @@ def one_step(model, **settings):
     plan = SimpleNamespace(device=META, global_batch=4, micro_batches=((0, 0, 2), (1, 2, 2)))
     data, run = SimpleNamespace(train=Batches()), SimpleNamespace(ranks=ranks)
     forecast = Forecast(None, META, steps, 2, 0, 0)
-    forecast.told.add("micro-batch")  # it waits for the device until it has spoken
+    forecast.reported.add("micro-batch")  # it waits for the device until it has spoken
     assert forecast.is_complete
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(0, config, 10)
