@@ -84,7 +84,7 @@ def test_the_job_for_kubernetes_says_what_train_py_takes(monkeypatch):
 # ----------------------------------------------------------------------------- the pages
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-NOT_HERE = "torchrun|init_from=gpt2|finetune|openwebtext|data/shakespeare/|interactive"
+NOT_HERE = "torchrun|init_from=gpt2|finetune|openwebtext|data/shakespeare/|interactive|serve"
 # Added to a command, so that it takes a second: by the script, the last that fits.
 SHORTER = {
     "prepare.py": "--input=my.txt --data_dir=data/shakespeare_char",
