@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -428,6 +429,37 @@ def engine():
     yield engine
     for one in opened:
         one.close()
+
+
+@pytest.fixture
+def serve(engine, tmp_path):
+    """`serve(rows=8, queue=99, **options)`: a random model over the 61 characters from 0 on, served
+    on a free port; its engine and the port. The runs beside it are those in `tmp_path`."""
+    from networks import random_model
+
+    from brisk.serving.api import make_app
+    from brisk.serving.completions import Served
+    from brisk.serving.http import make_server
+
+    running, tokenizer = [], CharTokenizer(map(chr, range(48, 48 + 61)))
+
+    def serve(rows=8, queue=99, **options):
+        bound = socket.create_server(("127.0.0.1", 0))
+        one = engine(random_model(), rows, queue)
+        served = Served("tiny", tokenizer, False, rows, max_tokens=10_000)
+        server = make_server(make_app(one, served, runs_dir=tmp_path, **options))
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        running.append((server, thread))
+        while not server.started:
+            time.sleep(0.01)
+        return one, bound.getsockname()[1]
+
+    yield serve
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def free_port():

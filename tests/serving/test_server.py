@@ -11,7 +11,6 @@ import time
 
 import pytest
 from conftest import ROOT, run_script
-from networks import random_model
 
 pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -19,37 +18,9 @@ pytest.importorskip("uvicorn")
 
 import openai
 
-from brisk.data.tokenizer import CharTokenizer
 from brisk.serving import http
-from brisk.serving.api import make_app
-from brisk.serving.completions import Served
 
-TOKENIZER = CharTokenizer(map(chr, range(48, 48 + 61)))
 RUN = ROOT / "tests" / "fixtures" / "runs" / "classic"
-
-
-@pytest.fixture
-def serve(engine, tmp_path):
-    """`serve(rows=8, queue=99)` serves a model on a free port; its engine and the port."""
-    running = []
-
-    def serve(rows=8, queue=99):
-        bound = socket.create_server(("127.0.0.1", 0))
-        one = engine(random_model(), rows, queue)
-        served = Served("tiny", TOKENIZER, False, rows, max_tokens=10_000)
-        server = http.make_server(make_app(one, served, runs_dir=tmp_path))
-        thread = threading.Thread(target=server.run, args=([bound],))
-        thread.start()
-        running.append((server, thread))
-        while not server.started:
-            time.sleep(0.01)
-        return one, bound.getsockname()[1]
-
-    yield serve
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 def client_of(port, **options):
