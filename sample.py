@@ -24,6 +24,7 @@ import torch
 from brisk.data.tokenizer import EOT, Tokenizer, knows_documents
 from brisk.device import Device, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors, without_controls
+from brisk.generation.prompt import encode_prompt, encode_text
 from brisk.generation.repl import converse, open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.text_stream import TextStream
 from brisk.generation.top_tokens import as_table, top_next_tokens
@@ -127,7 +128,7 @@ def main(config):
     with redirect_stdout(sys.stderr):
         source = load_source(config)
     check_stop(config.stop, source.tokenizer)
-    prompts = encode_prompts(source, texts, config)  # all of them before the first is answered
+    prompts = make_prompts(source, texts, config)  # all of them before the first is answered
     with source.device.autocast():
         for prompt in prompts:
             note_lost_words(source, prompt)
@@ -178,32 +179,22 @@ def check_stop(stop, tokenizer):
         raise UserError(f"stop={EOT}: this tokenizer has no end of text; leave stop out")
 
 
-def encode_prompts(source, texts, config):
+def make_prompts(source, texts, config):
     """A `Prompt` for each of `texts`; an error names the file and the number of the prompt."""
     prompts = []
     for number, text in enumerate(texts, 1):
         try:
-            prompts.append(encode_prompt(source, text))
+            prompts.append(make_prompt(source, text))
         except UserError as error:
             where = f"{config.prompts}, prompt {number}: " if config.prompts else ""
             raise UserError(f"{where}{error}") from error
     return prompts
 
 
-def encode_prompt(source, text):
-    """The `Prompt` of a text. A model of documents reads an end-of-text in front of it."""
-    tokenizer = source.tokenizer
-    try:
-        ids = tokenizer.encode(text or "\n", allow_eot=True).tolist()
-    except UserError:
-        if text:
-            raise
-        ids = []  # it knows no newline
-    if source.documents:
-        ids = [tokenizer.eot, *ids] if text else [tokenizer.eot]
-        shown = tokenizer.decode(ids[1:])
-    else:  # a model needs one token to begin: a hidden one where the prompt has none
-        shown, ids = tokenizer.decode(ids), ids or [tokenizer.eot or 0]
+def make_prompt(source, text):
+    """The `Prompt` of a text. A token that is only there for the model to begin is not shown."""
+    ids = encode_prompt(text, source.tokenizer, source.documents)
+    shown = source.tokenizer.decode(encode_text(text, source.tokenizer, source.documents))
     return Prompt(text, torch.tensor(ids, device=source.device.device), shown)
 
 
@@ -319,7 +310,7 @@ def interact(source, config, out):
     def answer(config, line, first):
         nonlocal samples
         text = last_text(samples) if line is None else read_prompt(line)
-        prompt = encode_prompt(source, text)
+        prompt = make_prompt(source, text)
         note_lost_words(source, prompt)
         if config.top_next:
             print_top_next(source, prompt, config)

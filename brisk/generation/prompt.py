@@ -4,17 +4,24 @@ from brisk.errors import UserError
 
 
 def encode_prompt(text, tokenizer, documents):
-    """The ids of a prompt, a list of one or more. After no text a model goes on from a newline. A
-    model of `documents` reads the end of the one before in front of it, and that alone for no text.
+    """The ids of a prompt, a list of one or more. A model needs one token to begin: a model of
+    `documents` reads an end-of-text in front of every prompt, another one where the text has no
+    token.
 
     Raises `UserError` for characters outside the vocabulary.
     """
+    ids = encode_text(text, tokenizer, documents)
     if documents:
-        return [tokenizer.eot, *tokenizer.encode(text, allow_eot=True).tolist()]
+        return [tokenizer.eot, *ids]
+    return ids or [tokenizer.eot or 0]
+
+
+def encode_text(text, tokenizer, documents):
+    """The ids of the prompt's own text, a list, maybe empty. A model of windows continues a newline
+    after no text, if its vocabulary has one."""
     try:
-        ids = tokenizer.encode(text or "\n", allow_eot=True).tolist()
+        return tokenizer.encode(text if text or documents else "\n", allow_eot=True).tolist()
     except UserError:
         if text:
             raise
-        ids = []  # it knows no newline
-    return ids or [tokenizer.eot or 0]
+        return []

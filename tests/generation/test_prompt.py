@@ -1,26 +1,35 @@
-"""Prompts as token ids: the same ones as in sample.py."""
+"""Prompts as token ids."""
 
 import pytest
 
-import sample
 from brisk.data.tokenizer import ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
-from brisk.generation.prompt import encode_prompt
+from brisk.generation.prompt import encode_prompt, encode_text
 
 LETTERS = CharTokenizer("ab", eot=True)
+NEWLINE = CharTokenizer("\n<|endoftx>ab")
 
 
-@pytest.mark.parametrize("text", ["", "ab", "<|endoftext|>a", "b<|endoftext|>"])
 @pytest.mark.parametrize(
-    ("tokenizer", "documents"),
+    ("tokenizer", "documents", "text", "ids", "own"),
     [
-        *[(LETTERS, True), (LETTERS, False), (CharTokenizer("\n<|endoftx>ab"), False)],
-        *[(ByteTokenizer(), True), (ByteTokenizer(), False), (WordTokenizer(["ab"]), False)],
+        (LETTERS, True, "", [2], []),
+        (LETTERS, True, "ab", [2, 0, 1], [0, 1]),
+        (LETTERS, True, "<|endoftext|>a", [2, 2, 0], [2, 0]),
+        (LETTERS, False, "", [2], []),  # no newline in its vocabulary
+        (LETTERS, False, "b<|endoftext|>", [1, 2], [1, 2]),
+        (NEWLINE, False, "", [0], [0]),
+        (NEWLINE, False, "<|", [1, 2], [1, 2]),
+        (ByteTokenizer(), False, "", [10], [10]),
+        (ByteTokenizer(), True, "", [256], []),
+        (WordTokenizer(["ab"]), False, "", [0], []),
+        (WordTokenizer(["ab"], stop_words=["the"]), False, "the", [0], []),
+        (WordTokenizer(["ab"], stop_words=["the"], eot=True), True, "the", [2], []),
     ],
 )
-def test_prompt_is_read_as_by_sample(text, tokenizer, documents):
-    ids = encode_prompt(text, tokenizer, documents)
-    assert ids == sample.encode_prompt(text, tokenizer, documents)[0].tolist() and ids
+def test_a_prompt_has_a_token_and_its_text_may_have_none(tokenizer, documents, text, ids, own):
+    assert encode_prompt(text, tokenizer, documents) == ids
+    assert encode_text(text, tokenizer, documents) == own
 
 
 @pytest.mark.parametrize("documents", [True, False])
