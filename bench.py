@@ -20,8 +20,14 @@ from tqdm import tqdm
 
 from brisk.data.dataset import read_meta
 from brisk.data.loader import TokenFile, to_device
-from brisk.device import cpu_training_dtype, matmul_flops, open_device, resolve_compile
+from brisk.device import (
+    cpu_training_dtype,
+    matmul_flops,
+    open_device,
+    resolve_compile,
+)
 from brisk.errors import UserError, format_bytes, one_line_errors
+from brisk.training.compilation import compile_model
 from brisk.training.memory import check_fits, peak_memory
 from configurator import PositiveInt, Seed, configure
 from model import GPT, GPTConfig
@@ -65,8 +71,7 @@ def main(config):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     scaler = device.scaler()
     if compiling := resolve_compile(config.compile, device):
-        for block in model.transformer.h:
-            block.compile()
+        compile_model(model, config.batch_size * config.block_size, print)
     sizes = f"{model.get_num_params() / 1e6:.1f}M parameters, {batch_size}x{config.block_size}"
     print(f"model         {sizes} tokens a step, {'compiled' if compiling else 'not compiled'}")
     batches = batch_source(config, batch_size, device)

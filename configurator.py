@@ -1,13 +1,13 @@
-"""A dataclass of settings + config files + `--key=value` → one checked config.
+"""Configuration: a dataclass of defaults, overridden by config files and `--key=value`, checked.
 
     $ python train.py config/train_shakespeare_char.py --batch_size=32
 
-runs the config file first and lets the command line override it, in the order given. A switch
-may stand alone: `--eval_only` is `--eval_only=True`. A config file is plain Python: assignments
-to the keys of the dataclass, with every key's current value and `os, time, math, pickle, np,
-torch` in scope, so `min_lr = learning_rate / 10` works.
+applies the arguments in order: the config file first, then the override. `--eval_only` is short for
+`--eval_only=True`. A config file is plain Python: assignments to the keys of the dataclass, with
+the current value of every key and `os, time, math, pickle, np, torch` in scope, so `min_lr =
+learning_rate / 10` works.
 
-A script states its settings once, as a dataclass; a field's trailing comment is its help line:
+A script declares its settings once, as a dataclass; a field's trailing comment is its help line:
 
     @dataclass
     class TrainConfig:
@@ -36,21 +36,21 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 from brisk.errors import UserError, did_you_mean
 from brisk.renamed_keys import RENAMED_KEYS, new_key
 
-# Types that say which values make sense. The bounds are (lowest, highest), both allowed.
+# Bounds are inclusive.
 PositiveInt = Annotated[int, (1, math.inf)]
 NonNegativeInt = Annotated[int, (0, math.inf)]
 NonNegativeFloat = Annotated[float, (0, math.inf)]
 UnitFloat = Annotated[float, (0, 1)]
 Seed = Annotated[int, (0, 2**63 - 1)]
-LARGEST_INT = 2**63 - 1  # what PyTorch and numpy can count
+LARGEST_INT = 2**63 - 1  # PyTorch and numpy count in int64
 
-# Names that other programs have for our keys.
-SHORT = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay", "steps": "max_iters"}
-SHORT |= {"epochs": "max_epochs", "iters": "max_iters", "layers": "n_layer", "heads": "n_head"}
-SHORT |= {"hidden_size": "n_embd", "seq_len": "block_size", "context": "block_size", "k": "top_k"}
-SHORT |= {"temp": "temperature", "n": "num_samples", "prompt": "start", "resume": "init_from"}
-SHORT |= {"length": "max_new_tokens", "model": "init_from", "output_dir": "out_dir"}
-SHORT |= {"max_tokens": "max_new_tokens", "data": "dataset", "text": "input"}
+# Common names of these keys in other programs, for the hint in an error message.
+ALIASES = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay", "steps": "max_iters"}
+ALIASES |= {"epochs": "max_epochs", "iters": "max_iters", "layers": "n_layer", "heads": "n_head"}
+ALIASES |= {"hidden_size": "n_embd", "seq_len": "block_size", "context": "block_size", "k": "top_k"}
+ALIASES |= {"temp": "temperature", "n": "num_samples", "prompt": "start", "resume": "init_from"}
+ALIASES |= {"length": "max_new_tokens", "model": "init_from", "output_dir": "out_dir"}
+ALIASES |= {"max_tokens": "max_new_tokens", "data": "dataset", "text": "input"}
 
 IN_SCOPE = {
     "os": "os",
@@ -63,12 +63,14 @@ IN_SCOPE = {
 
 
 def configure(Config, argv):
-    """Build a `Config` from its defaults, then `argv` in order: config files and `--key=value`.
+    """Build a `Config` from its defaults and the arguments `argv`: config files and `--key=value`.
 
-    A dataclass with a field `given` gets in it the names of the keys that a config file or the
-    command line set, as a tuple, the one set last at the end. `--help` prints every key and leaves
-    with status 0. Raises `UserError` for a file that cannot be run, an unknown key, a value of the
-    wrong kind, or a file that sets two keys of which `Config.exclusive` allows one.
+    If `Config` has a field `given`, it is set to the names of the keys that a config file or the
+    command line set, the one set last at the end. `--help` prints every key and exits with status
+    0.
+
+    Raises `UserError` for a config file that fails, an unknown key, a value of the wrong type, or a
+    file that sets two keys that `Config.exclusive` lists together.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(Config))
@@ -79,30 +81,30 @@ def configure(Config, argv):
     def set_key(key, value, where):
         nonlocal given
         values[key] = checked(value, types[key], key, where)
-        given = in_order(given, key)
+        given = append_keys(given, key)
 
     for argument in argv:
         if argument.startswith("-"):
             key, equals, text = argument.lstrip("-").partition("=")
             key = new_key(key.replace("-", "_"))
             if key not in types:
-                near = f"; did you mean {SHORT[key]}?" if SHORT.get(key) in types else ""
+                near = f"; did you mean {ALIASES[key]}?" if ALIASES.get(key) in types else ""
                 near = near or did_you_mean(key, types)
                 raise UserError(f"unknown key --{key}{near} (--help lists them all)")
             if not equals and bool in options(types[key]):
-                text = "True"  # a switch
+                text = "True"
             elif not equals:
                 raise UserError(f"--{key} needs a value, as in --{key}={values[key]}")
             set_key(key, parsed(text, types[key]), "on the command line")
         elif "=" in argument and not os.path.exists(argument):
             raise UserError(f"'{argument}' should start with dashes: --{argument}")
         elif not argument.endswith(".py"):
-            set_key(*key_of_path(argument, types), "on the command line")
+            set_key(*key_for_path(argument, types), "on the command line")
         else:
             assigned = run_config_file(argument, values, types)
             for keys in getattr(Config, "exclusive", ()):
                 if assigned.keys() >= set(keys):
-                    raise UserError(f"{argument} sets {' and '.join(keys)}; leave one of them out")
+                    raise UserError(f"{argument} sets {' and '.join(keys)}; remove one of them")
             for key, value in assigned.items():
                 set_key(key, value, f"in {argument}")
     if "given" in Config.__dataclass_fields__:
@@ -110,55 +112,57 @@ def configure(Config, argv):
     return Config(**values)
 
 
-def key_of_path(path, types):
-    """(key, value) for a path on the command line that is no config file: of a run's folder, a
-    checkpoint or a Hugging Face directory, where a script reads such. Raises `UserError` with what
-    to write instead for any other."""
+def key_for_path(path, types):
+    """The (key, value) that a bare path on the command line sets: `out_dir` for a run's folder,
+    `init_from` for a checkpoint or a Hugging Face directory. Raises `UserError` with the right
+    spelling for any other path, and in train.py for every path."""
     if os.path.isdir(path) and "input" in types:
         resume = f"--init_from=resume --out_dir={path}"
-        raise UserError(f"{path} is a folder: --input={path} trains on its text, {resume} goes on")
+        raise UserError(
+            f"{path} is a folder: --input={path} trains on its text, {resume} resumes its run"
+        )
     if "init_from" in types and "input" not in types:
         if any(os.path.exists(os.path.join(path, name)) for name in ("ckpt.pt", "last.pt")):
             return "out_dir", path
         if path.endswith(".pt") or os.path.exists(os.path.join(path, "config.json")):
             return "init_from", path
         if os.path.isdir(path):
-            raise UserError(f"{path} has no checkpoint in it: no ckpt.pt and no last.pt")
+            raise UserError(f"{path} has no checkpoint in it: neither ckpt.pt nor last.pt")
     if "input" in types and os.path.exists(path):
-        raise UserError(f"{path} is no config file (*.py); to train on its text: --input={path}")
-    raise UserError(f"{path} is no config file: their names end in .py{nearest_config(path)}")
+        raise UserError(f"{path} is not a config file (*.py); to train on it: --input={path}")
+    raise UserError(f"{path} is not a config file: names end in .py{nearest_config(path)}")
 
 
 def nearest_config(path):
-    """`; did you mean …?` with the path of a config file like `path`, or nothing."""
+    """`; did you mean …?` with the config file whose name is closest to `path`, or ""."""
     known = {file.name: str(file) for file in sorted(Path("config").rglob("*.py"))}
     near = difflib.get_close_matches(Path(path).name, known, 1, 0.6)
     return f"; did you mean {known[near[0]]}?" if near else ""
 
 
-def in_order(given, *keys):
-    """The names in `given`, then `keys`, each once and where it comes last."""
+def append_keys(given, *keys):
+    """`given` with `keys` at the end, without duplicates: the last occurrence stays."""
     every = (*given, *keys)
     return tuple(key for i, key in enumerate(every) if key not in every[i + 1 :])
 
 
 def with_values(config, values):
-    """`config` with the `values`, a dict, as if they had been given last."""
-    return replace(config, **values, given=in_order(config.given, *values))
+    """`config` with the dict `values` applied, as if given after all other keys."""
+    return replace(config, **values, given=append_keys(config.given, *values))
 
 
 def key_types(Config):
-    """{key: its type} of the settings of a script."""
+    """{key: type} of the settings of a script."""
     types = get_type_hints(Config, include_extras=True)
     return {field.name: types[field.name] for field in fields(Config) if field.name != "given"}
 
 
 def run_config_file(path, values, types):
-    """Run one config file on the `values` of the keys so far; return the keys of this script that
-    it assigned, as a dict."""
+    """Run one config file with the current `values` in scope. Returns {key: value} of the keys of
+    this script that it assigned."""
     try:
         source = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or what is no path at all
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an invalid path
         reason = f"{getattr(error, 'strerror', None) or error}{nearest_config(path)}"
         raise UserError(f"cannot read the config file {path}: {reason}") from error
     before = {**values}
@@ -182,20 +186,21 @@ def run_config_file(path, values, types):
             ours[new_key(name)] = value
         elif new_key(name) not in keys_of_all_scripts():
             if near := did_you_mean(name, types):
-                helper = "a name of your own starts with _"
+                helper = "start the names of your own variables with _"
                 raise UserError(f"{path}: unknown key {name} ({helper}){near}")
-            print(f"{path}: note: {name} is no key of any script; ignored", file=sys.stderr)
+            print(f"{path}: note: {name} is not a key of any script; ignored", file=sys.stderr)
     return ours
 
 
 def checked(value, kind, key, where):
-    """`value` as the type `kind` says, or a `UserError` that names key, place and mend."""
+    """`value` converted to the type `kind`. If its type or range is wrong, raises `UserError` with
+    the key, the place `where` and the legal values."""
     if isinstance(value, bool | int | float | str):
         plain = value
     elif hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         plain = value.item()  # a numpy or torch scalar
     else:
-        raise UserError(f"{key} {where} is {type(value).__name__}, it takes {describe(kind)}")
+        raise UserError(f"{key} {where} is {type(value).__name__}; it takes {describe(kind)}")
 
     for option in options(kind):
         low, high = -math.inf, math.inf
@@ -221,18 +226,19 @@ def checked(value, kind, key, where):
 
 
 def check_values(config, where):
-    """Raise `UserError` where a setting is none that its key takes; `where` it came from."""
+    """Check every setting against the type of its key. Raises `UserError`, which names `where` the
+    settings come from."""
     for key, kind in key_types(type(config)).items():
         checked(getattr(config, key), kind, key, where)
 
 
 def parsed(text, kind):
-    """The value that `text` from the command line stands for; text stays text for a str key."""
+    """Parse `text` from the command line as a Python literal, except for a str key."""
     if kind is str:
         return text
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes: the text is a value, not a program
+            warnings.simplefilter("ignore")  # about invalid escapes in the text
             return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
@@ -244,7 +250,7 @@ def options(kind):
 
 
 def choices(kind):
-    """The words that the type `kind` admits: those of its Literals, True and False of a bool."""
+    """The words that the type `kind` allows: those of a Literal, True and False of a bool."""
     words = []
     for option in options(kind):
         words += ["True", "False"] if option is bool else []
@@ -253,7 +259,7 @@ def choices(kind):
 
 
 def describe(kind):
-    """The type `kind` in words, for messages."""
+    """The legal values of the type `kind` in words, for error messages."""
     words = choices(kind)
     for option in options(kind):
         low, high = -math.inf, math.inf
@@ -269,8 +275,8 @@ def describe(kind):
 
 
 def help_text(Config):
-    """Every key of `Config` with its default, its trailing comment and its legal values, grouped
-    under the headings of the class, below the script's docstring."""
+    """The script's docstring, then every key of `Config` with its default, trailing comment and
+    legal values, under the headings of the class."""
     lines = [inspect.getdoc(inspect.getmodule(Config)) or "", ""]
     lines += ["Settings, as --key=value or as `key = value` in a config file:"]
     types, defaults = key_types(Config), as_dict(Config())
@@ -283,21 +289,21 @@ def help_text(Config):
         run_keys = [key for key in types if key not in start_keys]
         lines += [
             "",
-            "Keys of a start, which --init_from=resume does not take from the checkpoint:",
+            "Keys that --init_from=resume does not take from the checkpoint:",
         ]
-        lines += ["", *wrapped(start_keys), ""]
-        lines += ["Keys of the run, which it does take from there unless they are given again:"]
-        lines += ["", *wrapped(run_keys)]
+        lines += ["", *indent(start_keys), ""]
+        lines += ["Keys that it does take from there, unless they are given again:"]
+        lines += ["", *indent(run_keys)]
     return "\n".join(lines)
 
 
-def wrapped(keys):
-    """The names in `keys` as indented lines."""
+def indent(keys):
+    """`keys` as indented lines of at most 96 characters."""
     return textwrap.wrap(" ".join(keys), 96, initial_indent="  ", subsequent_indent="  ")
 
 
 def legal_values(kind):
-    """The values of the type `kind` in short, for the help: "int >= 1", "adamw|muon"."""
+    """The legal values of the type `kind` for --help, such as "int >= 1" or "adamw|muon"."""
     words = choices(kind)
     for option in options(kind):
         low, high = -math.inf, math.inf
@@ -310,9 +316,9 @@ def legal_values(kind):
 
 
 def help_groups(Config):
-    """{heading: {key: its trailing comment}} of the fields of `Config` and of the classes it
-    inherits from. A heading is a comment of at most two words on a line of its own; inherited
-    fields without one go under "model"."""
+    """{heading: {key: trailing comment}} of the fields of `Config` and its base classes. A heading
+    is a comment of one or two words on its own line; inherited fields without a heading are listed
+    under "model"."""
     groups, seen = {}, {"given"}
     for kind in filter(is_dataclass, Config.__mro__):
         heading = "" if kind is Config else "model"
@@ -326,12 +332,12 @@ def help_groups(Config):
 
 
 def help_lines(Config):
-    """{key: its trailing comment} of all keys of `Config`."""
+    """{key: trailing comment} of all keys of `Config`."""
     return {key: line for group in help_groups(Config).values() for key, line in group.items()}
 
 
 def keys_of_all_scripts():
-    """The keys of every script beside this file, read from their source without running it."""
+    """The keys of every script in this folder, parsed from the source without importing it."""
     keys = set()
     for script in Path(__file__).parent.glob("*.py"):
         for node in ast.parse(script.read_text(encoding="utf-8")).body:
@@ -341,8 +347,7 @@ def keys_of_all_scripts():
 
 
 def assigned_names(source):
-    """Names that the file itself assigns, so that `x = x` counts as given; what a function, a
-    class or a comprehension assigns is its own."""
+    """Names that the source assigns at module level. With them `x = x` counts as given."""
     scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     scopes += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     names, nodes = set(), [ast.parse(source)]
@@ -355,5 +360,5 @@ def assigned_names(source):
 
 
 def as_dict(config):
-    """The settings as a plain dict, for a checkpoint or a logger."""
+    """The settings as a plain dict, without `given`."""
     return {key: getattr(config, key) for key in key_types(type(config))}

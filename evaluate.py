@@ -1,4 +1,4 @@
-"""How good a checkpoint is: exact loss over a whole split, or its share of right answers.
+"""Evaluate a checkpoint: exact loss over a whole split, or accuracy on a task.
 
     $ python evaluate.py --out_dir=out-shakespeare-char
     $ python evaluate.py --out_dir=out-shakespeare-char --stride=32
@@ -7,11 +7,10 @@
     $ python evaluate.py --init_from=gpt2 --task=hellaswag --file=hellaswag_val.jsonl
     $ python evaluate.py --init_from=gpt2 --task=lambada --file=lambada_test.jsonl --json
 
-`train.py` estimates the loss from some windows; this reads every token once. What a model reads
-is the split in windows of block_size, end-of-text tokens and all, or, where it was trained with
-rows=documents or on characters or words with an end-of-text, one document after another, each
-from its start. Standard output is the result
-alone; `loss` and the tasks in brisk/evaluation/tasks.py say what its figures are.
+`train.py` estimates the loss from some windows; this script reads every token once. The text is
+read in windows of block_size, end-of-text tokens included. A model trained with rows=documents, or
+on characters or words with an end-of-text, reads one document after another, each from its start.
+Standard output has the result alone. `loss` and brisk/evaluation/tasks.py define its figures.
 """
 
 import json
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from brisk.data.dataset import load_tokenizer, read_meta
 from brisk.data.loader import SCAN, TokenFile, find_data_dir
+from brisk.data.saved_tokenizer import same_tokenizer
 from brisk.data.tokenizer import knows_documents
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
@@ -41,20 +41,26 @@ TASKS_OF_ITEMS = {"hellaswag": hellaswag, "lambada": lambada}  # which come in a
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
-    out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
-    task: Literal["loss", "addition", "hellaswag", "lambada"] = "loss"  # or what share is right
-    file: str = ""  # items of task=hellaswag (ctx, endings, label) or lambada (text): JSON lines
-    dataset: str = ""  # evaluate on data/<dataset>; what the checkpoint was trained on if empty
+    # model
+    init_from: str = "resume"  # resume, gpt2*, a checkpoint, or a Hugging Face folder
+    out_dir: str = "out"  # folder of the run with init_from=resume; ckpt.pt is read, else last.pt
+    # task
+    task: Literal["loss", "addition", "hellaswag", "lambada"] = "loss"  # what to measure
+    file: str = ""  # items of hellaswag (ctx, endings, label) or lambada (text), as JSON lines
+    # data
+    dataset: str = ""  # evaluate on data/<dataset>; empty: the data set of the training
     data_dir: str = ""  # folder of the token files, instead of data/<dataset>
-    split: Literal["val", "train"] = "val"  # which of its two files
-    rows: Literal["auto", "windows", "documents"] = "auto"  # auto: what it knows
-    stride: NonNegativeInt = 0  # windows start every so many tokens; 0 is block_size: no overlap
+    split: Literal["val", "train"] = "val"  # val.bin or train.bin
+    rows: Literal["auto", "windows", "documents"] = "auto"  # auto: as the model was trained
+    # loss
+    stride: NonNegativeInt = 0  # tokens from one window to the next; 0: block_size, no overlap
     all_positions: bool = False  # score overlaps in each window, as training does, not just once
-    batch_size: PositiveInt = 16  # windows at a time, or as many shorter rows as take their room
+    # output
     json: bool = False  # print one JSON object instead of text
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
+    # system
+    batch_size: PositiveInt = 16  # windows in a batch, or as many shorter rows as fit there
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
 
 
 def main(config):
@@ -106,7 +112,7 @@ def open_split(config, trained_with, model, tokenizer, rows):
         raise UserError("on what text? name a data set that is prepared: --dataset=NAME")
     data_dir = find_data_dir(data_dir, dataset)
     theirs = load_tokenizer(data_dir)
-    if theirs and theirs.to_dict() != tokenizer.to_dict():
+    if theirs and not same_tokenizer(theirs, tokenizer):
         raise UserError(f"{data_dir} is tokenized otherwise than what this model was trained on")
     meta = read_meta(data_dir)
     dtype = meta["dtype"] if meta else "uint16"

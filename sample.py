@@ -7,12 +7,11 @@
     $ python sample.py --start="The answer is" --top_next=10
     $ python sample.py --interactive
 
-Standard output is the text alone, a sample begun with its prompt and ended by a line of dashes;
-notices go to standard error. The samples are drawn side by side, those of different prompts too,
-as many as TOKENS_AT_ONCE allows: the first of a batch is shown as its tokens come, the others
-follow whole. A sample's
-text depends on the seed and its number, not on how many are drawn with it; the number counts the
-samples of one prompt, with --interactive those of the session.
+Standard output has the text alone: each sample after its prompt, then a line of dashes. Notices go
+to standard error. Samples are drawn in batches, those of different prompts too, as many at a time
+as TOKENS_AT_ONCE allows. The first of a batch is printed as it is drawn, the others when all are
+finished. A sample depends on the seed and its number, not on the samples drawn with it. The number
+counts the samples of one prompt, or, with --interactive, those of the session.
 """
 
 import sys
@@ -22,13 +21,14 @@ from typing import Annotated, Literal, get_type_hints
 
 import torch
 
-from brisk.data.tokenizer import EOT, knows_documents
-from brisk.device import open_device, resolve_compile
+from brisk.data.tokenizer import EOT, Tokenizer, knows_documents
+from brisk.device import Device, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors, without_controls
 from brisk.generation.repl import converse, open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.text_stream import TextStream
 from brisk.generation.top_tokens import as_table, top_next_tokens
 from brisk.interop.pretrained import read_pretrained
+from brisk.training.compilation import compile_model
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -45,130 +45,203 @@ from model import GPT
 
 TOKENS_AT_ONCE = 32768  # in the windows of a batch: bounds its memory, to 32 times 1024 tokens
 CACHE_BYTES = 4 * 2**30  # of keys and values of a batch, in float32
-TOKENS_A_WORD = 32  # at the most, and rarely: the budget of a sample that max_words ends
+TOKENS_A_WORD = 32  # more than any word has: the budget of a sample that max_words ends
 MOST_TOKENS = 10**7  # of one sample
 DASHES = "---------------"
-# What makes a text what it is: --out records these, and --interactive has commands for them.
+# A text follows from these: --out records them, and --interactive has commands for SHAPING.
 SHAPING = ("temperature", "top_k", "top_p", "max_new_tokens", "max_words", "stop", "seed")
 ORIGIN = ("init_from", "out_dir")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
-    out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
-    start: str = ""  # the prompt, or FILE:prompt.txt; none means a newline (or end of text)
-    prompts: str = ""  # a file of prompts instead, one a line; blank lines are passed over
-    interactive: bool = False  # type prompts and see the text as it comes; /help is there
-    num_samples: PositiveInt = 10  # samples to draw after each prompt; interactive: 1
-    max_new_tokens: Annotated[int, (0, MOST_TOKENS)] = 500  # tokens drawn in each sample
-    max_words: NonNegativeInt = 0  # a sample ends after so many words, never in one; 0: no limit
-    temperature: NonNegativeFloat = 0.8  # below 1 less random, above 1 more, 0 the likeliest token
-    top_k: NonNegativeInt = 200  # draw among the k likeliest tokens; 0 means all
-    top_p: UnitFloat = 1.0  # draw among the fewest tokens that reach this probability; 1 means all
-    exact_window: bool = False  # past block_size see all of it, not half and more; much slower
-    rows: Literal["auto", "windows", "documents"] = "auto"  # text goes on, or ends as documents do
-    stop: str = ""  # a sample ends before this text, which is not shown; <|endoftext|> too
-    seed: Seed = 1337  # the same seed gives the same text
-    top_next: NonNegativeInt = 0  # instead of samples, the n likeliest next tokens
-    out: str = ""  # write prompts and samples to this new file too, one JSON object a line
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
-    compile: bool | Literal["auto"] = False  # compile the blocks: a slow start, then faster
+    # model
+    init_from: str = "resume"  # resume, gpt2*, a checkpoint, or a Hugging Face folder
+    out_dir: str = "out"  # folder of the run with init_from=resume; ckpt.pt is read, else last.pt
+    # prompts
+    start: str = ""  # the prompt, or FILE:prompt.txt; empty: a newline or end-of-text
+    prompts: str = ""  # instead of start: a file of prompts, one a line; blank lines are skipped
+    interactive: bool = False  # type prompts and read the text as it is drawn; see /help there
+    # sampling
+    num_samples: PositiveInt = 10  # samples of each prompt; default with interactive: 1
+    max_new_tokens: Annotated[int, (0, MOST_TOKENS)] = 500  # length of a sample at most
+    max_words: NonNegativeInt = 0  # length in whole words at most; 0: no limit
+    temperature: NonNegativeFloat = 0.8  # divides the logits; 0: the most likely token
+    top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: all
+    top_p: UnitFloat = 1.0  # sample from the fewest tokens with this total probability; 1: all
+    exact_window: bool = False  # past block_size see all of it, not half to all; much slower
+    rows: Literal["auto", "windows", "documents"] = "auto"  # documents: end at an end-of-text
+    stop: str = ""  # end a sample before this text; <|endoftext|> too
+    seed: Seed = 1337  # of the random numbers: the same seed gives the same text
+    # output
+    top_next: NonNegativeInt = 0  # instead of samples: the n most likely next tokens
+    out: str = ""  # also write prompts and samples to this new file, one JSON object a line
+    # system
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
+    compile: bool | Literal["auto"] = False  # torch.compile the blocks: a slow start, then faster
+
     given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 
 
-def main(config):
-    sys.stdout.reconfigure(encoding="utf-8")  # elsewhere than on Windows it is that already
-    prompts, out = before_loading(config)
-    if config.interactive and "num_samples" not in config.given:
-        config = replace(config, num_samples=1)
-    with redirect_stdout(sys.stderr):
-        device = open_device(config.device, config.dtype)
-        start = read_pretrained(config.init_from, config.out_dir)
-        model, tokenizer = GPT.from_checkpoint(start.checkpoint), start.tokenizer
-        model.to(device.device)
-        if resolve_compile(config.compile, device):
-            for block in model.transformer.h:
-                block.compile()
-        print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}")
-    rows = start.settings.get("rows") if config.rows == "auto" else config.rows
-    documents = knows_documents(rows, tokenizer) and config.rows != "windows"
-    if config.rows == "documents" and not documents:
-        raise UserError("rows=documents: this tokenizer has no end of text")
-    unk = tokenizer.unk
-    drawable = {"vocab_size": tokenizer.vocab_size, "suppress": () if unk is None else (unk,)}
-    check_stop(config.stop, tokenizer)
-    for number, text in enumerate(prompts, 1):  # all of them before the first is answered
-        try:
-            encode_prompt(text, tokenizer, documents)
-        except UserError as error:
-            where = f"{config.prompts}, prompt {number}: " if config.prompts else ""
-            raise UserError(f"{where}{error}") from error
+@dataclass(frozen=True)
+class Source:
+    """A model, and how text goes into it and comes out."""
 
-    def answer(config, texts, first=0):
-        """Write what the model says after each of `texts`, in samples numbered from `first`."""
-        samples = []
-        for text in texts:
-            ids, shown = encode_prompt(text, tokenizer, documents)
-            if unknown := ids.tolist().count(unk):
-                print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
-            ids = ids.to(device.device)
-            if config.top_next:
-                top = top_next_tokens(model, ids[None], config.top_next, **drawable)
-                print(as_table(*top, tokenizer), DASHES, sep="\n", flush=True)
-                continue
-            numbers = range(first, first + config.num_samples)
-            samples += [Sample(text, ids, shown, number) for number in numbers]
-        ends_by_id = documents or config.stop == EOT
-        stops = "" if config.stop == EOT else config.stop, [tokenizer.eot] if ends_by_id else []
-        for batch in batches(samples, token_budget(config), model.config):
-            streams = [TextStream(tokenizer, *stops, config.max_words) for _ in batch]
-            drawn = print_samples(model, batch, streams, drawable, config)
-            if out:
-                settings = {key: getattr(config, key) for key in (*SHAPING, *ORIGIN)}
-                for sample, text in zip(batch, drawn, strict=True):
-                    write_sample(out, sample.prompt, sample.number, text, settings)
+    model: GPT
+    tokenizer: Tokenizer
+    device: Device
+    documents: bool  # an end-of-text comes before each prompt, and ends the sample
 
-    def change(config, key, text):
-        """The settings with the value of a key that a person typed."""
-        kind = get_type_hints(SampleConfig, include_extras=True)[key]
-        value = checked(parsed(text, kind), kind, key, "here")
-        if key == "stop":
-            check_stop(value, tokenizer)
-        return with_values(config, {key: value})
+    @property
+    def drawable(self):
+        """Arguments of `generate`: ids that the tokenizer lacks and unknown words are not drawn."""
+        suppress = () if self.tokenizer.unk is None else (self.tokenizer.unk,)
+        return {"vocab_size": self.tokenizer.vocab_size, "suppress": suppress}
 
-    with device.autocast():
-        answer(config, prompts)
-        if config.interactive:
-            about = help_lines(SampleConfig)
-            keys = {key: about[key] for key in (*SHAPING, "num_samples", "top_next")}
-            converse(
-                config,
-                keys,
-                change,
-                lambda config, line, first: answer(config, [read_prompt(line)], first),
-            )
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to be continued."""
+
+    text: str  # as it was given
+    ids: torch.Tensor  # (T,), T at least 1
+    shown: str  # as it is printed
 
 
 @dataclass
 class Sample:
     """One text to be drawn."""
 
-    prompt: str
-    ids: torch.Tensor  # of the prompt, (T,)
-    shown: str  # the prompt as it is printed
-    number: int  # among the samples of the prompt
+    prompt: Prompt
+    number: int  # of the random numbers that it is drawn with
+    drawn: str = ""  # what was drawn of it so far
+    printed: bool = False  # at least in part
+
+
+def main(config):
+    sys.stdout.reconfigure(encoding="utf-8")  # the default everywhere but on Windows
+    texts, out = before_loading(config)
+    if config.interactive and "num_samples" not in config.given:
+        config = replace(config, num_samples=1)
+    with redirect_stdout(sys.stderr):
+        source = load_source(config)
+    check_stop(config.stop, source.tokenizer)
+    prompts = encode_prompts(source, texts, config)  # all of them before the first is answered
+    with source.device.autocast():
+        for prompt in prompts:
+            note_lost_words(source, prompt)
+            if config.top_next:
+                print_top_next(source, prompt, config)
+        if not config.top_next:
+            draw(
+                source,
+                [one for prompt in prompts for one in samples_of(prompt, config)],
+                config,
+                out,
+            )
+        if config.interactive:
+            interact(source, config, out)
+
+
+def before_loading(config):
+    """The texts of the prompts, and the file for samples or None. A mistake in these is reported
+    before the model is loaded."""
+    if (config.start != "") + (config.prompts != "") + config.interactive > 1:
+        raise UserError("start, prompts and interactive exclude each other: give one of them")
+    if config.out and config.top_next and not config.interactive:
+        raise UserError("top_next draws no samples for out: leave one of them out")
+    texts = read_prompts(config.prompts) if config.prompts else [read_prompt(config.start)]
+    out = open_new(config.out) if config.out else None
+    return [] if config.interactive else texts, out
+
+
+def load_source(config):
+    """The `Source` that the settings name, on its device."""
+    device = open_device(config.device, config.dtype)
+    start = read_pretrained(config.init_from, config.out_dir)
+    model, tokenizer = GPT.from_checkpoint(start.checkpoint), start.tokenizer
+    model.to(device.device)
+    print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}")
+    device.cast_linear_weights(model)
+    if resolve_compile(config.compile, device):
+        compile_model(model, 0, print, blocks_only=True)
+    rows = start.settings.get("rows") if config.rows == "auto" else config.rows
+    documents = knows_documents(rows, tokenizer) and config.rows != "windows"
+    if config.rows == "documents" and not documents:
+        raise UserError("rows=documents: this tokenizer has no end of text")
+    return Source(model, tokenizer, device, documents)
+
+
+def check_stop(stop, tokenizer):
+    if stop == EOT and tokenizer.eot is None:
+        raise UserError(f"stop={EOT}: this tokenizer has no end of text; leave stop out")
+
+
+def encode_prompts(source, texts, config):
+    """A `Prompt` for each of `texts`; an error names the file and the number of the prompt."""
+    prompts = []
+    for number, text in enumerate(texts, 1):
+        try:
+            prompts.append(encode_prompt(source, text))
+        except UserError as error:
+            where = f"{config.prompts}, prompt {number}: " if config.prompts else ""
+            raise UserError(f"{where}{error}") from error
+    return prompts
+
+
+def encode_prompt(source, text):
+    """The `Prompt` of a text. A model of documents reads an end-of-text in front of it."""
+    tokenizer = source.tokenizer
+    try:
+        ids = tokenizer.encode(text or "\n", allow_eot=True).tolist()
+    except UserError:
+        if text:
+            raise
+        ids = []  # it knows no newline
+    if source.documents:
+        ids = [tokenizer.eot, *ids] if text else [tokenizer.eot]
+        shown = tokenizer.decode(ids[1:])
+    else:  # a model needs one token to begin: a hidden one where the prompt has none
+        shown, ids = tokenizer.decode(ids), ids or [tokenizer.eot or 0]
+    return Prompt(text, torch.tensor(ids, device=source.device.device), shown)
+
+
+def note_lost_words(source, prompt):
+    if unknown := prompt.ids.tolist().count(source.tokenizer.unk):
+        print(f"note: the model does not know {unknown} of the words", file=sys.stderr)
+    elif prompt.text.strip() and not prompt.shown:
+        lost = "stop words and punctuation, which the model leaves out"
+        print(f"note: the prompt is empty: it has only {lost}", file=sys.stderr)
+
+
+def samples_of(prompt, config, first=0):
+    """The samples to draw after a prompt, numbered from `first`."""
+    return [Sample(prompt, first + i) for i in range(config.num_samples)]
+
+
+def print_top_next(source, prompt, config):
+    top = top_next_tokens(source.model, prompt.ids[None], config.top_next, **source.drawable)
+    print(as_table(*top, source.tokenizer), DASHES, sep="\n", flush=True)
+
+
+def draw(source, samples, config, out):
+    """Draw and print `samples`, in batches; write them to the file `out` too, unless it is None."""
+    settings = {key: getattr(config, key) for key in (*SHAPING, *ORIGIN)}
+    for batch in batches(samples, token_budget(config), source.model.config):
+        print_samples(source, batch, config)
+        for sample in batch if out else ():
+            write_sample(out, sample.prompt.text, sample.number, sample.drawn, settings)
 
 
 def batches(samples, budget, sizes):
-    """`samples` in order, in lists of those to be drawn side by side, `budget` tokens at most
-    each, by a model of `sizes`: as many as have room when all are as long as the longest."""
+    """Lists of consecutive `samples` to draw as one batch, `budget` tokens each, by a model with
+    the config `sizes`: as many as have room if all are as long as the longest."""
     cached = 8 * sizes.n_layer * sizes.kv_heads * sizes.head_dim  # bytes: a key and a value a layer
     room = min(TOKENS_AT_ONCE, CACHE_BYTES // cached)
     batch, longest = [], 0
     for sample in samples:
-        window = min(len(sample.ids) + budget, sizes.block_size)
+        window = min(len(sample.prompt.ids) + budget, sizes.block_size)
         if batch and (len(batch) + 1) * max(longest, window) > room:
             yield batch
             batch, longest = [], 0
@@ -178,60 +251,32 @@ def batches(samples, budget, sizes):
         yield batch
 
 
-def before_loading(config):
-    """The prompts, and the file for samples or None: mistakes in these should cost no waiting."""
-    if (config.start != "") + (config.prompts != "") + config.interactive > 1:
-        raise UserError("start, prompts and interactive exclude each other: give one of them")
-    if config.out and config.top_next and not config.interactive:
-        raise UserError("top_next draws no samples for out: leave one of them out")
-    prompts = read_prompts(config.prompts) if config.prompts else [read_prompt(config.start)]
-    out = open_new(config.out) if config.out else None
-    return [] if config.interactive else prompts, out
-
-
-def encode_prompt(text, tokenizer, documents):
-    """Ids (T,) of the prompt, T at least 1, and the text to show of it. A model of `documents`
-    reads the end of the one before in front of it."""
-    try:
-        ids = tokenizer.encode(text or "\n", allow_eot=True).tolist()
-    except UserError:
-        if text:
-            raise
-        ids = []  # it knows no newline
-    if documents:
-        ids = [tokenizer.eot, *ids] if text else [tokenizer.eot]
-        return torch.tensor(ids), tokenizer.decode(ids[1:])
-    ids = ids or [tokenizer.eot or 0]
-    return torch.tensor(ids), tokenizer.decode(ids)
-
-
-def check_stop(stop, tokenizer):
-    if stop == EOT and tokenizer.eot is None:
-        raise UserError(f"stop={EOT}: this tokenizer has no end of text; leave stop out")
-
-
 def token_budget(config):
-    """The most tokens to draw in a sample; with max_words alone, those end it long before."""
+    """The most tokens to draw in a sample. With max_words alone, the words end it long before."""
     if config.max_words and "max_new_tokens" not in config.given:
         return min(TOKENS_A_WORD * config.max_words, MOST_TOKENS)
     return config.max_new_tokens
 
 
-def print_samples(model, samples, streams, drawable, config):
-    """Draw the `samples` side by side, with a stream for each. Print each after its prompt; return
-    what was drawn of each, as text."""
-    drawn = [""] * len(streams)
+def print_samples(source, samples, config):
+    """Draw `samples` side by side and print each after its prompt, the first as it is drawn."""
+    ends_by_id = source.documents or config.stop == EOT
+    stop_ids = [source.tokenizer.eot] if ends_by_id else []
+    stop_text = "" if config.stop == EOT else config.stop
+    streams = [TextStream(source.tokenizer, stop_text, stop_ids, config.max_words) for _ in samples]
 
     def on_token(step, ids):
         pieces = [stream.feed(i) for stream, i in zip(streams, ids.tolist(), strict=True)]
-        drawn[:] = [text + piece for text, piece in zip(drawn, pieces, strict=True)]
+        for sample, piece in zip(samples, pieces, strict=True):
+            sample.drawn += piece
         show(pieces[0], end="")
-        return all(stream.stopped for stream in streams)
+        return [stream.stopped for stream in streams]
 
-    show(samples[0].shown, end="")
+    show(samples[0].prompt.shown, end="")
+    samples[0].printed = True
     try:
-        model.generate(
-            [sample.ids for sample in samples],
+        source.model.generate(
+            [sample.prompt.ids for sample in samples],
             token_budget(config),
             config.temperature,
             config.top_k,
@@ -240,17 +285,57 @@ def print_samples(model, samples, streams, drawable, config):
             samples=[sample.number for sample in samples],
             on_token=on_token,
             exact_window=config.exact_window,
-            **drawable,
+            **source.drawable,
         )
     except KeyboardInterrupt:
         print(flush=True)  # what comes next begins a line
         raise
     rests = [stream.finish() for stream in streams]
-    drawn = [text + rest for text, rest in zip(drawn, rests, strict=True)]
+    for sample, rest in zip(samples, rests, strict=True):
+        sample.drawn += rest
     show(f"{rests[0]}\n{DASHES}")
-    for sample, text in zip(samples[1:], drawn[1:], strict=True):
-        show(f"{sample.shown}{text}\n{DASHES}")
-    return drawn
+    for sample in samples[1:]:
+        show(f"{sample.prompt.shown}{sample.drawn}\n{DASHES}")
+        sample.printed = True
+
+
+def last_text(samples):
+    """The text of the last of `samples` that was printed, to be continued. Half a character at its
+    end is left out."""
+    printed = [sample for sample in samples if sample.printed]
+    if not printed:
+        raise UserError("there is no text to continue yet; type a prompt")
+    return f"{printed[-1].prompt.shown}{printed[-1].drawn}".removesuffix(
+        "\N{REPLACEMENT CHARACTER}"
+    )
+
+
+def interact(source, config, out):
+    """Answer prompts and commands from standard input until it ends."""
+    about = help_lines(SampleConfig)
+
+    samples = []  # of the newest prompt that has any
+
+    def answer(config, line, first):
+        nonlocal samples
+        text = last_text(samples) if line is None else read_prompt(line)
+        prompt = encode_prompt(source, text)
+        note_lost_words(source, prompt)
+        if config.top_next:
+            print_top_next(source, prompt, config)
+        else:
+            samples = samples_of(prompt, config, first)
+            draw(source, samples, config, out)
+
+    def change(config, key, text):
+        kind = get_type_hints(SampleConfig, include_extras=True)[key]
+        value = checked(parsed(text, kind), kind, key, "here")
+        if key == "stop":
+            check_stop(value, source.tokenizer)
+        return with_values(config, {key: value})
+
+    keys = {key: about[key] for key in (*SHAPING, "num_samples", "top_next")}
+    converse(config, keys, change, answer)
 
 
 def show(text, end="\n"):

@@ -1,4 +1,4 @@
-"""Train a GPT, from scratch or from what is there already.
+"""Train a GPT: from scratch, from a checkpoint, or from pretrained weights.
 
 On one device:           python train.py config/train_shakespeare_char.py
 With keys overridden:    python train.py config/train_shakespeare_char.py --batch_size=32
@@ -6,7 +6,7 @@ On your own text:        python train.py --input=my.txt
 On the GPUs of a node:   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 On two nodes, on each:   torchrun --nnodes=2 --node_rank=<0 or 1> --master_addr=<address of node 0>
                          --master_port=1234 --nproc_per_node=8 train.py config/train_gpt2.py
-What a run would do:     python train.py config/train_gpt2.py --dry_run=True
+The plan of a run:       python train.py config/train_gpt2.py --dry_run=True
 """
 
 import math
@@ -35,6 +35,7 @@ from brisk.generation.preview import draw_samples
 from brisk.reporting.forecast import Forecast
 from brisk.training import own_text
 from brisk.training.budget import fit_to_minutes, seconds_per_step
+from brisk.training.compilation import compile_model
 from brisk.training.inputs import open_data
 from brisk.training.memory import check_fits, peak_memory
 from brisk.training.optim import get_lr, step_if_finite
@@ -137,7 +138,7 @@ SHAPE_KEYS = [field.name for field in fields(GPTConfig) if field.name not in CHA
 
 
 def main(given, stop=None):
-    """One run: what it starts from, what follows from that, and the loop."""
+    """Train one model with the settings `given`, as `configure` returns them."""
     given = own_text.with_out_dir(given)
     with open_run(given, stop) as run:
         start = load_start(given, run.ranks)
@@ -168,14 +169,14 @@ def main(given, stop=None):
 
 
 def initial_state(config, start, data, run):
-    """The model on the CPU, and where in the data the run is."""
+    """The `TrainState` of a start: the model on the CPU, step and position."""
     torch.manual_seed(config.seed)
-    sharded_here = run.ranks.shards and not run.ranks.is_main  # weights come when it is sharded
+    sharded_here = run.ranks.shards and not run.ranks.is_main  # receives its shards later
     dropouts = {"dropout": config.dropout, "ngram_dropout": config.ngram_dropout}
     if start.model_args is None or sharded_here:
         try:
             sizes = GPTConfig.from_settings(config, vocab_size=data.vocab_size)
-        except ValueError as error:  # sizes that do not go together
+        except ValueError as error:  # sizes that do not fit together
             raise UserError(str(error)) from error
         check_fits(sizes)
         model = GPT.uninitialized(sizes)
@@ -186,9 +187,8 @@ def initial_state(config, start, data, run):
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if config.freeze_layers > config.n_layer:
-        raise UserError(f"--freeze_layers={config.freeze_layers}: there are {config.n_layer}")
-    if config.freeze_layers:
-        model.freeze_layers(config.freeze_layers)
+        raise UserError(f"--freeze_layers={config.freeze_layers}: the model has {config.n_layer}")
+    model.freeze_layers(config.freeze_layers)
     state = TrainState(model, step=start.step)
     if start.saved:
         state.position = resumed_position(start.saved, config, data.identity, run.log)
@@ -196,12 +196,13 @@ def initial_state(config, start, data, run):
 
 
 def parallelize(state, config, plan, run):
-    """Activation checkpointing, compilation, DDP or FSDP, and then the optimizer."""
+    """Apply activation checkpointing, compilation and DDP or FSDP; create the optimizer."""
     for block in state.model.transformer.h:
         if config.activation_checkpointing:
             checkpoint_activations(block, config.dropout > 0)
-        if plan.compile:
-            block.compile()  # in place: names of weights stay as they are
+    if plan.compile:
+        blocks_only = run.ranks.shards or config.activation_checkpointing
+        compile_model(state.model, config.batch_size * config.block_size, run.say, blocks_only)
     state.ddp_model = wrap_model(state.model, run.ranks, plan.device, config.cpu_offload)
     muon = (config.muon_learning_rate, config.muon_momentum, run.ranks)
     state.optimizer = state.model.configure_optimizers(
@@ -217,29 +218,28 @@ def parallelize(state, config, plan, run):
 
 
 def fit_length(config, start, run):
-    """The settings with the number of steps that `minutes` allow, by the time of a few steps on a
-    model that is thrown away."""
+    """`config` with the number of steps that fit into `minutes`, measured on a throwaway model."""
     data = open_data(config, start, run)
     state = initial_state(config, start, data, run)
     plan = make_plan(config, start, state, data, run)
     parallelize(state, config, plan, run)
     silent = Forecast(lambda line: None, plan.device, 0, 1, 0, 0)
     step = partial(train_step, config, plan, state, data, run, silent)
-    seconds = seconds_per_step(step, plan.device)
-    return with_values(config, run.ranks.broadcast(fit_to_minutes(config, plan, seconds, run.say)))
+    seconds = seconds_per_step(step, plan.device, run.ranks)
+    return with_values(config, fit_to_minutes(config, plan, seconds, run.say))
 
 
 def train(config, plan, state, data, run):
-    """The training loop: evaluate, save, step, log. Returns how it ended, an `Outcome`."""
+    """The training loop: evaluate, save, step, log. Returns its `Outcome`."""
     device, ranks, log = plan.device, run.ranks, run.log
-    peak_flops = peak_flops_of(run, device)  # that MFU is a share of
+    peak_flops = peak_flops_of(run, device)  # of all ranks together
     forecast = Forecast.of(config, plan, run)
     header = checkpoint_header(config, plan, state, data)
-    clipped = torch.zeros((), device=device.device)  # steps since the last line that were
+    clipped = torch.zeros((), device=device.device)  # clipped steps since the last log line
     t0, steps_timed = time.perf_counter(), 0
 
     def save(is_best, losses=()):
-        """last.pt, and ckpt.pt too where this is the best so far, or always."""
+        """Save last.pt, and ckpt.pt if this is the best model so far, or always."""
         as_best = is_best or config.always_save_checkpoint
         run.saver.save({**state.state_dict(), **header}, as_best, config.keep_last, losses)
 
@@ -249,7 +249,7 @@ def train(config, plan, state, data, run):
         evaluating = due or step == plan.first_step
         stopping = 0 if finished else run.stop_signal()
 
-        # spikes among the steps so far, read where the device is waited for anyway
+        # gradient spikes since the last check, read where the host waits for the device anyway
         if evaluating or stopping or device.type == "cpu" or (step - 1) % config.log_interval == 0:
             answer = state.spikes.respond(run.saver, ranks, log)
             if isinstance(answer, str):
@@ -263,7 +263,7 @@ def train(config, plan, state, data, run):
         if (evaluating or stopping) and (lost := run.lost_folder(step)):
             return Outcome(failure=f"stopped at step {step} without saving: {lost}")
 
-        # a signal to stop, in any of the processes: save, and end together
+        # a signal to stop on any rank: save, and stop on all ranks
         if stopping:
             if step > plan.first_step:
                 save(is_best=False)
@@ -272,12 +272,12 @@ def train(config, plan, state, data, run):
         # once in a while: evaluate, and save
         if evaluating:
             record = evaluate(config, plan, state, data, run, forecast, may_stop=not finished)
-            if record is None:  # a stop cut it short
+            if record is None:  # interrupted by a signal
                 continue
             log.evaluation(step, record)
             losses = (record["train_loss"], record["val_loss"])
-            # An evaluation that only a resume makes changes nothing. One that a stop cut short is
-            # made up for by the resume: its model is saved if it is the best.
+            # The extra evaluation at a resume must not change the run, so it is not counted; but
+            # one that a signal interrupted is repeated at the resume, and then it is.
             is_best = due and losses[1] < state.best_val_loss
             state.best_val_loss = losses[1] if is_best else state.best_val_loss
             state.evals_since_best = 0 if is_best else state.evals_since_best + due
@@ -292,19 +292,20 @@ def train(config, plan, state, data, run):
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         step_loss, grad_norm = train_step(config, plan, state, data, run, forecast)
-        clipped += grad_norm > (config.grad_clip or math.inf)  # on the device, which need not wait
+        clipped += grad_norm > (config.grad_clip or math.inf)  # stays on the device
 
         # once in a while: a line of the loss
         steps_timed += 1
         if step % config.log_interval == 0:
-            loss = step_loss.item()  # waits for the device
+            # one read of the device, which waits for it
+            loss, norm, steps_clipped = torch.stack((step_loss, grad_norm, clipped)).tolist()
             seconds = (time.perf_counter() - t0) / steps_timed
             steps_logged = min(config.log_interval, step - plan.first_step + 1)
             record = {
                 "loss": loss,
                 "lr": lr,
-                "grad_norm": grad_norm.item(),
-                "clipped": clipped.item() / steps_logged,
+                "grad_norm": norm,
+                "clipped": steps_clipped / steps_logged,
                 "step_ms": seconds * 1000,
                 "tokens_per_second": plan.global_batch * config.block_size / seconds,
                 "mfu": state.model.estimate_mfu(plan.global_batch, seconds, peak_flops),
@@ -318,22 +319,22 @@ def train(config, plan, state, data, run):
 
 
 def train_step(config, plan, state, data, run, forecast):
-    """One step on the global batch at `state.position`. Returns its loss and the norm of its
-    gradient before clipping, tensors () on the device, which is not waited for."""
+    """One optimizer step on the global batch at `state.position`. Returns its loss and the norm of
+    its gradient before clipping, tensors () on the device."""
     device, ranks = plan.device, run.ranks
     step_targets = data.train.targets(state.position, plan.global_batch)
     step_loss = torch.zeros((), device=device.device)
     for index, first, count in forecast.timed("micro-batch", plan.micro_batches):
         batch = to_device(data.train.batch(state.position + first, count), device)
         weight = data.train.targets(state.position + first, count) / step_targets
-        torch.manual_seed(hash64(config.seed, state.step, index))  # of dropout: resume is exact
-        # Gradients add up on each rank; in the last micro-batch they are averaged over the ranks.
+        torch.manual_seed(hash64(config.seed, state.step, index))  # dropout: resume is exact
+        # Accumulate gradients locally; average them over the ranks in the last micro-batch only.
         set_grad_sync(state.ddp_model, ranks, sync=index == plan.micro_batches[-1][0])
         with device.autocast():
             _, loss = state.ddp_model(*batch, return_logits=False)
         step_loss += loss.detach() * weight
-        # DDP and FSDP average gradients over the ranks, and `weight` is a share of the global
-        # batch: times world_size the average is the sum.
+        # DDP and FSDP average gradients over the ranks, but `weight` is a fraction of the global
+        # batch: multiplying by world_size turns the average into the sum.
         state.scaler.scale(loss * (weight * ranks.world_size)).backward()
     ranks.all_reduce_sum(step_loss)
 
@@ -341,8 +342,8 @@ def train_step(config, plan, state, data, run, forecast):
     grad_norm = clip_grad_norm(state.model, config.grad_clip or math.inf, ranks, device)
     is_spike = state.spikes.record(state.step, state.position, step_loss, grad_norm)
     if config.on_spike == "skip":
-        # This skips a step whose gradients are not finite, as the scaler's own step would;
-        # `update` below lowers the scale by what `unscale_` found, either way.
+        # Skips non-finite gradients as scaler.step would. scaler.update below lowers the scale by
+        # what unscale_ found, whether or not the step was made.
         step_if_finite(is_spike, state.optimizer)
     else:
         state.scaler.step(state.optimizer)
@@ -354,8 +355,8 @@ def train_step(config, plan, state, data, run, forecast):
 
 
 def evaluate(config, plan, state, data, run, forecast, may_stop):
-    """Losses of both splits, and texts if they are asked for, as `RunLog.evaluation` takes them;
-    None where a signal to stop cut it short, which it may with `may_stop`."""
+    """Losses of both splits and, with `eval_samples`, texts, for `RunLog.evaluation`. None if a
+    signal interrupted it, which only `may_stop` allows."""
     state.model.eval()
     record = {
         f"{split}_loss": estimate_loss(state.model, tokens, config, plan, run, forecast, may_stop)
@@ -375,15 +376,15 @@ def evaluate(config, plan, state, data, run, forecast, may_stop):
 
 @torch.no_grad()
 def estimate_loss(model, tokens, config, plan, run, forecast, may_stop=False):
-    """Mean loss in nats a token over the same `eval_iters` batches of a `TokenFile` every time.
-    With `may_stop`, a signal to stop cuts it short."""
+    """Mean loss in nats per token over `eval_iters` batches of `tokens`, the same ones every time.
+    With `may_stop`, a signal interrupts it."""
     device, ranks = plan.device, run.ranks
-    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    nats, count = torch.zeros(2, dtype=precise, device=device.device).unbind()
+    float64 = torch.float32 if device.type == "mps" else torch.float64  # MPS has none
+    nats, count = torch.zeros(2, dtype=float64, device=device.device).unbind()
     for first in forecast.timed("evaluation", range(0, config.eval_iters, ranks.world_size)):
         if may_stop and run.stop_signal():
             break
-        k = first + ranks.rank  # the last ones may have none left: they run along, uncounted
+        k = first + ranks.rank  # ranks without a batch left compute one that is not counted
         position = k % config.eval_iters * config.batch_size
         batch = to_device(tokens.batch(position, config.batch_size), device)
         targets = tokens.targets(position, config.batch_size) * (k < config.eval_iters)

@@ -58,13 +58,14 @@ from ratios import HEAD, as_lines, check, row, summary
 from sides import (
     DATASET,
     alternate,
+    describe_as_bytes,
     fresh,
     lay_out_text,
     open_sides,
     prepare_command,
     prepared_files,
-    random_model,
     run,
+    save_random_model,
     window_starts,
     work,
     write_random_ids,
@@ -157,8 +158,10 @@ def train_steps(config, sides, size, device, warm_up, steps):
     job |= {"device": str(device.device), "dtype": config.dtype}
     with TemporaryDirectory() as folder:
         job |= {"weights": f"{folder}/weights.pt", "tokens": f"{folder}/train.bin"}
-        torch.save(random_model(size.model_args()).state_dict(), job["weights"])
+        save_random_model(size.model_args(), job["weights"])
         write_random_ids(folder, size.vocab_size)
+        if size.vocab_size == PADDED:
+            describe_as_bytes(folder)
         job["starts"] = window_starts(folder, size.block_size, batch_size, warm_up + steps + 1)
         return alternate(config, sides, lambda side: work(side, job))
 
@@ -196,19 +199,16 @@ def compare_sample(config, sides, name, device):
     model_args = {**size.model_args(), "dropout": 0.0}
     if size.vocab_size == PADDED:
         model_args["vocab_size"] = 50257  # OpenAI's: nanoGPT cannot decode the ids beyond
-    model = random_model(model_args)
-    checkpoint = {"model": model.state_dict(), "model_args": model_args, "iter_num": 0}
-    checkpoint |= {"best_val_loss": 0.0, "config": {"dataset": "random"}}
     for side in sides.values():
         (side.folder / "out").mkdir(exist_ok=True)
-        torch.save(checkpoint, side.folder / "out" / "ckpt.pt")
+        save_random_model(model_args, side.folder / "out" / "ckpt.pt")
         write_random_ids(side.folder / "data" / "random", size.vocab_size)
     argv = [f"--num_samples={samples}", f"--max_new_tokens={tokens}", "--start=A", "--out_dir=out"]
     argv += [f"--device={device.device}"]
     with TemporaryDirectory() as folder:
         job = {"job": "generate", "model_args": model_args, "device": str(device.device)}
         job |= {"samples": samples, "tokens": tokens, "weights": f"{folder}/weights.pt"}
-        torch.save(model.state_dict(), job["weights"])
+        save_random_model(model_args, job["weights"])
 
         def measure(side):
             figures = {"whole": run([side.root / "sample.py", *argv], side)[0]}

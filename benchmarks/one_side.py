@@ -1,21 +1,24 @@
-"""One side of compare_nanogpt.py, in a process of its own.
+"""One side of a comparison with nanoGPT, in a process of its own.
 
     $ python benchmarks/one_side.py < job.json
 
-A job is a JSON object: `job` (a function below that takes one), `root` (the folder whose model.py
-and scripts are meant), `is_brisk` (whether that is this repository) and what the function reads.
-The last line printed is a JSON object of its figures.
+A job is a JSON object on one line: `job` (a function below that takes one), `root` (the folder
+whose model.py and scripts are meant), `is_brisk` (whether that is this repository) and what the
+function reads. Its figures are printed as a JSON object on a line. Where the function has rounds,
+every further line of input asks for the figures of one more.
 
 On nanoGPT's side nothing of this repository is imported: neither the memory it takes nor its
 settings of the allocator (`brisk.device.keep_freed_memory`) are in nanoGPT's figures.
 """
 
 import importlib
+import itertools
 import json
 import runpy
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,14 +30,17 @@ SEED = 1337  # of the order of the windows
 def main(job):
     sys.path.insert(0, job["root"])  # `model` is this side's
     jobs = {"step": step, "generate": generate, "prepare": prepare, "start": start}
-    print("\n" + json.dumps(jobs[job["job"]](job)))
+    for figures in jobs[job["job"]](job):
+        print("\n" + json.dumps(figures), flush=True)
+        if not sys.stdin.readline():
+            break
 
 
 def load_model(job):
     from model import GPT, GPTConfig
 
     model = GPT(GPTConfig(**job["model_args"]))
-    model.load_state_dict(torch.load(job["weights"], mmap=True))
+    model.load_state_dict(torch.load(job["weights"], mmap=True)["model"])
     return model
 
 
@@ -52,74 +58,72 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def seconds_of(work):
+    """Seconds that `work()` takes, by CUDA events where there are any."""
+    synchronize()
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    work()
+    ended.record()
+    synchronize()
+    return began.elapsed_time(ended) / 1000
+
+
 # ------------------------------------------------------------------------------- training steps
 
 
 def step(job):
-    """Seconds of a training step, the mean of `steps` after `warm_up`, the loss of the last one,
-    and the peak of memory. Each side does what its train.py does in a step, but for the
-    evaluations and for writing the numbers down."""
+    """In each round, seconds of a training step, the mean of `steps`, the loss of the last one and
+    the peak of memory; before the first of them come `warm_up` steps. `first_s` is the time from
+    the start of the job to the end of its first step. Each side does what its train.py does in a
+    step, but for the evaluations and for writing the numbers down."""
+    began, numbers, first = time.perf_counter(), itertools.count(), None
     trainer = brisk_trainer if job["is_brisk"] else nanogpt_trainer
-    train_step, precision = trainer(job)
-    for number in range(job["warm_up"]):
-        train_step(number)
-    synchronize()
-    began = time.perf_counter()
-    for number in range(job["steps"]):
-        loss = train_step(job["warm_up"] + number)
-    synchronize()
-    seconds = (time.perf_counter() - began) / job["steps"]
-    figures = {"seconds": seconds, "loss": loss.item(), "precision": precision}
-    return {**figures, "bytes": peak_memory(job)}
+    with trainer(job) as (train_step, precision):
+        for _ in range(job["warm_up"]):
+            train_step(next(numbers))
+            synchronize()
+            first = first or time.perf_counter() - began
+
+        def steps():
+            nonlocal loss
+            for _ in range(job["steps"]):
+                loss = train_step(next(numbers))
+
+        while True:
+            loss = None
+            seconds = seconds_of(steps) / job["steps"]
+            figures = {"seconds": seconds, "loss": loss.item(), "precision": precision}
+            yield {**figures, "first_s": first, **peak_memory(job)}
 
 
+@contextmanager
 def brisk_trainer(job):
-    """(a function that trains step n and returns its loss, the precision), after train.py."""
-    from brisk.data.loader import TokenFile, hash64, to_device
-    from brisk.device import cpu_training_dtype, open_device, resolve_compile
+    """(a function that trains step n and returns its loss, the precision): train.py's step."""
+    from trainer import open_trainer
 
-    device = open_device(job["device"], job["dtype"])
-    model, batch_size = load_model(job), job["batch_size"]
-    sizes = model.config
-    if job["dtype"] == "auto" and device.type == "cpu":
-        device.dtype_name = cpu_training_dtype(batch_size, sizes.block_size, sizes.n_embd)
-    compiling = resolve_compile("auto", device)
-    model.to(device.device)
-    optimizer = model.configure_optimizers(*OPTIMIZER, device.type)
-    scaler = device.scaler()
-    if compiling:
-        for block in model.transformer.h:
-            block.compile()
-    data = TokenFile(job["tokens"], sizes.block_size, sizes.vocab_size, seed=SEED)
-    clipped = torch.zeros((), device=device.device)
+    args, folder = job["model_args"], Path(job["tokens"]).parent
+    keys = {"init_from": job["weights"], "data_dir": folder, "out_dir": folder / "no-run"}
+    keys |= {"block_size": args["block_size"], "dropout": args["dropout"]}
+    keys |= {"batch_size": job["batch_size"], "gradient_accumulation_steps": 1, "seed": SEED}
+    keys |= {"device": job["device"], "dtype": job["dtype"]}
+    with open_trainer([f"--{key}={value}" for key, value in keys.items()]) as trainer:
 
-    def train_step(number):
-        nonlocal clipped
-        for group in optimizer.param_groups:
-            group["lr"] = OPTIMIZER[1]
-        position = number * batch_size
-        step_loss = torch.zeros((), device=device.device)
-        batch = to_device(data.batch(position, batch_size), device)
-        weight = data.targets(position, batch_size) / data.targets(position, batch_size)
-        torch.manual_seed(hash64(SEED, number, 0))
-        with device.autocast():
-            _, loss = model(*batch, return_logits=False)
-        step_loss += loss.detach() * weight
-        scaler.scale(loss * weight).backward()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        clipped += grad_norm > 1.0
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if number % job["log_interval"] == 0:
-            _ = step_loss.item(), grad_norm.item(), clipped.item()
-            clipped.zero_()
-        return step_loss
+        def train_step(number):
+            loss, grad_norm = trainer.step()
+            if number % job["log_interval"] == 0:
+                _ = loss.item(), grad_norm.item()
+                trainer.state.spikes.poll()
+            return loss
 
-    return train_step, device.dtype_name
+        yield train_step, trainer.device.dtype_name
 
 
+@contextmanager
 def nanogpt_trainer(job):
     """The same after nanoGPT's train.py, which draws random windows. Here it draws them too, but
     then takes those that `starts` gives, so that both sides train on the same batches."""
@@ -164,44 +168,49 @@ def nanogpt_trainer(job):
             loss.item()
         return loss.detach()
 
-    return train_step, "bfloat16" if on_cuda else "float32"
+    yield train_step, "bfloat16" if on_cuda else "float32"
 
 
 def peak_memory(job):
-    """Bytes at the peak: of the GPU's memory, or of this process (None where unknown)."""
+    """Bytes at the peak: of the GPU's memory, and reserved there, or of this process (None where
+    unknown)."""
     if "cuda" in job["device"]:
-        return torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.max_memory_reserved()
+        return {"bytes": torch.cuda.max_memory_allocated(), "reserved": reserved}
     try:
         import resource  # not on Windows
     except ImportError:
-        return None
+        return {"bytes": None, "reserved": None}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {"bytes": peak if sys.platform == "darwin" else peak * 1024, "reserved": None}
 
 
 # ------------------------------------------------------------------------------------- sampling
 
 
 def generate(job):
-    """Seconds of `model.generate` for `samples` samples of `tokens` tokens: ours side by side,
-    nanoGPT's one after another. Eight tokens of each sample are drawn before the clock starts."""
+    """In each round, seconds of `model.generate` for `samples` samples of `tokens` tokens,
+    `batch_size` of them side by side (by default ours all, nanoGPT's one). Eight tokens of each
+    are drawn before the clock starts."""
     if job["is_brisk"]:
         from brisk.device import open_device
 
         autocast = open_device(job["device"], "auto").autocast()
-        batch_size, options = job["samples"], {"exact_window": job["exact_window"]}
+        options = {"exact_window": job.get("exact_window", False)}
     else:
-        autocast, batch_size, options = autocast_of_nanogpt(job), 1, {}
+        autocast, options = autocast_of_nanogpt(job), {}
+    batch_size = job.get("batch_size") or (job["samples"] if job["is_brisk"] else 1)
     model = load_model(job).to(job["device"]).eval()
     idx = torch.zeros(batch_size, 1, dtype=torch.long, device=job["device"])
-    with torch.no_grad(), autocast:
-        model.generate(idx, 8, temperature=0.8, top_k=200, **options)
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(job["samples"] // batch_size):
-            model.generate(idx, job["tokens"], temperature=0.8, top_k=200, **options)
-        synchronize()
-    return {"seconds": time.perf_counter() - began}
+
+    def draw(tokens, times=1):
+        with torch.no_grad(), autocast:
+            for _ in range(times):
+                model.generate(idx, tokens, temperature=0.8, top_k=200, **options)
+
+    draw(8)
+    while True:
+        yield {"seconds": seconds_of(lambda: draw(job["tokens"], job["samples"] // batch_size))}
 
 
 # -------------------------------------------------------------------------------- whole scripts
@@ -219,7 +228,7 @@ def prepare(job):
     began = time.perf_counter()
     runpy.run_path(job["script"], run_name="__main__")
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "modules": [name for name in sys.modules if name not in before]}
+    yield {"seconds": seconds, "modules": [name for name in sys.modules if name not in before]}
 
 
 class UntilFirstStep:
@@ -250,8 +259,8 @@ def start(job):
             sys.exit(ended.code or "train.py ended before its first step")
     seconds = time.perf_counter() - began
     sys.stdout = watched.stream
-    return {"seconds": seconds}
+    yield {"seconds": seconds}
 
 
 if __name__ == "__main__":
-    main(json.load(sys.stdin))
+    main(json.loads(sys.stdin.readline()))

@@ -19,8 +19,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from brisk.data.dataset import FORMAT
 from brisk.data.loader import TokenFile
 from brisk.data.text_files import find_file
+from brisk.data.tokenizer import ByteTokenizer
 from brisk.errors import UserError
 from model import GPT, GPTConfig
 
@@ -47,12 +49,18 @@ def open_sides(config, temporary):
     for name in ("model.py", "train.py", "sample.py", f"data/{DATASET}/prepare.py"):
         if not config.peer or not Path(config.peer, name).exists():
             raise UserError(f"--peer={config.peer} is no checkout of nanoGPT: it has no {name}")
-    theirs, ours = temporary / "nanogpt", temporary / "brisk"
+    theirs = temporary / "nanogpt"
     leave_out = shutil.ignore_patterns(".git", "out*", "*.bin", "*.pkl", "*.pt")
     shutil.copytree(config.peer, theirs, ignore=leave_out)
-    shutil.copytree(ROOT / "config", ours / "config")
-    (ours / "data" / DATASET).mkdir(parents=True)
-    return {"brisk": Side("brisk", ROOT, ours), "nanogpt": Side("nanogpt", theirs, theirs)}
+    return {"brisk": open_ours(temporary), "nanogpt": Side("nanogpt", theirs, theirs)}
+
+
+def open_ours(temporary):
+    """Our `Side`, in a folder of its own."""
+    folder = temporary / "brisk"
+    shutil.copytree(ROOT / "config", folder / "config")
+    (folder / "data" / DATASET).mkdir(parents=True)
+    return Side("brisk", ROOT, folder)
 
 
 @contextmanager
@@ -122,9 +130,12 @@ def prepared_files(folder):
     return found | {"meta.pkl": pickle.loads((folder / "meta.pkl").read_bytes())}
 
 
-def random_model(model_args):
+def save_random_model(model_args, path):
+    """A checkpoint of random weights, as nanoGPT writes it."""
     torch.manual_seed(1337)
-    return GPT(GPTConfig(**model_args))
+    checkpoint = {"model": GPT(GPTConfig(**model_args)).state_dict(), "model_args": model_args}
+    checkpoint |= {"iter_num": 0, "best_val_loss": 0.0, "config": {"dataset": "random"}}
+    torch.save(checkpoint, path)
 
 
 def write_random_ids(folder, vocab_size, count=1_000_000):
@@ -139,6 +150,19 @@ def write_random_ids(folder, vocab_size, count=1_000_000):
         itos = dict(enumerate(CHARACTERS))
         meta = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
         (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def describe_as_bytes(folder):
+    """A meta.json beside random ids: train.py would ask the network for GPT-2's vocabulary."""
+    counts = {"bytes": 0, "characters": 0}
+    splits = {
+        name: {**counts, "tokens": Path(folder, f"{name}.bin").stat().st_size // 2}
+        for name in ("train", "val")
+    }
+    tokenizer = ByteTokenizer()
+    meta = {"format": FORMAT, "dtype": "uint16", "vocab_size": tokenizer.vocab_size}
+    meta |= {"source": "random ids", "splits": splits, "tokenizer": tokenizer.to_dict()}
+    Path(folder, "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def window_starts(folder, block_size, batch_size, batches):

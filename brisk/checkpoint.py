@@ -1,12 +1,12 @@
-"""Checkpoints: dicts of tensors and plain values, saved so that a whole one is always there.
+"""The checkpoint file: atomic saves, loads verified by checksum.
 
 A checkpoint is nanoGPT's dict (`model`, `optimizer`, `model_args`, `iter_num`, `best_val_loss`,
-`config`) and, beside those keys, what resuming to the bit and sampling elsewhere need. In a run's
-folder `ckpt.pt` is the best so far (or the latest, with `always_save_checkpoint`) and `last.pt`
-the newest; where both are the same, one is a hard link to the other.
+`config`) with further keys for bit-exact resume and for sampling on another machine. In a run's
+folder `ckpt.pt` is the best checkpoint (or the newest, with `always_save_checkpoint`) and `last.pt`
+the newest; if they are the same, one is a hard link to the other.
 
-`torch.save` writes a zip archive that holds a CRC-32 of every record, but `torch.load` does not
-look at them. Here they are checked after every save and before every load.
+`torch.save` writes a zip archive with a CRC-32 of every record, which `torch.load` does not check.
+Here the checksums are verified after every save and before every load.
 """
 
 import os
@@ -21,7 +21,7 @@ import torch
 
 from brisk.errors import UserError, format_bytes, one_line
 
-PARTS = {  # what loading relies on, where it is there
+ENTRY_TYPES = {  # types of optional entries
     "optimizer": (dict,),
     "config": (dict,),
     "scaler": (dict,),
@@ -34,7 +34,7 @@ PARTS = {  # what loading relies on, where it is there
     "data": (dict,),
     "best_val_loss": (float, torch.Tensor),
 }
-INNER = {  # and what in these dicts
+NESTED_TYPES = {  # types of the required keys inside these entries
     "resolved": {
         "device": (str,),
         "dtype": (str,),
@@ -50,13 +50,14 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 
 
 def save_checkpoint(checkpoint, path, also=()):
-    """Write `checkpoint` (a dict) to `path`; whatever happens, `path` is the old file or the new.
+    """Write the dict `checkpoint` to `path` atomically: after a crash, `path` is the old file or
+    the new one. Creates the folder if necessary.
 
-    Its folder is made if it is not there. `also` are further names of the new file, made in this
-    order and before `path`: a process killed between two of them loses none if those that a run
-    may be resumed from come last, since it goes on from whichever is further.
+    `also` lists further names to link to the new file, in this order, before `path`. Put names that
+    a run can resume from last: a resume takes the one with the highest step, so a process killed
+    between two links loses nothing.
 
-    Raises `UserError` where it cannot be written; the old file is then untouched.
+    Raises `UserError` if the file cannot be written; the old file is then unchanged.
     """
     path = Path(path)
     writing = path.with_name(f"{path.name}.writing")
@@ -75,13 +76,11 @@ def save_checkpoint(checkpoint, path, also=()):
         with suppress(OSError):
             writing.unlink(missing_ok=True)
         reason = f"{reason_of(error)} ({room_for(checkpoint, path.parent)})"
-        raise UserError(
-            f"could not save {path}: {reason}; what was there before is kept"
-        ) from error
+        raise UserError(f"could not save {path}: {reason}; the old file is unchanged") from error
 
 
 def reason_of(error):
-    """Why a write failed: torch hides the system's reason in an error of its own."""
+    """Why a write failed: PyTorch hides the operating system's error in its own."""
     cause = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
@@ -89,7 +88,7 @@ def reason_of(error):
 
 
 def room_for(checkpoint, folder):
-    """The bytes that `checkpoint` takes beside an older one, and those that are free, in words."""
+    """The size of `checkpoint` and the free space in `folder`, in words."""
     needed = f"it needs about {format_bytes(sum(storages(checkpoint).values()))}"
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -100,7 +99,7 @@ def room_for(checkpoint, folder):
 
 
 def storages(value):
-    """{address: bytes} of the memory behind the tensors of a dict of dicts."""
+    """{address: bytes} of the storages of all tensors in nested dicts."""
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}
@@ -109,7 +108,7 @@ def storages(value):
 
 
 def link_checkpoint(path, name):
-    """Make `name` another name of the checkpoint at `path`, a copy where links are not possible."""
+    """Hard-link `name` to the checkpoint at `path`; copy where links are not supported."""
     path, name = Path(path), Path(name)
     writing = name.with_name(f"{name.name}.writing")
     writing.unlink(missing_ok=True)
@@ -126,12 +125,12 @@ def link_checkpoint(path, name):
 
 
 def load_checkpoint(path):
-    """The checkpoint at `path` with its tensors on the CPU and its weight names made clean.
+    """Load the checkpoint at `path`, with its tensors on the CPU.
 
-    nanoGPT's files are read too: `_orig_mod.` (compiled) and the mask buffers of old versions are
-    dropped, and a tied weight is there under both its names.
+    nanoGPT's files load too: the prefix `_orig_mod.` of compiled models and the mask buffers of old
+    versions are removed, and a tied weight is present under both of its names.
 
-    Raises `UserError` for a file that is missing, damaged or no checkpoint.
+    Raises `UserError` for a file that is missing, damaged or not a checkpoint.
     """
     verify(path)
     checkpoint = read(path)
@@ -140,61 +139,62 @@ def load_checkpoint(path):
     if checkpoint["model_args"].get("tied", True):
         tied = state.get("lm_head.weight", state.get("transformer.wte.weight"))
         state["lm_head.weight"] = state["transformer.wte.weight"] = tied
-    if odd := [name for name, weight in state.items() if not is_weight(weight)]:
-        raise UserError(f"{path} cannot be loaded: {odd[0]} is no weight")
+    if invalid := [name for name, weight in state.items() if not is_weight(weight)]:
+        raise UserError(f"{path} cannot be loaded: {invalid[0]} is not a weight")
     checkpoint["model"] = state
     return checkpoint
 
 
 def read(path, mmap=False):
-    """The dict in the file at `path`, its keys checked; with `mmap` no tensor is read yet."""
+    """Load the dict at `path` and check its keys. With `mmap`, tensors are not read yet."""
     try:
         checkpoint = load_tensors(path, mmap)
-    except Exception as error:  # a damaged pickle can raise any error there is
+    except Exception as error:  # a damaged pickle can raise any exception
         reason = "it holds something other than tensors and plain values, or is damaged"
         raise UserError(f"{path} cannot be loaded: {reason}") from error
     parts = [checkpoint.get(key) for key in ("model", "model_args")] if is_dict(checkpoint) else []
     if not parts or not all(map(is_dict, parts)):
         raise UserError(f"{path} is not a checkpoint of briskGPT or nanoGPT: no model in it")
     if missing := [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]:
-        raise UserError(f"{path} is not a GPT checkpoint: it does not state {', '.join(missing)}")
-    if odd := invalid_entries(checkpoint):
-        raise UserError(f"{path} cannot be loaded: {', '.join(odd)} in it cannot be right")
+        raise UserError(f"{path} is not a GPT checkpoint: no {', '.join(missing)} in model_args")
+    if invalid := invalid_entries(checkpoint):
+        raise UserError(f"{path} cannot be loaded: invalid {', '.join(invalid)}")
     return checkpoint
 
 
 def load_tensors(path, mmap=False):
-    """What `torch.save` wrote to `path`, if it is tensors and plain values: no code in it runs."""
+    """`torch.load` restricted to tensors and plain values, so that no code in the file runs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd pickles: what comes of them is told in one line
+        warnings.simplefilter("ignore")  # about unusual pickles, which end in an error of ours
         try:
             str(path).encode()
-        except UnicodeEncodeError:  # PyTorch opens no path that is not UTF-8
+        except UnicodeEncodeError:  # PyTorch cannot open a path that is not valid UTF-8
             with open(path, "rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def invalid_entries(checkpoint):
-    """Names of what is not of the kind, or in the bounds, that loading relies on."""
-    odd = [key for key in PARTS if not isinstance(checkpoint.get(key, PARTS[key][0]()), PARTS[key])]
-    if odd:
-        return odd
+    """Names of the entries of the wrong type, or out of bounds, among those that loading uses."""
+    types = ENTRY_TYPES
+    bad = [key for key in types if not isinstance(checkpoint.get(key, types[key][0]()), types[key])]
+    if bad:
+        return bad
     config, sizes = checkpoint.get("config", {}), checkpoint["model_args"]
     counts = {key: checkpoint.get(key, 0) for key in ("iter_num", "position", "evals_since_best")}
     best = torch.as_tensor(checkpoint.get("best_val_loss", 0.0))
-    odd = [key for key, number in counts.items() if not 0 <= number < 2**63]
-    odd += [key for key in SIZES if not isinstance(sizes[key], int)]
-    odd += [name for name, kinds in INNER.items() if not holds(checkpoint.get(name), kinds)]
-    odd += ["given"] * any(not isinstance(key, str) for key in checkpoint.get("given", ()))
-    odd += [key for key in ("dataset", "data_dir") if not isinstance(config.get(key, ""), str)]
-    odd += [repr(name) for name in (*checkpoint["model"], *config) if not isinstance(name, str)]
-    return odd + ["best_val_loss"] * (best.numel() != 1 or best.is_meta)
+    bad = [key for key, number in counts.items() if not 0 <= number < 2**63]
+    bad += [key for key in SIZES if not isinstance(sizes[key], int)]
+    bad += [key for key, kinds in NESTED_TYPES.items() if not has_types(checkpoint.get(key), kinds)]
+    bad += ["given"] * any(not isinstance(key, str) for key in checkpoint.get("given", ()))
+    bad += [key for key in ("dataset", "data_dir") if not isinstance(config.get(key, ""), str)]
+    bad += [repr(name) for name in (*checkpoint["model"], *config) if not isinstance(name, str)]
+    return bad + ["best_val_loss"] * (best.numel() != 1 or best.is_meta)
 
 
-def holds(values, kinds):
-    """Whether a dict, if it is there, has an entry for each key of `kinds`, of one of its types;
-    whole numbers are such as can be counted with, and lists hold plain values."""
+def has_types(values, kinds):
+    """Whether the dict `values`, or None, has every key of `kinds` with one of its types. Integers
+    must fit in int64, and lists must hold plain values."""
     if values is None:
         return True
     numbers = [value for value in values.values() if type(value) is int]
@@ -211,8 +211,8 @@ def is_dict(value):
 
 
 def is_weight(value):
-    """Whether it is a tensor of numbers that are all in the file: no view that repeats a few of
-    them without end, none without any (PyTorch's meta tensors)."""
+    """Whether `value` is a floating-point tensor with all of its data in the file. Expanded views
+    and meta tensors are not: they claim sizes without data."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return False
     if value.layout is not torch.strided or value.is_meta:
@@ -221,18 +221,18 @@ def is_weight(value):
 
 
 def verify(path):
-    """Raise `UserError` unless the file at `path` is whole, by the checksum of every record."""
+    """Verify the checksum of every record in the file at `path`. Raises `UserError`."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(f.file_size for f in archive.infolist()) > os.path.getsize(path):
-                raise zipfile.BadZipFile("its records are more than itself")  # overlap, or unpack
-            # torch leaves both fields 0; set, they change how its reader takes a record
-            odd = [f.filename for f in archive.infolist() if f.flag_bits & 1 or f.external_attr]
-            damaged = odd[0] if odd else archive.testzip()
+                raise zipfile.BadZipFile("its records are larger than the file")  # overlapping
+            # torch.save leaves both fields 0; otherwise its reader treats a record differently
+            bad = [f.filename for f in archive.infolist() if f.flag_bits & 1 or f.external_attr]
+            damaged = bad[0] if bad else archive.testzip()
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} is damaged, or no checkpoint at all: {error}") from error
+        raise UserError(f"{path} is damaged or not a checkpoint: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if damaged:
@@ -248,15 +248,15 @@ def best_checkpoint(out_dir):
 
 
 def latest_checkpoint(out_dir):
-    """Path of the checkpoint to resume from: of `last.pt` and `ckpt.pt` whichever is further.
+    """Path of the checkpoint to resume from: `last.pt` or `ckpt.pt`, whichever has the higher step.
 
-    A damaged one is passed over with a notice, as long as the other is whole.
+    A damaged one is skipped with a note if the other is intact. Raises `UserError` if none is.
     """
-    best_checkpoint(out_dir)  # or its error
+    best_checkpoint(out_dir)  # raises if there is none
     found, errors = [], []
     for name in ("last.pt", "ckpt.pt"):
         path = Path(out_dir, name)
-        linked = found and path.exists() and path.samefile(found[0][1])  # one file, read once
+        linked = found and path.exists() and path.samefile(found[0][1])  # verify it only once
         if path.exists() and not linked:
             try:
                 verify(path)
@@ -271,15 +271,15 @@ def latest_checkpoint(out_dir):
 
 
 def remove_partial(out_dir):
-    """Remove what a killed process was writing: it may be large, and nobody will read it."""
+    """Remove the partial files of a process that was killed while it saved."""
     for path in Path(out_dir).glob("*.pt.writing"):
         path.unlink(missing_ok=True)
 
 
 def archive_previous_run(out_dir, names):
-    """Move an earlier run's files out of the way, to `earlier/` (or `earlier-2/`, …) in `out_dir`.
+    """Move the files of an earlier run to `earlier/` (or `earlier-2/`, …) in `out_dir`.
 
-    `names` may be patterns. Returns the folder they went to, None where there was nothing to move.
+    `names` may be glob patterns. Returns the new folder, or None if there was nothing to move.
     """
     files = [path for name in names for path in sorted(Path(out_dir).glob(name))]
     if not files:
@@ -295,7 +295,7 @@ def archive_previous_run(out_dir, names):
 
 
 def sync_directory(folder):
-    """Make a rename in `folder` durable, where the system lets a directory be flushed."""
+    """Make a rename in `folder` durable. On POSIX only: Windows cannot fsync a directory."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,16 +1,19 @@
 """Device, precision and compiling, decided once for all scripts.
 
-`auto` means CUDA, then MPS, then the CPU; bfloat16 on a GPU that has it, else float16 with a
-gradient scaler; float32 on a CPU, except that training has a rule (`cpu_training_dtype`).
+`auto` means CUDA, then MPS, then the CPU; bfloat16 on a CUDA GPU that has it, else float16 with a
+gradient scaler; float32 on MPS and on a CPU, except that training on a CPU has a rule
+(`cpu_training_dtype`).
 """
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -20,21 +23,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 BFLOAT16_UNITS = ("amx_tile", "avx512_bf16")  # of a CPU, as PyTorch calls them
 
-# Dense 16-bit peak in FLOP/s by the vendors' datasheets, by a part of the device's name.
+# Dense 16-bit peak in FLOP/s by the vendors' datasheets, by the device's name without NOT_A_MODEL.
 DATASHEET_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
-    "H100 PCIe": 756e12,
+    "H100 PCIE": 756e12,
     "H100": 989e12,
     "A100": 312e12,
+    "A100 PCIE": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
     "A10": 125e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "V100": 125e12,
+    "V100 PCIE": 112e12,
     "T4": 65e12,
 }
+NOT_A_MODEL = r"NVIDIA|TESLA|GEFORCE|SXM\d?|HBM3E?|\d+GB"  # of its name: same arithmetic with any
 
 
 @dataclass
@@ -58,6 +64,15 @@ class Device:
             return nullcontext()
         return torch.autocast(self.type, dtype=self.dtype)
 
+    def cast_linear_weights(self, model):
+        """Cast the weights of `model`'s linear layers to `dtype`, for inference: autocast casts
+        them at every call. The results are the same. A tied head becomes a copy."""
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and self.dtype_name != "float32":
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    cast = torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
+                    setattr(module, name, cast)
+
     def scaler(self):
         """A gradient scaler, at work for float16 only (Micikevicius et al. 2018, section 3.2)."""
         return torch.amp.GradScaler(self.type, enabled=self.dtype_name == "float16")
@@ -70,11 +85,13 @@ class Device:
     def peak_flops(self):
         """(FLOP/s, where the figure comes from): the datasheet's, or else what was measured."""
         if self.type == "cuda" and self.dtype_name != "float32":
-            name = torch.cuda.get_device_name(self.device)
-            for part, flops in DATASHEET_PEAKS.items():
-                if part in name:
-                    return flops, f"the datasheet's peak of {part}"
-        return matmul_flops(self), f"the measured ceiling of a {self.dtype_name} matrix product"
+            model = model_of(torch.cuda.get_device_name(self.device))
+            if model in DATASHEET_PEAKS:
+                return DATASHEET_PEAKS[model], f"the datasheet's peak of {model}"
+        emulated = (self.type, self.dtype_name) == ("cpu", "float16")  # its product is no ceiling
+        fastest = Device(self.device, "float32") if emulated else self
+        name = fastest.dtype_name
+        return matmul_flops(fastest), f"the measured ceiling of a {name} matrix product"
 
     def __str__(self):
         if self.type == "cuda":
@@ -84,6 +101,13 @@ class Device:
         else:
             name = str(self.device)
         return f"{name}, {self.dtype_name}"
+
+
+def model_of(name):
+    """The model in a GPU's name as its driver gives it. It is all of the rest, so that relatives
+    (A10G, RTX 4090 Laptop GPU, one part of an A100 shared by MIG) are not taken for it."""
+    words = re.split(r"[\s-]+", name.upper())
+    return " ".join(word for word in words if not re.fullmatch(NOT_A_MODEL, word))
 
 
 def open_device(device="auto", dtype="auto", local_rank=None):
@@ -109,9 +133,9 @@ def open_device(device="auto", dtype="auto", local_rank=None):
     elif chosen.type == "cpu":
         keep_freed_memory()
     if dtype == "auto":
-        dtype = "float32" if chosen.type == "cpu" else "bfloat16"
-        if chosen.type != "cpu" and not has_bfloat16(chosen):
-            dtype = "float16"
+        dtype = "float32"
+        if chosen.type not in ("cpu", "mps"):
+            dtype = "bfloat16" if has_bfloat16(chosen) else "float16"
     return Device(chosen, dtype)
 
 
@@ -205,7 +229,27 @@ def why_not_compile(device):
             return "Triton needs a GPU of compute capability 7.0 or later"
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         return "there is no C++ compiler (g++)"
+    return compile_failure(str(device.device))
+
+
+@cache
+def compile_failure(device):
+    """Why a small compilation fails on the device of this name, in one line, or None. No C
+    compiler, no Python.h, no Triton that works, a Python that Dynamo does not know yet: each
+    raises something of its own."""
+    try:
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda x: (2 * x.sin()).sum())(x).backward()
+    except Exception as error:  # of any kind: it is reported, and training goes on without
+        return first_line(error)
     return None
+
+
+def first_line(error):
+    """What an error of torch.compile says of its cause, in one line."""
+    cause = getattr(error, "inner_exception", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__
 
 
 def matmul_flops(device, size=None, seconds=0.05):

@@ -8,6 +8,8 @@ eval_interval = 250
 eval_iters = 20
 log_interval = 50
 
+always_save_checkpoint = False  # keep the best model, not the last
+
 dataset = "addition"
 gradient_accumulation_steps = 1
 batch_size = 128

@@ -9,6 +9,8 @@ eval_interval = 200
 eval_iters = 20
 log_interval = 50
 
+always_save_checkpoint = False  # keep the best model, not the last
+
 dataset = "python_source"
 gradient_accumulation_steps = 1
 batch_size = 16

@@ -7,6 +7,8 @@ eval_interval = 250
 eval_iters = 8
 log_interval = 50
 
+always_save_checkpoint = False  # keep the best model, not the last
+
 dataset = "reviews"
 gradient_accumulation_steps = 1
 batch_size = 24

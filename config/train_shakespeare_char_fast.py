@@ -7,6 +7,8 @@ eval_interval = 200
 eval_iters = 10
 log_interval = 50
 
+always_save_checkpoint = False  # keep the best model, not the last
+
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
 batch_size = 12  # 3072 tokens in a step: the tables and Muon cost the same for any number

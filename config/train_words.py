@@ -4,12 +4,14 @@
 # python sample.py --out_dir=out-words --start="text clustering" --top_next=10
 
 # 50 kB are learned by heart: the perplexity of the training text goes below 1.6, that of the text
-# held out up to thousands. --always_save_checkpoint=False keeps the model that does best there.
+# held out up to thousands. --always_save_checkpoint=True keeps the model that knows it by heart.
 
 out_dir = "out-words"
 eval_interval = 500
 eval_iters = 20
 log_interval = 100
+
+always_save_checkpoint = False  # keep the best model, not the last
 
 dataset = "words"
 gradient_accumulation_steps = 1

@@ -31,6 +31,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job; ch
 # For models this small more threads are slower, much so side by side; here and in child processes.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's products are exact again
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
@@ -40,6 +41,7 @@ from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line ab
 from brisk.data.bpe import gpt2  # noqa: E402
 from brisk.data.dataset import load_tokenizer, read_meta, write_dataset  # noqa: E402
 from brisk.data.tokenizer import CharTokenizer  # noqa: E402
+from brisk.device import open_device  # noqa: E402
 from brisk.errors import UserError, one_line_errors  # noqa: E402
 from brisk.training.signals import StopRequest  # noqa: E402
 from configurator import configure  # noqa: E402
@@ -152,6 +154,26 @@ def shared_memory():
         pytest.skip(f"needs memory shared by processes, such as /dev/shm: {error}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items):
+    """`-m device` are the tests that take a `device`, to be run on a GPU too."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", ())
+        if "device" in getattr(item, "fixturenames", ()) and "device" not in parameters:
+            item.add_marker("device")
+
+
+@pytest.fixture
+def device():
+    """The device of the numeric tests: a CPU, or what BRISK_TEST_DEVICE names. In float32, and no
+    products in TF32."""
+    precision = torch.get_float32_matmul_precision()
+    opened = open_device(os.environ.get("BRISK_TEST_DEVICE", "cpu"), "float32")
+    torch.set_float32_matmul_precision("highest")
+    yield opened
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture(scope="session")
 def gpt2_tokenizer():
     try:
@@ -215,7 +237,7 @@ def train_until(settings, monkeypatch):
 
     def run(out_dir, stop, given=None, **changes):
         argv = given or settings(out_dir, **changes)
-        request, get_lr = StopRequest(speaks=False), train.get_lr
+        request, get_lr = StopRequest(prints=False), train.get_lr
 
         def count(step, *rest):
             if step == stop - 1:

@@ -1,5 +1,6 @@
 """The comparisons run, and their judges judge."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -8,9 +9,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from brisk.data.dataset import write_dataset
@@ -245,3 +248,164 @@ def test_decode_step_is_timed(capsys, monkeypatch):
     assert [line.split()[:2] for line in lines[2:]] == [["tiny", "1"], ["tiny", "3"]]
     with pytest.raises(UserError, match="models=tony is none of tiny"):
         script.main(configure(script.DecodeRatioConfig, ["--models=tony"]))
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def gpu():
+    return load("gpu")
+
+
+@pytest.fixture
+def measure(gpu, tmp_path, monkeypatch):
+    """The rows of a section of gpu.py with tiny sizes, measured in this process."""
+    monkeypatch.delenv("NANOGPT", raising=False)
+
+    def run(section, *more):
+        argv = ["--tiny", "--device=cpu", f"--out={tmp_path / 'rows.jsonl'}", f"--run={section}"]
+        gpu.main(configure(gpu.GpuConfig, [*argv, *more]), [])
+        return gpu.read_rows(tmp_path / "rows.jsonl")
+
+    return run
+
+
+GPU_PARTS = {
+    "correct": ["ceilings", "memory"],
+    "gpt2": ["step", "batches", "ddp", "attention", "loss", "kernels", "xl"],
+    "small": ["compiled", "eager"],
+    "decode": ["samples"],
+    "learn": ["shakespeare_char", "gpt2", "modern"],
+}
+
+
+@pytest.mark.parametrize("section", GPU_PARTS)
+def test_a_section_leaves_its_rows(gpu, measure, section):
+    rows = measure(section, f"--parts={','.join(GPU_PARTS[section])}")
+    assert [row for row in rows if "failed" in row] == []
+    assert {row["part"] for row in rows} == set(GPU_PARTS[section])
+    assert all(min(row["values"]) > 0 for row in rows)
+    table = gpu.tables(rows)
+    assert table.startswith(f"## {section}") and all(row["what"] in table for row in rows)
+
+
+def test_every_part_is_tested(gpu):
+    for section in gpu.SECTIONS:
+        parts = importlib.import_module(f"gpu_sections.{section}").PARTS
+        assert set(parts) - {"tests"} == set(GPU_PARTS[section])
+
+
+@pytest.mark.slow
+def test_the_section_of_tests(measure):
+    *_, row = measure("correct", "--parts=tests")
+    assert row["what"] == "tests of numbers that passed" and row["values"][0] > 0
+
+
+def test_both_sides_take_turns(measure, peer):
+    step, *starts = measure("gpt2", "--parts=step", f"--peer={peer}")
+    assert len(step["values"]) == len(step["peer"]) == 1
+    losses = [step["more"][f"loss, {name}"] for name in ("brisk", "nanogpt")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # the same batches
+    assert [row["what"].split(", ")[1] for row in starts] == ["cold cache", "warm cache"]
+
+
+def test_a_part_that_fails_is_a_row(measure, monkeypatch):
+    small = importlib.import_module("gpu_sections.small")
+
+    def fails(job):
+        yield {"what": "first", "unit": "ms", "values": [1.0]}
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(small, "PARTS", {"a": fails, "b": fails})
+    rows = [(row["part"], row.get("failed")) for row in measure("small")]
+    failed = "RuntimeError: CUDA out of memory."
+    assert rows == [("a", None), ("a", failed), ("b", None), ("b", failed)]
+
+
+def test_a_section_stops_at_its_limit(gpu, monkeypatch, tmp_path):
+    monkeypatch.setitem(gpu.SECTIONS, "small", 0.001)
+    argv = ["--tiny", "--device=cpu", f"--out={tmp_path / 'rows.jsonl'}", "--sections=small"]
+    gpu.main(configure(gpu.GpuConfig, argv), argv)
+    machine, stopped = gpu.read_rows(tmp_path / "rows.jsonl")
+    assert "cpu" in machine["machine"] and "PyTorch" in machine["machine"]
+    assert stopped["failed"].startswith("stopped after")
+
+
+def test_the_table_of_rows(gpu, script, tmp_path):
+    rows = [
+        {"section": "", "what": "machine", "machine": "a GPU", "values": [], "unit": ""},
+        {"section": "gpt2", "part": "step", "what": "a step", "unit": "ms",
+         "values": [10.0, 20.0, 40.0], "peer": [20.0, 20.0, 20.0], "more": {"MFU": 0.51234}},
+        {"section": "decode", "part": "x", "what": "a sample", "unit": "tokens/s",
+         "values": [3000.0], "peer": [1000.0]},
+        {"section": "gpt2", "part": "xl", "what": "xl", "failed": "OutOfMemoryError: all"},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = script("benchmarks/gpu.py", f"--table={tmp_path / 'rows.jsonl'}")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0] == "## gpt2" and lines[2] == "a GPU"
+    ratio = "1 (0.5 to 2)"
+    assert f"| a step | 20 (10 to 40) ms | 20 (20 to 20) ms | {ratio} | MFU 0.5123 |" in lines
+    assert "| a sample | 3,000 tokens/s | 1,000 tokens/s | 3 |  |" in lines
+    assert "| xl | failed: OutOfMemoryError: all |  |  |  |" in lines
+
+
+def test_what_gpu_does_not_know_is_one_line(quick_script, tmp_path):
+    for argv, words in [
+        (["--sections=smal"], "there is no smal; did you mean small?"),
+        (["--sections=small", "--parts=eagre"], "there is no eagre; did you mean eager?"),
+        ([f"--table={tmp_path / 'none'}"], "--table="),
+    ]:
+        done = quick_script("benchmarks/gpu.py", *argv, "--device=cpu")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert words in done.stderr
+
+
+def test_clocks_are_nvidia_smis(gpu, monkeypatch, tmp_path):
+    job = importlib.import_module("gpu_sections.job")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert job.clocks() == {}
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '1980, 3201, 412.53'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert job.clocks() == {"SM MHz": 1980, "memory MHz": 3201, "W": 412.53}
+
+
+def test_what_is_only_for_gpus(measure, monkeypatch):
+    """Their branches, on a CPU that is taken for one."""
+    job, fractions = importlib.import_module("gpu_sections.job"), []
+    monkeypatch.setattr(job.Job, "on_gpu", True)
+    monkeypatch.setattr(torch, "compile", lambda form: form)
+    stubs = {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda *_: 10**9,
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=160e9),
+        "set_per_process_memory_fraction": fractions.append,
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    rows = measure("correct", "--parts=ceilings,memory")
+    rows = measure("gpt2", "--parts=loss,attention,xl,step")
+    failed = [row["what"] for row in rows if "failed" in row]
+    assert set(failed) <= {f"attention, {kernel}" for kernel in ("cuDNN", "memory-efficient")}
+    found = {row["what"] for row in rows}
+    assert {"loss, ours, compiled", "memory expected, eager", "attention, flash"} <= found
+    assert {"product of 256x256, float32 as TF32", "memory, 124M, 2x16"} <= found
+    assert fractions == [0.5, 1.0]
+
+
+def test_a_worker_that_fails_ends_the_others(measure, monkeypatch):
+    """What it said last is in the row, and no process is left that holds memory."""
+    gpt2, made = importlib.import_module("gpu_sections.gpt2"), []
+
+    class Worker(gpt2.Worker):
+        def __init__(self, side, job, environment=None):
+            wrong = {**job, "tokens": "nowhere/train.bin"} if made else job
+            super().__init__(side, wrong, environment)
+            made.append(self)
+
+    monkeypatch.setattr(gpt2, "Worker", Worker)
+    (row,) = measure("gpt2", "--parts=ddp")
+    assert "no train.bin" in row["failed"]
+    assert [worker.process.poll() is not None for worker in made] == [True, True]

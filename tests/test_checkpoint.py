@@ -36,7 +36,7 @@ def saved(tmp_path):
 # ----------------------------------------------------------------------------- there and back
 
 
-def test_what_is_saved_is_loaded(saved):
+def test_save_and_load(saved):
     expected = a_checkpoint()
     loaded = load_checkpoint(saved)
     loaded["optimizer"] = {**loaded["optimizer"]}
@@ -44,7 +44,7 @@ def test_what_is_saved_is_loaded(saved):
     assert os.listdir(saved.parent) == ["ckpt.pt"]  # no temporary file stays
 
 
-def test_names_that_nanogpt_left_in_old_files_are_made_clean(tmp_path):
+def test_old_nanogpt_names_are_cleaned(tmp_path):
     checkpoint = a_checkpoint()
     state = dict(checkpoint["model"])
     mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
@@ -58,7 +58,7 @@ def test_names_that_nanogpt_left_in_old_files_are_made_clean(tmp_path):
         assert same(load_checkpoint(tmp_path / "ckpt.pt")["model"], state)
 
 
-def test_biases_of_the_attention_are_no_mask(tmp_path):
+def test_attention_biases_are_kept(tmp_path):
     """`attn.bias` was a mask; `attn.c_attn.bias` is a weight."""
     checkpoint = a_checkpoint()
     assert "transformer.h.0.attn.c_attn.bias" in checkpoint["model"]
@@ -97,7 +97,7 @@ def whole(tmp_path_factory):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_flipped_bit_in_a_record_is_found(whole, data):
+def test_flipped_bit_in_a_record_is_detected(whole, data):
     damaged = whole.with_name("damaged.pt")
     shutil.copyfile(whole, damaged)
     name, start, end = data.draw(st.sampled_from([r for r in records(whole) if r[2] > r[1]]))
@@ -108,7 +108,7 @@ def test_a_flipped_bit_in_a_record_is_found(whole, data):
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_is_found_or_harmless(whole, data):
+def test_flipped_bit_is_detected_or_harmless(whole, data):
     """Between the records there are names, dates and padding, where damage may go unseen as long
     as what is loaded is right. Nothing but a `UserError` comes of it."""
     damaged = whole.with_name("damaged.pt")
@@ -127,7 +127,7 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(whole, data):
 
 @settings(max_examples=40)
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_file_is_found(whole, share):
+def test_truncated_file_is_detected(whole, share):
     damaged = whole.with_name("damaged.pt")
     damaged.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
     with pytest.raises(UserError, match=r"damaged\.pt is damaged"):
@@ -144,7 +144,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_would_run_code_neither_runs_nor_loads(tmp_path):
+def test_pickled_code_does_not_run(tmp_path):
     exploded = tmp_path / "exploded"
     for place in ("config", "tokenizer", "model"):
         torch.save(a_checkpoint() | {place: Bomb(exploded)}, tmp_path / "ckpt.pt")
@@ -179,13 +179,13 @@ def write_zip(path):
     ],
     ids=["text", "empty", "zip", "list", "weights", "llama", "no-args", "tensor"],
 )
-def test_a_foreign_file_is_no_checkpoint(tmp_path, write):
+def test_other_files_are_refused(tmp_path, write):
     write(tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=r"ckpt\.pt"):
         load_checkpoint(tmp_path / "ckpt.pt")
 
 
-def test_no_file(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint .*ckpt\.pt"):
         load_checkpoint(tmp_path / "ckpt.pt")
     for find in (best_checkpoint, latest_checkpoint):
@@ -228,7 +228,7 @@ original_save = torch.save
     ],
     ids=["disk full", "disk broken", "flush fails", "killed", "killed late", "killed last"],
 )
-def test_a_save_that_fails_leaves_the_old_file_whole(saved, monkeypatch, place, happens, error):
+def test_failed_save_keeps_the_old_file(saved, monkeypatch, place, happens, error):
     before = saved.read_bytes()
     if happens is write_half and place == "os.fsync":
         happens = lambda descriptor: write_half(None, open(os.devnull, "wb"))  # noqa: E731
@@ -245,12 +245,12 @@ def test_a_save_that_fails_leaves_the_old_file_whole(saved, monkeypatch, place, 
     assert os.listdir(saved.parent) == ["ckpt.pt"]
 
 
-def test_a_folder_that_is_gone_is_made_again(tmp_path):
+def test_removed_folder_is_created_again(tmp_path):
     save_checkpoint(a_checkpoint(20), tmp_path / "gone" / "out" / "last.pt")
     assert load_checkpoint(tmp_path / "gone" / "out" / "last.pt")["iter_num"] == 20
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_read_only_folder(tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"could not save .*last\.pt: .* are free"):
         save_checkpoint(a_checkpoint(), tmp_path / "out" / "last.pt")
@@ -259,7 +259,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.99])
-def test_a_disk_that_is_full_is_told_with_what_is_needed(saved, share):
+def test_full_disk_error_states_the_sizes(saved, share):
     """The system itself refuses to write on, somewhere in the file."""
     import resource
 
@@ -275,7 +275,7 @@ def test_a_disk_that_is_full_is_told_with_what_is_needed(saved, share):
     assert saved.read_bytes() == before and os.listdir(saved.parent) == ["ckpt.pt"]
 
 
-def test_a_process_killed_between_two_names_has_lost_neither(saved, monkeypatch):
+def test_kill_between_two_links_loses_nothing(saved, monkeypatch):
     """The best has its name first: if `last.pt` alone moved on, a best model would be gone."""
     last = saved.with_name("last.pt")
     link_checkpoint(saved, last)
@@ -296,7 +296,7 @@ def test_a_process_killed_between_two_names_has_lost_neither(saved, monkeypatch)
 # ----------------------------------------------------------------------------- two names
 
 
-def test_the_second_name_costs_no_space(tmp_path):
+def test_second_name_is_a_hard_link(tmp_path):
     last, best = tmp_path / "last.pt", tmp_path / "ckpt.pt"
     save_checkpoint(a_checkpoint(10), last)
     link_checkpoint(last, best)
@@ -308,7 +308,7 @@ def test_the_second_name_costs_no_space(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "last.pt"]
 
 
-def test_where_there_are_no_links_it_is_a_copy(tmp_path, monkeypatch):
+def test_copy_where_links_are_unsupported(tmp_path, monkeypatch):
     def no_link(*_):
         raise OSError(1, "Operation not permitted")
 
@@ -323,20 +323,20 @@ def test_where_there_are_no_links_it_is_a_copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("last, best", [(20, 10), (10, 20)])
-def test_the_further_one_is_resumed_and_the_best_one_is_sampled(tmp_path, last, best):
+def test_latest_resumes_and_best_samples(tmp_path, last, best):
     save_checkpoint(a_checkpoint(last), tmp_path / "last.pt")
     save_checkpoint(a_checkpoint(best), tmp_path / "ckpt.pt")
     assert latest_checkpoint(tmp_path).name == ("last.pt" if last > best else "ckpt.pt")
     assert best_checkpoint(tmp_path).name == "ckpt.pt"
 
 
-def test_one_alone_is_enough(tmp_path):
+def test_one_checkpoint_is_enough(tmp_path):
     save_checkpoint(a_checkpoint(), tmp_path / "last.pt")
     assert best_checkpoint(tmp_path).name == latest_checkpoint(tmp_path).name == "last.pt"
 
 
 @pytest.mark.parametrize("damaged, other", [("last.pt", "ckpt.pt"), ("ckpt.pt", "last.pt")])
-def test_a_damaged_one_is_passed_over_with_a_notice(tmp_path, capsys, damaged, other):
+def test_damaged_checkpoint_is_skipped(tmp_path, capsys, damaged, other):
     save_checkpoint(a_checkpoint(20), tmp_path / damaged)
     save_checkpoint(a_checkpoint(10), tmp_path / other)
     _, start, end = max(records(tmp_path / damaged), key=lambda r: r[2] - r[1])
@@ -352,7 +352,7 @@ def test_a_damaged_one_is_passed_over_with_a_notice(tmp_path, capsys, damaged, o
 # ----------------------------------------------------------------------------- earlier runs
 
 
-def test_setting_aside_loses_nothing_however_often(tmp_path):
+def test_archive_previous_run_loses_nothing(tmp_path):
     names = ("ckpt.pt", "metrics.jsonl", "tensorboard")
     assert archive_previous_run(tmp_path / "out", names) is None
     (tmp_path / "out").mkdir()
@@ -372,5 +372,5 @@ def test_setting_aside_loses_nothing_however_often(tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"  # it takes only a run's files
 
 
-def test_the_module_knows_nanogpts_model_args():
+def test_model_args_match_nanogpt():
     assert set(module.MODEL_ARGS) == set(GPTConfig().to_args())

@@ -80,12 +80,12 @@ def said(capsys):
 # ----------------------------------------------------------------------------- order
 
 
-def test_nothing_given_is_the_defaults():
+def test_defaults():
     config = configure(Settings, [])
     assert config == Settings() and config.given == ()
 
 
-def test_what_comes_later_wins(config_file):
+def test_later_arguments_win(config_file):
     path = config_file("batch_size = 8\nmax_iters = 5")
     assert configure(Settings, [path, "--batch_size=4"]).batch_size == 4
     assert configure(Settings, ["--batch_size=4", path]).batch_size == 8
@@ -95,12 +95,12 @@ def test_what_comes_later_wins(config_file):
     assert configure(Settings, ["--batch_size=1", "--batch_size=3"]).batch_size == 3
 
 
-def test_given_names_what_was_set(config_file):
+def test_given_lists_the_keys_set(config_file):
     config = from_file(config_file, "batch_size = 12\n_x = 5\nimport os", "--min-lr=0")
     assert set(config.given) == {"batch_size", "min_lr"}  # also where it is the default's value
 
 
-def test_given_does_not_name_what_was_only_there(config_file):
+def test_given_omits_keys_only_read(config_file):
     text = """
 def helper():
     dropout = 0.5
@@ -130,7 +130,7 @@ min_lr = learning_rate / 10
         "globals()['batch_size'] = 24 // 2 * 1 + 500 - 500",
     ],
 )
-def test_every_way_to_assign_counts(config_file, text):
+def test_every_kind_of_assignment_counts(config_file, text):
     config = from_file(config_file, text)
     assert config.batch_size == 12
     if "globals" not in text:  # seen only where it changes something
@@ -140,7 +140,7 @@ def test_every_way_to_assign_counts(config_file, text):
 # ----------------------------------------------------------------------------- config files
 
 
-def test_a_config_file_has_current_values_and_modules_in_scope(config_file):
+def test_config_file_scope(config_file):
     text = """
 # the kind of file people have for nanoGPT
 import time
@@ -160,13 +160,13 @@ assert os.path and pickle.dumps and time.time() > 0 and __file__
     assert config.dropout == 0.5 and config.max_iters == 7
 
 
-def test_one_config_file_may_build_on_another(config_file):
+def test_config_files_build_on_each_other(config_file):
     first = config_file("learning_rate = 1.0")
     config = configure(Settings, [first, config_file("min_lr = learning_rate / 10", "b.py")])
     assert config.min_lr == 0.1
 
 
-def test_nanogpts_way_to_scale_the_batch(config_file, said):
+def test_nanogpt_batch_scaling_variables(config_file, said):
     """`5 * 8`, and helpers without an underscore, which are told of and used."""
     config = from_file(config_file, "batch_size = 5 * 8\nn_gpu = 8\nmax_iters = 100 * n_gpu")
     assert config.batch_size == 40 and config.max_iters == 800
@@ -174,14 +174,14 @@ def test_nanogpts_way_to_scale_the_batch(config_file, said):
     assert notice.count("\n") == 1 and "n_gpu" in notice and "ignored" in notice
 
 
-def test_numpy_and_torch_scalars_are_numbers(config_file):
+def test_numpy_and_torch_scalars_in_a_file(config_file):
     text = "batch_size = np.int64(4)\nmin_lr = np.float64(0.5)\nlearning_rate = torch.tensor(0.5)"
     config = from_file(config_file, text)
     assert (config.batch_size, config.min_lr, config.learning_rate) == (4, 0.5, 0.5)
     assert type(config.batch_size) is int and type(config.learning_rate) is float
 
 
-def test_modules_functions_and_underscores_are_nobodys_business(config_file, said):
+def test_modules_functions_underscores_ignored(config_file, said):
     text = "import json as batch_sizes\ndef seeds(): pass\nclass Drop: pass\n_dropout = 5\n"
     config = from_file(config_file, text)
     assert config == Settings() and said() == ""
@@ -194,12 +194,12 @@ def test_keys_of_other_scripts_are_accepted(config_file, said):
     assert said() == ""
 
 
-def test_a_name_close_to_a_key_is_taken_for_it(config_file):
+def test_misspelled_key_in_a_file(config_file):
     error = error_of(config_file("x = 1\nbatchsize = 3"))
     assert "batchsize" in error and "did you mean batch_size?" in error and "config.py" in error
 
 
-def test_a_name_like_no_key_is_one_line(config_file, said):
+def test_unrelated_name_in_a_file_is_noted(config_file, said):
     assert from_file(config_file, "weather = 'fine'").given == ()
     out = said()
     assert out.count("\n") == 1 and "weather" in out
@@ -216,7 +216,7 @@ def test_a_name_like_no_key_is_one_line(config_file, said):
         ("raise UserWarning", 1, "UserWarning"),
     ],
 )
-def test_a_config_file_that_fails_names_its_line(config_file, text, line, words):
+def test_failing_config_file_names_its_line(config_file, text, line, words):
     error = error_of(config_file(text))
     assert f"config.py, line {line}:" in error and words in error
 
@@ -232,23 +232,23 @@ def test_a_config_file_that_fails_names_its_line(config_file, text, line, words)
         ("batch_size = np.zeros(3)", "batch_size"),
     ],
 )
-def test_a_value_of_the_wrong_kind_in_a_file_names_key_and_file(config_file, text, key):
+def test_wrong_type_in_a_file(config_file, text, key):
     error = error_of(config_file(text))
     assert error.startswith(key) and "config.py" in error
 
 
-def test_a_file_that_is_not_there():
+def test_missing_config_file():
     assert "config/train_gpt5.py" in error_of("config/train_gpt5.py")
     assert "--batch_size=3" in error_of("batch_size=3")  # the dashes forgotten
 
 
-def test_a_folder_or_a_binary_file_is_no_config_file(tmp_path):
+def test_folder_or_binary_as_config_file(tmp_path):
     assert str(tmp_path) in error_of(str(tmp_path))
     (tmp_path / "train.bin").write_bytes(bytes(range(256)))
     assert "train.bin" in error_of(str(tmp_path / "train.bin"))
 
 
-def test_a_config_file_does_not_see_the_file_before(config_file):
+def test_config_files_share_no_variables(config_file):
     first = config_file("_helper = 5")
     assert "_helper" in error_of(first, config_file("batch_size = _helper", "second.py"))
 
@@ -282,7 +282,7 @@ def test_a_config_file_does_not_see_the_file_before(config_file):
         ("-batch_size=5", 5),
     ],
 )
-def test_values_on_the_command_line(argument, value):
+def test_command_line_values(argument, value):
     config = configure(Settings, [argument])
     (key,) = config.given
     assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
@@ -316,13 +316,13 @@ def test_values_on_the_command_line(argument, value):
         ("--dtype=16", "auto, float32 or bfloat16"),
     ],
 )
-def test_wrong_values_name_what_the_key_takes(argument, words):
+def test_wrong_values_name_the_legal_ones(argument, words):
     error = error_of(argument)
     assert argument.lstrip("-").split("=")[0] in error and words in error
 
 
 @pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 400, "9" * 5000, "1e5000"])
-def test_numbers_past_all_bounds(number):
+def test_huge_numbers(number):
     for key in ("learning_rate", "batch_size", "dropout", "min_lr"):
         try:
             configure(Settings, [f"--{key}={number}"])
@@ -330,14 +330,14 @@ def test_numbers_past_all_bounds(number):
             assert key in str(error)
 
 
-def test_unknown_keys_name_the_nearest():
+def test_unknown_key_names_the_closest():
     assert "did you mean batch_size?" in error_of("--batchsize=3")
     assert "did you mean learning_rate?" in error_of("--learning-rat=3")
     far = error_of("--weather=fine")
     assert "--weather" in far and "did you mean" not in far and "--help" in far
 
 
-def test_a_key_of_another_script_is_unknown_on_the_command_line():
+def test_key_of_another_script_is_unknown():
     assert "num_samples" in error_of("--num_samples=3", Config=TrainConfig)
 
 
@@ -360,7 +360,7 @@ arguments = st.builds("--{}={}".format, keys, values) | st.text() | st.text().ma
 @example(["\udcff=1"])
 @example(["--learning_rate=" + "(" * 3000])
 @example(["--learning_rate=" + "-" * 100_000 + "1"])
-def test_any_command_line_ends_in_a_config_or_in_one_line(argv):
+def test_fuzzed_command_line(argv):
     argv = [a.replace("\0", "") for a in argv if a not in ("-h", "--help")]  # execve knows no NUL
     argv = [a for a in argv if not a.endswith(".py")]
     try:
@@ -374,7 +374,7 @@ def test_any_command_line_ends_in_a_config_or_in_one_line(argv):
 
 
 @given(st.text())
-def test_any_text_as_a_config_file_ends_in_a_config_or_in_one_line(tmp_path_factory, text):
+def test_fuzzed_config_file(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.py"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
@@ -428,12 +428,12 @@ NANOGPT = {
 }
 
 
-def test_train_has_nanogpts_keys_and_defaults():
+def test_train_keys_and_defaults_match_nanogpt():
     defaults = as_dict(TrainConfig())
     assert {key: defaults.get(key) for key in NANOGPT} == NANOGPT
 
 
-def test_help_lists_every_key_with_its_default_and_comment(capsys):
+def test_help_lists_every_key(capsys):
     with pytest.raises(SystemExit) as left:
         configure(TrainConfig, ["--batch_size=3", "--help"])
     assert left.value.code == 0
@@ -445,19 +445,19 @@ def test_help_lists_every_key_with_its_default_and_comment(capsys):
     assert "python train.py config/train_shakespeare_char.py" in text  # how to use it
 
 
-def test_help_says_which_keys_a_resume_takes_over(capsys):
+def test_help_lists_keys_of_a_resume(capsys):
     """Every key is in one of the two lists."""
     with pytest.raises(SystemExit):
         configure(TrainConfig, ["--help"])
     text = capsys.readouterr().out
     ours, runs = re.search(
-        r"Keys of a start,.*:\n(.*)\nKeys of the run,.*:\n(.*)", text, re.S
+        r"Keys that --init_from.*:\n(.*)\nKeys that it does take.*:\n(.*)", text, re.S
     ).groups()
     assert set(ours.split()) == {*TrainConfig.start_keys}
     assert sorted(ours.split() + runs.split()) == sorted(key_types(TrainConfig))
 
 
-def test_every_config_file_here_runs(said):
+def test_config_files_in_the_repository_run(said):
     """Those of nanoGPT and ours: no key misspelt, no value of a wrong kind, nothing ignored."""
     folder = configurator.Path(configurator.__file__).parent / "config"
     files = sorted(folder.glob("*.py"))
@@ -467,7 +467,7 @@ def test_every_config_file_here_runs(said):
     assert said() == ""
 
 
-def test_scalars_of_numpy_and_torch_are_checked_as_numbers():
+def test_numpy_and_torch_scalars_are_checked():
     assert checked(np.float32(3.0), PositiveInt, "n", "") == 3
     with pytest.raises(UserError):
         checked(np.bool_(True), PositiveInt, "n", "")
@@ -475,7 +475,7 @@ def test_scalars_of_numpy_and_torch_are_checked_as_numbers():
         checked(torch.tensor(-1), PositiveInt, "n", "")
 
 
-def test_renamed_keys_are_understood(config_file):
+def test_renamed_keys_still_work(config_file):
     before = ["--keep_checkpoints=3", "--decay-share=0.5", "--dry_run_ranks=2"]
     config = configure(TrainConfig, before)
     assert (config.keep_last, config.decay_frac, config.dry_run_world_size) == (3, 0.5, 2)
@@ -488,7 +488,7 @@ def test_renamed_keys_are_understood(config_file):
 # ----------------------------------------------------------------------------- paths
 
 
-def test_help_names_legal_values_under_headings(capsys):
+def test_help_shows_headings_and_legal_values(capsys):
     with pytest.raises(SystemExit):
         configure(TrainConfig, ["--help"])
     text = capsys.readouterr().out
@@ -510,7 +510,7 @@ def test_help_names_legal_values_under_headings(capsys):
         (["--lrate=1"], "unknown key --lrate"),
     ],
 )
-def test_a_misnamed_path_or_key_is_answered_with_the_right_one(argv, hint, tmp_path, monkeypatch):
+def test_error_suggests_the_right_path_or_key(argv, hint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("import os")
     (tmp_path / "run").mkdir()
@@ -521,7 +521,7 @@ def test_a_misnamed_path_or_key_is_answered_with_the_right_one(argv, hint, tmp_p
 
 
 @pytest.mark.parametrize("Config", [SampleConfig, EvaluateConfig, ExportConfig])
-def test_a_run_is_named_by_its_folder_alone(Config, tmp_path):
+def test_bare_path_names_a_run_or_checkpoint(Config, tmp_path):
     for name in ("out-x/last.pt", "theirs/config.json"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("")

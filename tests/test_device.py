@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 import torch
+from networks import VARIANTS, random_ids, random_model
 
 from brisk.device import Device, cpu_training_dtype, matmul_flops, open_device, resolve_compile
 from brisk.errors import UserError, format_bytes
-from brisk.training.memory import expected_memory, peak_memory
+from brisk.training.memory import expected_memory, kept_by_block, peak_memory
 from brisk.training.optim import get_lr
 from model import GPT, GPTConfig
 
@@ -72,6 +73,78 @@ def test_compiling_that_cannot_work_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("Tesla V100-PCIE-32GB", 112e12),
+        ("Tesla T4", 65e12),
+    ],
+)
+def test_the_peak_is_the_datasheets(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    flops, source = Device(torch.device("cuda"), "bfloat16").peak_flops()
+    assert flops == peak and "datasheet" in source
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA L40",
+        "NVIDIA A10G",
+        "NVIDIA A10M",
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA A100X",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "GRID A100-10C",
+        "NVIDIA T400 4GB",
+        "NVIDIA T4G",
+        "GRID T4-8Q",
+        "Tesla V100S-PCIE-32GB",
+        "NVIDIA H100 NVL",
+        "NVIDIA H20",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GB200",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce GTX 1080 Ti",
+        "AMD Instinct MI300X",
+    ],
+)
+def test_the_peak_of_a_relative_is_measured(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr("brisk.device.matmul_flops", lambda device: 1e12)
+    flops, source = Device(torch.device("cuda"), "bfloat16").peak_flops()
+    assert flops == 1e12 and "measured" in source
+
+
+def test_mps_is_float32_and_its_adamw_not_fused(monkeypatch):
+    """Its bfloat16 is no faster, and its fused kernel steps where it is told not to."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = open_device()
+    assert (device.type, device.dtype_name) == ("mps", "float32")
+    model = GPT(SMALL)
+    for muon in (None, (0.02, 0.95)):
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "mps", muon)
+        assert not any(group.get("fused") for group in optimizer.param_groups)
+
+
 def test_the_ceiling_is_a_rate_a_processor_can_have():
     assert 1e8 < matmul_flops(CPU, 256, 0.02) < 1e15
 
@@ -96,11 +169,24 @@ def test_frozen_layers_are_expected_to_take_their_weights_alone():
     assert none - one < spared + 2 * block
 
 
-def test_expected_memory_leaves_the_random_state_alone():
+def test_expected_memory_leaves_the_random_state_alone(monkeypatch, recwarn):
+    """Of this device only: PyTorch warns at length where it is to look at several GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     model = GPT(SMALL)
     before = torch.get_rng_state()
     expected_memory(model, 1, CPU)
     assert torch.equal(torch.get_rng_state(), before)
+    assert not recwarn.list
+
+
+def test_norms_of_bfloat16_weights_are_reckoned_in_float32():
+    """As autocast runs them on a GPU: they keep a float32 copy (4 bytes) of what goes in."""
+    model = GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.0, "n_embd": 256}))
+    each, _, x = kept_by_block(model, Device(torch.device("cpu"), "bfloat16"), torch.bfloat16)
+    assert x == 2 * 32 * 256
+    # two norms; then in bfloat16 what goes into four linear layers and GELU, q, k, v and their mean
+    channels = 2 * 4 + 2 * (1 + 3 + 1 + 1 + 4 + 4)
+    assert each == pytest.approx(channels * 32 * 256, rel=0.05)
 
 
 def test_memory_is_told_in_a_unit_that_fits():
@@ -122,3 +208,21 @@ def test_the_schedule_warms_up_decays_and_stays():
     assert get_lr(0, Settings, 109) == get_lr(500, Settings, 109) == 1.0
     Settings.decay_lr, Settings.warmup_iters = True, 5
     assert get_lr(5, Settings, 5) == 0.1  # no decay to speak of, and no division by zero
+
+
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
+def test_cast_linear_weights_changes_no_logit(variant):
+    device, idx = Device(torch.device("cpu"), "bfloat16"), random_ids()
+    plain, cast = random_model(**variant), random_model(**variant)
+    device.cast_linear_weights(cast)
+    assert cast.lm_head.weight.dtype == torch.bfloat16
+    with torch.inference_mode(), device.autocast():
+        assert cast(idx)[0].equal(plain(idx)[0])
+        ours, theirs = (model.generate(idx, 12, seed=1) for model in (cast, plain))
+    assert ours.equal(theirs)
+
+
+def test_cast_linear_weights_leaves_float32_alone():
+    model = random_model()
+    Device(torch.device("cpu"), "float32").cast_linear_weights(model)
+    assert model.lm_head.weight is model.transformer.wte.weight

@@ -1,5 +1,6 @@
-"""The example files run, as far as they can here, and the README names tests that exist."""
+"""The example files and the commands of the pages run, and the tests that the pages name exist."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, free_port
+from conftest import ROOT, TEXT, free_port
 
 from brisk.checkpoint import load_checkpoint
 from configurator import configure
@@ -80,8 +81,99 @@ def test_the_job_for_kubernetes_says_what_train_py_takes(monkeypatch):
     assert nodes == job["spec"]["completions"] == job["spec"]["parallelism"]
 
 
-def test_what_the_readme_promises_has_the_tests_it_names():
-    section = (ROOT / "README.md").read_text().split("## What it promises")[1].split("\n## ")[0]
+# ----------------------------------------------------------------------------- the pages
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+NOT_HERE = "torchrun|init_from=gpt2|finetune|openwebtext|data/shakespeare/|interactive|serve"
+# Added to a command, so that it takes a second: by the script, the last that fits.
+SHORTER = {
+    "prepare.py": "--input=my.txt --data_dir=data/shakespeare_char",
+    "train.py": "--max_iters=2 --eval_iters=1 --eval_interval=2 --batch_size=1 --device=cpu",
+    "train.py --init_from=resume": "--max_iters=4 --device=cpu",
+    "train.py --input=my.txt --init_from=resume": "--max_iters=4 --device=cpu",
+    "sample.py": "--num_samples=1 --max_new_tokens=5 --device=cpu",
+    "evaluate.py": "--device=cpu",
+}
+
+
+def blocks(page, language):
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands(page):
+    """The shell commands of a page, each a list of words."""
+    for line in "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line.replace("<this repository>", "URL"), comments=True)
+        while "&&" in words:
+            cut = words.index("&&")
+            yield words[:cut]
+            words = words[cut + 1 :]
+        if words:
+            yield words
+
+
+def settings_class(script):
+    """The dataclass of settings that a script of ours is configured by."""
+    spec = importlib.util.spec_from_file_location("script_of_a_page", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    own = [kind for kind in vars(module).values() if getattr(kind, "__module__", "") == spec.name]
+    return next(kind for kind in own if kind.__name__.endswith("Config"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_scripts_accept_the_commands(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    classes, seen = {"train.py": TrainConfig}, 0
+    for words in commands(page):
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
+        if words[0] not in ("python", "torchrun") or words[1] == "-m":
+            continue
+        first = next(i for i, word in enumerate(words[1:], 1) if word.endswith(".py"))
+        script, argv = words[first], words[first + 1 :]
+        if script not in classes:
+            classes[script] = settings_class(script)
+        keys = [word for word in argv if word.startswith("-") or word.endswith(".py")]
+        if "--help" not in keys:
+            configure(classes[script], keys)
+        seen += 1
+    assert seen or page.stem in ("architecture", "guarantees"), page
+
+
+def test_the_readme_s_commands_run(quick_script, tmp_path):
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    (tmp_path / "my.txt").write_text("ROMEO:\nThe answer, def " + 30 * TEXT)
+    demo = "python train.py config/train_python_source.py --dataset=shakespeare_char"
+    demo = shlex.split(f"{demo} --out_dir=out-demo")  # stands in for `make demo`
+    run, ran = list(commands(ROOT / "README.md")), 0
+    run.insert(1 + next(i for i, words in enumerate(run) if "prepare.py" in words[-1]), demo)
+    for words in run:
+        line = " ".join(words[1:])
+        if words[0] != "python" or words[1] == "-m" or re.search(NOT_HERE, line):
+            continue
+        fits = [more for start, more in SHORTER.items() if re.match(rf"(\S*/)?{start}", line)]
+        argv = [*words[2:], *(fits[-1].split() if fits and "--dry_run" not in words else [])]
+        ended = quick_script(words[1], *argv, cwd=tmp_path)
+        assert ended.returncode == 0, f"{line}\n{ended.stderr}"
+        ran += 1
+    assert ran > 10 and (tmp_path / "loss.png").exists() and (tmp_path / "my-model").is_dir()
+
+
+@pytest.mark.parametrize("page", ["sampling", "data"])
+def test_python_of_the_pages_runs(page, train_tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT)
+    train_tiny(tmp_path / "out-shakespeare-char-fast")
+    for block in blocks(ROOT / "docs" / f"{page}.md", "python"):
+        exec(block.replace('"ROMEO:"', '"Rough"'), {})
+
+
+def test_promises_name_tests_that_exist():
+    page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    section = page.split("## Promises and their tests")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
     assert len(rows) >= 10
     for row in rows:

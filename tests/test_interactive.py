@@ -12,7 +12,8 @@ import pytest
 from test_sample import CHARACTERS, DASHES, SCRIPT, records, texts, write_checkpoint
 
 import sample
-from brisk.data.tokenizer import EOT, CharTokenizer
+from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer
+from brisk.generation.repl import completions
 from configurator import configure
 
 
@@ -177,8 +178,54 @@ def test_a_model_of_documents_ends_each_by_itself(converse, batch, folder):
     assert EOT not in out
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+def test_a_backslash_continues_a_prompt_on_the_next_line(converse, batch):
+    out, notices = converse("ab\\", "\\", "the end", "ab", "x\\")  # the last has no next line
+    assert texts(out) == [
+        *batch("ab\n\nthe end"),
+        batch("ab", samples=2)[1],
+        batch("x", samples=3)[2],
+    ]
+    assert notices == []
+    out, _ = converse("/stop a\\", "b", "/settings\\", "")
+    assert out == ""
+
+
+def test_continue_goes_on_from_the_last_text(converse, batch):
+    out, _ = converse("/temperature 0", "ab", "/continue", "/max_new_tokens 7", "/continue")
+    long = batch("ab", "--temperature=0", tokens=67)[0]
+    assert texts(out) == [long[:-37], long[:-7], long]
+    out, _ = converse("ab", "/seed 5", "/continue", argv=["--num_samples=2", "--out=talk.jsonl"])
+    _, second, third, fourth = texts(out)
+    assert [third, fourth] == batch(second, "--seed=5", samples=2)  # of the last one shown
+    assert [one["prompt"] for one in records("talk.jsonl")] == ["ab", "ab", second, second]
+
+
+def test_there_is_nothing_to_continue(converse, batch):
+    _, notices = converse("/continue", "/top_next 2", "ab", "/continue", "/top_next 0", "ab")
+    assert [line.split(":")[0] for line in notices] == ["error"] * 2
+    assert "there is no text to continue" in notices[0]
+
+
+def test_continue_after_half_a_character(converse, batch, folder):
+    tokenizer = ByteTokenizer()
+    write_checkpoint(folder / "out" / "ckpt.pt", 257, tokenizer=tokenizer.to_dict())
+    out, _ = converse("ab\N{REPLACEMENT CHARACTER}", "/continue", tokens=0)
+    assert [text.rstrip("\n") for text in texts(out)] == ["ab\N{REPLACEMENT CHARACTER}", "ab"]
+
+
+def test_tab_completes_commands_and_keys():
+    keys = ["temperature", "top_k", "top_p", "stop", "seed"]
+    assert completions("/tem", keys) == ["/temperature "]
+    assert completions("/top", keys) == ["/top_k ", "/top_p "]
+    assert completions("/se", keys) == ["/seed ", "/settings"]
+    assert completions("/co", keys) == ["/continue"]
+    assert len(completions("/", keys)) == 9 and completions("/seed 1", keys) == []
+    for prompt in ("", "a", "//te"):
+        assert completions(prompt, keys) == [f"{prompt}\t"]  # a prompt may have tabs in it
+
+
+def environment(terminal="dumb"):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": terminal}
 
 
 def test_through_a_real_pipe(folder, batch):
@@ -206,7 +253,7 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 class Terminal:
     """sample.py at a pseudo-terminal, as a person has it."""
 
-    def __init__(self, *argv, **redirected):
+    def __init__(self, *argv, kind="dumb", **redirected):
         import fcntl
         import pty
         import termios
@@ -220,7 +267,7 @@ class Terminal:
         command = [sys.executable, SCRIPT, "--device=cpu", "--interactive", *argv]
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, **redirected}
         self.process = subprocess.Popen(
-            command, env=environment(), preexec_fn=in_the_foreground, **streams
+            command, env=environment(kind), preexec_fn=in_the_foreground, **streams
         )
         os.close(theirs)
         self.seen = ""
@@ -283,6 +330,59 @@ def test_at_a_terminal(terminal, batch):
     at.expect("error: unknown command /wrong[^\n]*\n> ")
     at.type(CTRL_D)
     assert at.status() == 0
+
+
+def test_tab_and_lines_at_a_terminal(terminal, batch):
+    at = terminal("--max_new_tokens=30")
+    at.expect("\n> ")
+    at.type("/tempera\t0\n/temperat\t\n")
+    at.expect("temperature=0.0\n> ")
+    at.type("ab\\\n")
+    at.expect(r"\n\.\.\. ")
+    at.type("x\n")
+    out = at.expect(f"{DASHES}(?=> )").partition("\n")[2]
+    assert texts(out) == batch("ab\nx", "--temperature=0")
+    at.type("/cont\t\n")
+    assert texts(at.expect(f"/continue\n.*?{DASHES}(?=> )").partition("/continue\n")[2]) == batch(
+        "ab\nx", "--temperature=0", tokens=60
+    )
+    at.type("ab\\\n")
+    at.expect(r"\n\.\.\. ")
+    at.type(CTRL_C)  # drops the lines before it too
+    at.expect("\n> ")
+    at.type(CTRL_D)
+    assert at.status() == 0
+
+
+def test_a_paste_is_one_prompt(terminal, batch):
+    readline = pytest.importorskip("readline")
+    if "libedit" in readline.__doc__:
+        pytest.skip("libedit has no bracketed paste")
+    at = terminal("--max_new_tokens=30", kind="xterm")
+    at.expect("> ")
+    at.type("\x1b[200~ab\rthe end\r\rx\x1b[201~\n")
+    shown = at.expect(f"{DASHES}.*> ").partition("\x1b[?2004l\r")[2]
+    assert texts(shown.partition("\x1b")[0]) == batch("ab\nthe end\n\nx")
+    at.type("\x1b[200~/temperature 0\rab\x1b[201~\n")  # never taken for a prompt
+    at.expect("error: [^\n]*temperature takes a number")
+    at.type(CTRL_D)
+    assert at.status() == 0
+
+
+def test_a_stopped_text_can_be_continued(terminal, folder):
+    at = terminal("--max_new_tokens=1_000_000", "--out=talk.jsonl")
+    at.expect("\n> ")
+    at.type("ab\n")
+    at.expect("\nab[^>]{200}")
+    at.type(CTRL_C)
+    shown = at.expect("\n> ", seconds=20)
+    at.type("/max_new_tokens 7\n/continue\n")
+    at.expect(f"{DASHES}> ")
+    at.type("/quit\n")
+    assert at.status() == 0
+    (one,) = records(folder / "talk.jsonl")
+    assert len(one["prompt"]) > 200 and one["prompt"].startswith("ab") and len(one["text"]) == 7
+    assert one["prompt"].endswith(shown.removesuffix("\n> ").partition("^C")[0][-100:])
 
 
 def test_a_terminal_gets_no_control_characters(folder):

@@ -48,7 +48,7 @@ def reference_logits(model, idx):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
-def test_logits_are_those_of_the_definition(bias, gelu):
+def test_logits_match_the_definition(bias, gelu):
     model = random_model(bias=bias, gelu=gelu)
     assert (model.predict(random_ids()) - reference_logits(model, random_ids())).abs().max() < 1e-4
 
@@ -77,7 +77,7 @@ def test_forward_contract():
 
 
 @pytest.mark.parametrize("position", [0, 11, 23])
-def test_a_token_does_not_change_what_comes_before_it(position):
+def test_attention_is_causal(position):
     model, idx = random_model(), random_ids(B=1)
     changed = idx.clone()
     changed[0, position] = (idx[0, position] + 1) % 61
@@ -85,7 +85,7 @@ def test_a_token_does_not_change_what_comes_before_it(position):
     assert (difference[:position] == 0).all() and (difference[position:] > 0).all()
 
 
-def test_the_loss_of_a_fresh_model_is_that_of_a_guess():
+def test_initial_loss_is_uniform():
     torch.manual_seed(0)
     _, loss = GPT(GPTConfig(**SIZES))(random_ids(8), random_ids(8, T=24).flip(1))
     assert loss.item() == pytest.approx(math.log(61), abs=0.1)
@@ -104,7 +104,7 @@ def test_crop_block_size():
         model.crop_block_size(11)
 
 
-def test_head_and_embeddings_are_one_weight():
+def test_head_and_embeddings_are_tied():
     model = random_model()
     model(random_ids(), random_ids())[1].backward()
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -113,7 +113,7 @@ def test_head_and_embeddings_are_one_weight():
     assert {"lm_head.weight", "transformer.wte.weight"} <= model.state_dict().keys()
 
 
-def test_number_of_parameters_is_gpt2s():
+def test_num_params_match_gpt2():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257))
     V, T, C, L = 50257, 1024, 768, 12
@@ -123,7 +123,7 @@ def test_number_of_parameters_is_gpt2s():
     assert model.get_num_params() == 124_439_808 - T * C
 
 
-def test_config():
+def test_config_is_checked():
     with pytest.raises(ValueError, match="n_embd=32 is not divisible by n_head=5"):
         GPTConfig(n_embd=32, n_head=5)
     classic = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"}
@@ -131,7 +131,7 @@ def test_config():
     assert GPTConfig(gelu="tanh").to_args().keys() == classic | {"gelu"}
 
 
-def test_mfu_is_palms():
+def test_mfu_follows_palm():
     model = GPT(GPTConfig(**SIZES))
     N = model.get_num_params()
     assert model.flops_per_token() == 6 * N + 12 * 3 * 4 * 8 * 24
@@ -153,7 +153,7 @@ def nanogpt():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_weights_and_logits_are_exchangeable_with_nanogpts(nanogpt, bias):
+def test_weights_and_logits_match_nanogpt(nanogpt, bias):
     ours = random_model(bias=bias)
     theirs = nanogpt.GPT(nanogpt.GPTConfig(**ours.config.to_args())).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -170,7 +170,7 @@ def test_weights_and_logits_are_exchangeable_with_nanogpts(nanogpt, bias):
     assert found.equal(greedy)
 
 
-def test_frozen_layers_need_no_gradient_and_fewer_operations():
+def test_frozen_layers_have_no_gradients():
     model = random_model()
     whole = model.flops_per_token()
     model.freeze_layers(2)

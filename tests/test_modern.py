@@ -77,7 +77,7 @@ def qwen3_of(model):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("n_kv_head", [0, 2, 1])
 @pytest.mark.parametrize("rope_theta", [10000.0, 1e6])
-def test_the_modern_model_is_qwen3(tied, n_kv_head, rope_theta):
+def test_modern_model_matches_qwen3(tied, n_kv_head, rope_theta):
     ours = random_model(**MODERN, tied=tied, n_kv_head=n_kv_head, rope_theta=rope_theta)
     idx = random_ids()
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_modern_model_is_qwen3(tied, n_kv_head, rope_theta):
     assert (ours.predict(idx) - expected).abs().max() < 1e-5
 
 
-def test_relu2_is_the_square_of_relu():
+def test_relu2_squares_relu():
     mlp = random_model(mlp="relu2").transformer.h[0].mlp
     x = torch.randn(3, 32)
     hidden = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
@@ -99,12 +99,12 @@ def ngrams_model(**settings):
     return random_model(ngrams=3, **{"ngram_rows": 50, **settings})
 
 
-def test_each_run_of_tokens_has_a_vector():
+def test_each_ngram_has_its_own_embedding():
     """A pair and a triple at each; the same wherever the run stands, and of no other run."""
     table = ngrams_model(ngram_rows=2**20).transformer.ngrams
     texts = torch.tensor([[5, 6, 7, 8, 5, 6, 7], [0, 6, 7, 0, 6, 0, 6]])
     seen, runs = {}, set()
-    for text, rows in zip(texts.tolist(), table.rows_of(texts).tolist(), strict=True):
+    for text, rows in zip(texts.tolist(), table.hash_rows(texts).tolist(), strict=True):
         for t in range(7):
             for length, row in zip((2, 3), rows[t], strict=True):
                 run = tuple([None] * length + text[: t + 1])[-length:]
@@ -113,11 +113,11 @@ def test_each_run_of_tokens_has_a_vector():
                 runs.add(run)
     assert len(set(seen.values())) == len(runs)
     with torch.no_grad():
-        expected = table.weight[table.rows_of(texts)].sum(2) / 2**0.5
+        expected = table.weight[table.hash_rows(texts)].sum(2) / 2**0.5
         assert torch.allclose(table(texts), expected, atol=1e-6)
 
 
-def test_ngrams_are_added_to_the_embeddings():
+def test_ngrams_are_added_to_token_embeddings():
     model, idx = ngrams_model(position="rotary"), random_ids()
     x, _ = model.embed(idx)
     parts = model.transformer
@@ -125,19 +125,19 @@ def test_ngrams_are_added_to_the_embeddings():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1024])
-def test_runs_are_spread_over_the_rows(rows):
+def test_ngram_hash_is_uniform(rows):
     """4,225 pairs of 65 characters and as many triples: no row has much more than its share."""
     table = GPT(GPTConfig(**{**SIZES, "vocab_size": 65}, ngrams=3, ngram_rows=rows)).transformer
     pairs = torch.cartesian_prod(torch.arange(65), torch.arange(65))
-    rows_of_pairs = table.ngrams.rows_of(pairs)[:, 1, 0]
+    rows_of_pairs = table.ngrams.hash_rows(pairs)[:, 1, 0]
     triples = torch.cat((pairs, pairs[torch.randperm(len(pairs))][:, :1]), dim=1)
-    rows_of_triples = table.ngrams.rows_of(triples)[:, 2, 1] - rows
+    rows_of_triples = table.ngrams.hash_rows(triples)[:, 2, 1] - rows
     for found in (rows_of_pairs, rows_of_triples):
         counts = found.bincount(minlength=rows)
         assert len(counts) == rows and counts.max() <= 4225 / rows + 6 * (4225 / rows) ** 0.5
 
 
-def test_training_leaves_a_share_of_the_runs_out():
+def test_ngram_dropout():
     table = ngrams_model(ngram_dropout=0.75).transformer.ngrams
     with torch.no_grad():
         table.weight.fill_(2**-0.5)
@@ -148,7 +148,7 @@ def test_training_leaves_a_share_of_the_runs_out():
     assert drawn.mean().item() == pytest.approx(1, abs=0.05)
 
 
-def test_runs_never_met_say_nothing():
+def test_unseen_ngrams_add_nothing():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES, ngrams=3, ngram_rows=2**20))
     idx, targets = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[2, 3, 4, 5]])
@@ -161,11 +161,11 @@ def test_runs_never_met_say_nothing():
 
 
 @pytest.mark.parametrize("field", [{"n_kv_head": 4}, {"rope_theta": 100.0}, {"mlp_width": 128}])
-def test_a_field_that_says_what_is_so_anyway_changes_nothing(field):
+def test_explicit_defaults_change_nothing(field):
     assert random_model(**field).predict(random_ids()).equal(random_model().predict(random_ids()))
 
 
-def test_angles_are_precise_under_autocast_and_in_a_model_of_16_bits():
+def test_rotary_angles_stay_in_float32():
     """Past position 2048 a step of bfloat16 is 16 positions; the angles must tell each."""
     model = random_model(**MODERN, block_size=3002, n_layer=1)
     seen = {}
@@ -210,7 +210,7 @@ def test_bfloat16_is_close_to_float32(variant, every_warning, recwarn):
 @pytest.mark.parametrize("first", [0, 1, 7])
 @pytest.mark.parametrize("variant", [*VARIANTS, {"bias": True, "gelu": "tanh"}], ids=str)
 @pytest.mark.parametrize("decoding", [False, True])
-def test_the_cache_does_not_change_the_logits_at_any_position(variant, first, decoding):
+def test_cached_logits_match_uncached(variant, first, decoding):
     """Of two rows, one five positions behind the other."""
     model, idx = random_model(**variant), random_ids()
     decoder, cache = Decoder.of(model) if decoding else None, KVCache(model, 2, 24)
@@ -232,7 +232,7 @@ UNLIKE_PROMPTS = [[7], [3, 1, 4, 1, 5], [*range(23)], [*range(24)], [*range(2, 6
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 5, "temperature": 0.9}], ids=str)
 @pytest.mark.parametrize("exact_window", [False, True])
 @pytest.mark.parametrize("variant", [{}, *VARIANTS[:4], VARIANTS[5], *VARIANTS[-2:]], ids=str)
-def test_each_prompt_of_a_batch_goes_on_as_it_does_alone(variant, exact_window, options):
+def test_batched_prompts_match_single_prompts(variant, exact_window, options):
     """For 50 tokens, into a window of 24."""
     model = random_model(**variant)
     options = {**options, "exact_window": exact_window}
@@ -243,7 +243,7 @@ def test_each_prompt_of_a_batch_goes_on_as_it_does_alone(variant, exact_window, 
 
 
 @pytest.mark.parametrize("variant", [{}, {**MODERN, "n_kv_head": 2}], ids=str)
-def test_so_it_does_under_autocast(variant):
+def test_batched_prompts_match_under_autocast(variant):
     """There the Decoder is not used. Near ties differ in bfloat16, so logits are compared."""
     model = random_model(**variant)
     expected = [model.predict(torch.tensor([ids[-24:]])) for ids in UNLIKE_PROMPTS]
@@ -257,7 +257,7 @@ def test_so_it_does_under_autocast(variant):
         assert (row - logits[0, -1]).abs().max() < 0.05 * logits.abs().max()
 
 
-def test_rows_stop_each_at_their_own_stop_id():
+def test_rows_stop_independently():
     model, stops = random_model(), {1, 2, 3}
     options = {"temperature": 2.0, "seed": 0}
     free = generate(model, UNLIKE_PROMPTS, 60, **options)
@@ -272,14 +272,14 @@ def test_rows_stop_each_at_their_own_stop_id():
     assert len(ends) > 2
 
 
-def test_the_decoder_leaves_bfloat16_to_the_network():
+def test_decoder_is_float32_only():
     model = random_model()
     with torch.autocast("cpu", torch.bfloat16):
         assert Decoder.of(model) is None
     assert Decoder.of(model.bfloat16()) is None
 
 
-def test_past_the_block_size_the_newer_half_is_read_anew():
+def test_full_window_rereads_its_newer_half():
     """Greedy, 40 tokens into a window of 24: each the likeliest after the 13 to 24 newest."""
     model = random_model(**MODERN, n_kv_head=2)
     found = model.generate(random_ids(T=5), 40, temperature=0)
@@ -292,7 +292,7 @@ def test_past_the_block_size_the_newer_half_is_read_anew():
 # ----------------------------------------------------------------------------- names and numbers
 
 
-def test_the_names_of_the_weights():
+def test_weight_names():
     block = {"ln_1.weight", "ln_2.weight", "attn.c_attn.weight", "attn.c_proj.weight"}
     block |= {"attn.q_norm.weight", "attn.k_norm.weight"}
     block |= {"mlp.c_fc.weight", "mlp.c_gate.weight", "mlp.c_proj.weight"}
@@ -309,7 +309,7 @@ def test_the_names_of_the_weights():
     "n_embd, width",  # 8/3: 85.3, 341.3, 682.7, 1024, 2048, 2666.7
     [(32, 88), (128, 344), (256, 704), (384, 1024), (768, 2048), (1000, 2688)],
 )
-def test_swiglu_is_as_large_as_the_mlp_it_replaces(n_embd, width):
+def test_swiglu_width(n_embd, width):
     sizes = dict(n_head=1, n_embd=n_embd, mlp="swiglu")
     assert GPTConfig(**sizes).hidden_width == width
     assert GPTConfig(**sizes, mlp_width=100).hidden_width == 100
@@ -318,7 +318,7 @@ def test_swiglu_is_as_large_as_the_mlp_it_replaces(n_embd, width):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("position", ["learned", "rotary"])
-def test_numbers_of_parameters_and_flops(tied, position):
+def test_num_params_and_flops(tied, position):
     further = dict(tied=tied, position=position, n_kv_head=2, mlp="swiglu")
     model = GPT(GPTConfig(**SIZES, **further, ngrams=3, ngram_rows=50))
     C, V, T, W = 32, 61, 24, 88
@@ -331,7 +331,7 @@ def test_numbers_of_parameters_and_flops(tied, position):
     assert model.flops_per_token() == 6 * without_lookups + 12 * 3 * C * T
 
 
-def test_a_rotary_context_is_cropped():
+def test_crop_rotary_context():
     model, idx = random_model(**MODERN), random_ids(T=10)
     before = model.predict(idx)
     model.crop_block_size(10)
@@ -340,7 +340,7 @@ def test_a_rotary_context_is_cropped():
         model(random_ids(T=11))
 
 
-def test_blocks_begin_as_the_identity_and_an_untied_head_as_a_guess():
+def test_zero_init():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES, **MODERN, tied=False))
     x = torch.randn(2, 24, 32)
@@ -357,9 +357,9 @@ def test_blocks_begin_as_the_identity_and_an_untied_head_as_a_guess():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"position": "rotory"}, "position=rotory is none of learned, rotary"),
-        ({"norm": "batch"}, "norm=batch is none of layer, rms"),
-        ({"mlp": "relu"}, "mlp=relu is none of gelu, relu2, swiglu"),
+        ({"position": "rotory"}, "position=rotory is not one of learned, rotary"),
+        ({"norm": "batch"}, "norm=batch is not one of layer, rms"),
+        ({"mlp": "relu"}, "mlp=relu is not one of gelu, relu2, swiglu"),
         ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
         ({"n_kv_head": 8}, "n_head=4 is not divisible by n_kv_head=8"),
         ({"n_embd": 36, "position": "rotary"}, "n_embd / n_head = 9 is odd"),
@@ -368,12 +368,12 @@ def test_blocks_begin_as_the_identity_and_an_untied_head_as_a_guess():
     ],
     ids=str,
 )
-def test_fields_that_do_not_go_together(wrong, message):
+def test_incompatible_fields_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{**SIZES, **wrong})
 
 
-def test_memory_is_foretold():
+def test_expected_memory_grows_with_the_model():
     cpu = Device(torch.device("cpu"), "float32")
 
     def expected(**settings):
@@ -399,7 +399,7 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize("Config", [train.TrainConfig, bench.BenchConfig])
-def test_the_keys_of_the_scripts_are_the_fields_of_the_model(Config):
+def test_scripts_inherit_the_model_fields(Config):
     defaults = {field.name: field.default for field in fields(GPTConfig)}
     script = Config()
     assert not script.bias  # GPT-2 has them, nanoGPT's script trains without
@@ -407,20 +407,20 @@ def test_the_keys_of_the_scripts_are_the_fields_of_the_model(Config):
         assert getattr(script, key) == defaults[key]
 
 
-def test_the_preset_is_the_modern_model():
+def test_preset_is_the_modern_model():
     config = configure(train.TrainConfig, [PRESET])
     assert {key: getattr(config, key) for key in MODERN} == MODERN
     assert set(config.given) == MODERN.keys()
 
 
 @pytest.mark.parametrize("changes", [{}, UNLIKE], ids=str)
-def test_a_modern_run_resumes_to_the_bit_and_is_sampled_from(
+def test_modern_run_resumes_and_samples(
     changes, main, settings, resume, tmp_path, char_data, capsys
 ):
     whole = main([PRESET, *settings(tmp_path / "whole", max_iters=4, dropout=0.1, **changes)])
     main([PRESET, *settings(tmp_path / "parts", max_iters=2, dropout=0.1, **changes)])
     parts = resume(tmp_path / "parts", max_iters=4)
-    assert ("and of n-grams: 0.0" in parts.console) == ("ngrams" in changes)
+    assert ("number of n-gram parameters: 0.0" in parts.console) == ("ngrams" in changes)
     expected, found = whole.checkpoint(), parts.checkpoint()
     assert found["iter_num"] == 5 and found["model_args"] == expected["model_args"]
     for name, weight in expected["model"].items():
@@ -446,7 +446,7 @@ def test_a_modern_run_resumes_to_the_bit_and_is_sampled_from(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
-def test_a_modern_model_compiles(main, settings, tmp_path):
+def test_modern_model_compiles(main, settings, tmp_path):
     def losses(compiling):
         given = settings(tmp_path / str(compiling), max_iters=3, n_kv_head=1, compile=compiling)
         return main([PRESET, *given]).series("loss")
@@ -454,7 +454,7 @@ def test_a_modern_model_compiles(main, settings, tmp_path):
     assert losses(True) == pytest.approx(losses(False), abs=1e-4)
 
 
-def test_a_modern_run_in_two_processes_is_that_of_one(main, settings, torchrun, tmp_path):
+def test_modern_run_on_two_ranks_matches_one(main, settings, torchrun, tmp_path):
     # not from zeros: AdamW makes steps of full size of gradients that are rounding alone
     given = dict(max_iters=2, n_kv_head=1, tied=False, zero_init=False)
     one = main([PRESET, *settings(tmp_path / "one", **given)])
@@ -465,7 +465,7 @@ def test_a_modern_run_in_two_processes_is_that_of_one(main, settings, torchrun, 
         assert torch.allclose(two[name], weight, atol=1e-5)
 
 
-def test_the_model_on_resume_is_the_checkpoints(train_tiny, resume, tmp_path):
+def test_resume_keeps_the_model_of_the_checkpoint(train_tiny, resume, tmp_path):
     train_tiny(tmp_path / "modern", max_iters=0, position="rotary", n_kv_head=1)
     run = resume(tmp_path / "modern", max_iters=1, n_kv_head=2, norm="rms")
     assert "the checkpoint's n_kv_head=1, norm=layer stays" in run.console
@@ -475,7 +475,7 @@ def test_the_model_on_resume_is_the_checkpoints(train_tiny, resume, tmp_path):
     assert len(run.checkpoint()["model_args"]) == 7
 
 
-def test_what_does_not_go_together_ends_in_one_line(train_tiny, tmp_path):
+def test_incompatible_keys_are_one_line(train_tiny, tmp_path):
     with pytest.raises(UserError, match="n_head=2 is not divisible by n_kv_head=3"):
         train_tiny(tmp_path / "out", n_kv_head=3)
     with pytest.raises(UserError, match="n_embd / n_head = 5 is odd"):

@@ -12,13 +12,14 @@ import pytest
 import tiktoken
 import torch
 
+import evaluate
 import sample
 from brisk.data.bpe import BPETokenizer
 from brisk.data.dataset import write_dataset
 from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
 from brisk.generation import generate
-from configurator import configure
+from configurator import configure, help_groups
 from model import GPT, GPTConfig
 
 SCRIPT = Path(sample.__file__)
@@ -478,6 +479,26 @@ def test_a_model_of_words(run, folder):
     assert {line.split("'" if "don" not in line else '"')[1] for line in table} == {
         f"{word} " for word in tokenizer.words
     }
+
+
+@pytest.mark.parametrize("eot", [False, True])
+def test_a_prompt_of_stop_words_is_noted_and_has_no_words(run, folder, eot):
+    words = WordTokenizer("cat sat on a mat".split(), stop_words=["the", "of"], eot=eot)
+    write_checkpoint(folder / "out" / "ckpt.pt", words.vocab_size, tokenizer=words.to_dict())
+    options = ["--max_words=4", "--temperature=2", "--rows=windows", "--out=samples.jsonl"]
+    found = texts(run("--start=The, of!", *options))
+    assert [len(text.split()) for text in found] == [4, 4, 4]
+    assert [one["text"] for one in records("samples.jsonl")] == found
+    assert "note: the prompt is empty: it has only stop words" in run.notices
+    assert texts(run("--start=", *options[:-1])) == found
+    assert "note" not in run.notices and "note" not in (run("--start=the cat"), run.notices)[1]
+
+
+def test_help_is_in_groups(capsys):
+    for Config in (sample.SampleConfig, evaluate.EvaluateConfig):
+        groups = help_groups(Config)
+        assert "" not in groups and {"model", "output", "system"} <= groups.keys()
+        assert all(comment for keys in groups.values() for comment in keys.values())
 
 
 def test_the_likeliest_next_token_is_the_one_that_greedy_takes(run):

@@ -103,9 +103,7 @@ HARD = {"dropout": 0.2, "gradient_accumulation_steps": 3}
     ],
     ids=str,
 )
-def test_a_run_stopped_and_resumed_is_the_run_not_stopped(
-    train_tiny, resume, tmp_path, changes, stop
-):
+def test_resume_matches_an_uninterrupted_run(train_tiny, resume, tmp_path, changes, stop):
     whole = train_tiny(tmp_path / "whole", **changes)
     first = train_tiny(tmp_path / "parts", **{**changes, "max_iters": stop})
     assert first.checkpoint()["iter_num"] == stop + 1
@@ -115,7 +113,7 @@ def test_a_run_stopped_and_resumed_is_the_run_not_stopped(
     assert_same_end(whole, second)
 
 
-def test_a_run_killed_between_evaluations(train_tiny, resume, tmp_path, monkeypatch):
+def test_resume_of_a_killed_run(train_tiny, resume, tmp_path, monkeypatch):
     """metrics.jsonl is ahead of last.pt by some steps, its last line not written whole."""
     whole = train_tiny(tmp_path / "whole", dropout=0.1)
     rate = train.get_lr
@@ -139,7 +137,7 @@ def test_a_run_killed_between_evaluations(train_tiny, resume, tmp_path, monkeypa
     assert_same_end(whole, again)
 
 
-def test_an_older_checkpoint_put_back(train_tiny, resume, tmp_path):
+def test_resume_from_an_older_checkpoint(train_tiny, resume, tmp_path):
     """All of metrics.jsonl from its step on is of a future that is now another."""
     train_tiny(tmp_path / "out", max_iters=3)
     old = (tmp_path / "out" / "last.pt").read_bytes()
@@ -154,28 +152,28 @@ def test_an_older_checkpoint_put_back(train_tiny, resume, tmp_path):
     assert again.series("loss") == {s: v for s, v in whole.series("loss").items() if s < 6}
 
 
-def test_what_is_resumed_is_the_further_one(finished, resume, tmp_path):
+def test_resume_takes_the_later_checkpoint(finished, resume, tmp_path):
     """With the best model older than the newest, the newest goes on."""
     checkpoint = torch.load(finished / "ckpt.pt")
     save_checkpoint(checkpoint | {"iter_num": 4}, finished / "ckpt.pt")
     assert "at step 8" in resume(finished, max_iters=8).console
 
 
-def test_a_run_at_its_end_says_so_and_changes_nothing(finished, resume):
+def test_resume_of_a_finished_run(finished, resume):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     run = resume(finished)
     assert "max_iters=7" in run.console
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_a_run_folder_can_be_moved(trained, finished, resume):
+def test_run_folder_can_be_moved(trained, finished, resume):
     before = (trained / "last.pt").read_bytes()
     run = resume(finished, max_iters=8)
     assert run.checkpoint()["iter_num"] == 9
     assert (trained / "last.pt").read_bytes() == before
 
 
-def test_settings_not_given_come_from_the_checkpoint(train_tiny, resume, tmp_path):
+def test_resume_takes_saved_settings(train_tiny, resume, tmp_path):
     given = {"dropout": 0.1, "batch_size": 3, "weight_decay": 0.5, "beta1": 0.8, "beta2": 0.9}
     given |= {"eval_iters": 3, "seed": 5, "grad_clip": 0.5, "bias": True, "eval_interval": 5}
     first = train_tiny(tmp_path / "out", **given, max_iters=4)
@@ -188,7 +186,7 @@ def test_settings_not_given_come_from_the_checkpoint(train_tiny, resume, tmp_pat
     }
 
 
-def test_settings_given_win_the_optimizers_too(finished, resume):
+def test_given_settings_override_saved_ones(finished, resume):
     given = {"learning_rate": 0.002, "weight_decay": 0.7, "beta1": 0.5, "beta2": 0.6}
     run = resume(finished, max_iters=9, decay_lr=False, batch_size=2, **given)
     checkpoint = run.checkpoint()
@@ -200,14 +198,14 @@ def test_settings_given_win_the_optimizers_too(finished, resume):
     assert checkpoint["config"]["weight_decay"] == 0.7
 
 
-def test_a_config_file_gives_settings_too(finished, main, resumed_settings, tmp_path):
+def test_config_file_overrides_saved_settings(finished, main, resumed_settings, tmp_path):
     (tmp_path / "more.py").write_text("max_iters = 8\nweight_decay = 0\n")
     run = main([str(tmp_path / "more.py"), *resumed_settings(finished)])
     assert run.checkpoint()["iter_num"] == 9
     assert run.checkpoint()["optimizer"]["param_groups"][0]["weight_decay"] == 0
 
 
-def test_a_whole_number_in_a_checkpoint_is_taken_for_a_float(finished, resume):
+def test_saved_int_fits_a_float_key(finished, resume):
     """nanoGPT keeps `weight_decay = 0` of a config file as the int that it is there."""
     checkpoint = torch.load(finished / "last.pt")
     checkpoint["config"] |= {"weight_decay": 0, "dropout": 0, "min_lr": 0}
@@ -219,21 +217,21 @@ def test_a_whole_number_in_a_checkpoint_is_taken_for_a_float(finished, resume):
     assert run.checkpoint()["optimizer"]["param_groups"][0]["weight_decay"] == 0
 
 
-def test_a_shape_given_anew_is_told_to_stay(finished, resume):
+def test_new_shape_on_resume_is_ignored(finished, resume):
     run = resume(finished, max_iters=8, n_layer=3)
     assert re.search(r"^note: .*n_layer=1.* stays", run.console, re.MULTILINE)
     assert run.checkpoint()["model_args"]["n_layer"] == 1
     assert run.checkpoint()["config"]["n_layer"] == 1
 
 
-def test_a_shorter_context_on_resume(finished, resume):
+def test_shorter_context_on_resume(finished, resume):
     run = resume(finished, max_iters=8, block_size=8)
     checkpoint = run.checkpoint()
     assert checkpoint["model_args"]["block_size"] == 8
     assert checkpoint["model"]["transformer.wpe.weight"].shape == (8, 16)
 
 
-def test_max_iters_given_on_resume_wins_over_the_epochs_of_before(train_tiny, resume, tmp_path):
+def test_max_iters_on_resume_overrides_epochs(train_tiny, resume, tmp_path):
     train_tiny(tmp_path / "out", max_epochs=0.3)
     steps = torch.load(tmp_path / "out" / "last.pt")["iter_num"]
     assert resume(tmp_path / "out", max_iters=steps + 2).checkpoint()["iter_num"] == steps + 3
@@ -248,7 +246,7 @@ def test_precision_is_kept_on_resume(train_tiny, resume, tmp_path):
     assert run.checkpoint()["resolved"]["dtype"] == "float32"
 
 
-def test_float16_on_resume_of_a_run_that_had_no_scaler(finished, resume):
+def test_resume_with_float16_without_saved_scaler(finished, resume):
     checkpoint = torch.load(finished / "last.pt")
     del checkpoint["scaler"]  # as in nanoGPT's checkpoints
     for name in ("last.pt", "ckpt.pt"):
@@ -267,19 +265,19 @@ def test_weights_alone_cannot_be_resumed(finished, resume):
         resume(finished, max_iters=8)
 
 
-def test_data_of_another_tokenizer(finished, resume, tmp_path, text):
+def test_resume_with_another_tokenizer_is_refused(finished, resume, tmp_path, text):
     """As many characters, but others: training on would quietly spoil the model."""
     turned = text.swapcase()
     tokenizer = CharTokenizer(sorted(set(text + turned)))
     write_dataset(tmp_path / "data", tokenizer, {"train": [turned], "val": [text]}, "turned")
-    with pytest.raises(UserError, match="tokenized otherwise"):
+    with pytest.raises(UserError, match="another tokenizer"):
         resume(finished, max_iters=8, data_dir=tmp_path / "data")
 
 
 # ----------------------------------------------------------------------------- starting
 
 
-def test_scratch_moves_an_earlier_run_out_of_the_way(finished, train_tiny):
+def test_scratch_archives_an_earlier_run(finished, train_tiny):
     before = {path.name: path.read_bytes() for path in finished.glob("[!.]*")}
     run = train_tiny(finished, max_iters=1)
     assert f"{finished / 'earlier'}" in run.console
@@ -292,7 +290,7 @@ def test_scratch_moves_an_earlier_run_out_of_the_way(finished, train_tiny):
     assert sorted(map(len, found)) == sorted([len(kept), 4])  # both are there
 
 
-def test_auto_starts_and_then_goes_on(train_tiny, main, settings, tmp_path):
+def test_auto_starts_then_resumes(train_tiny, main, settings, tmp_path):
     argv = settings(tmp_path / "out", init_from="auto", max_iters=2)
     first = main(argv)
     assert list(first.series("loss")) == [0, 1, 2]
@@ -303,14 +301,14 @@ def test_auto_starts_and_then_goes_on(train_tiny, main, settings, tmp_path):
 
 
 @pytest.mark.parametrize("init_from", ["scratch", "resume", "auto"])
-def test_a_restart_by_torchrun_goes_on(finished, main, settings, monkeypatch, init_from):
+def test_torchrun_restart_resumes(finished, main, settings, monkeypatch, init_from):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run = main(settings(finished, init_from=init_from, max_iters=8))
     assert "Resuming" in run.console and not (finished / "earlier").exists()
     assert run.checkpoint()["iter_num"] == 9
 
 
-def test_a_restart_with_nothing_saved_starts_as_it_was_told(train_tiny, tmp_path, monkeypatch):
+def test_torchrun_restart_without_checkpoint(train_tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert train_tiny(tmp_path / "out", max_iters=0).checkpoint()["iter_num"] == 1
 
@@ -321,7 +319,7 @@ def test_resume_without_a_run(resume, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_finetuning_another_runs_checkpoint(trained, train_tiny, tmp_path, monkeypatch):
+def test_finetune_a_checkpoint(trained, train_tiny, tmp_path, monkeypatch):
     """A file's weights, a new optimizer, a new count of steps."""
 
     def rule(batch_size, block_size, n_embd):
@@ -340,7 +338,7 @@ def test_finetuning_another_runs_checkpoint(trained, train_tiny, tmp_path, monke
     assert {s["step"].item() for s in run.checkpoint()["optimizer"]["state"].values()} == {2}
 
 
-def test_finetuning_with_a_shorter_context(trained, train_tiny, tmp_path):
+def test_finetune_with_a_shorter_context(trained, train_tiny, tmp_path):
     run = train_tiny(tmp_path / "new", init_from=trained / "ckpt.pt", block_size=8, max_iters=0)
     assert run.checkpoint()["model_args"]["block_size"] == 8
     with pytest.raises(UserError, match="block_size=32"):
@@ -351,7 +349,7 @@ def test_finetuning_with_a_shorter_context(trained, train_tiny, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_frozen_layers_stay_as_they_are(train_tiny, resume, tmp_path, optimizer):
+def test_frozen_layers_do_not_change(train_tiny, resume, tmp_path, optimizer):
     start = train_tiny(tmp_path / "start", n_layer=2)
     given = {"init_from": start.out_dir / "ckpt.pt", "freeze_layers": 1, "optimizer": optimizer}
     tuned = train_tiny(tmp_path / "out", dropout=0.1, **given)
@@ -364,14 +362,12 @@ def test_frozen_layers_stay_as_they_are(train_tiny, resume, tmp_path, optimizer)
     assert_same_end(resume(shorter.out_dir, max_iters=7), tuned)
 
 
-def test_more_frozen_layers_than_there_are(train_tiny, tmp_path):
-    with pytest.raises(UserError, match="freeze_layers=2: there are 1"):
+def test_too_many_frozen_layers(train_tiny, tmp_path):
+    with pytest.raises(UserError, match="freeze_layers=2: the model has 1"):
         train_tiny(tmp_path / "out", freeze_layers=2)
 
 
-def test_eval_only_evaluates_once_and_saves_nothing(
-    trained, finished, train_tiny, resume, tmp_path
-):
+def test_eval_only_saves_nothing(trained, finished, train_tiny, resume, tmp_path):
     fresh = train_tiny(tmp_path / "fresh", eval_only=True)
     assert not fresh.out_dir.exists()
     pattern = r"^step 0: train loss [\d.]+, val loss [\d.]+$"
@@ -387,6 +383,22 @@ def test_eval_only_evaluates_once_and_saves_nothing(
 
     train_tiny(finished, eval_only=True)  # not even an earlier run is moved
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_dry_run_needs_no_data(main, settings, tmp_path, char_data):
+    argv = [a for a in settings(tmp_path / "out") if not a.startswith("--data_dir")]
+    argv += ["--dry_run", f"--data_dir={tmp_path / 'nowhere'}"]
+    console = main(argv).console
+    assert "is not prepared; assuming a vocabulary of 50,304" in console
+    assert re.search(r"compute: [\d.e+]+ FLOP; at least .* TFLOP/s", console)
+    with pytest.raises(UserError, match=r"no train\.bin"):  # its length is needed
+        main([*argv, "--max_epochs=2"])
+
+
+def test_notes_on_float16_and_mfu(train_tiny, tmp_path):
+    run = train_tiny(tmp_path / "out", dtype="float16", max_iters=1)
+    assert "far slower" in run.console and "float32 matrix product" in run.console
+    assert max(run.series("mfu").values()) < 1
 
 
 def test_dry_run_writes_nothing(finished, train_tiny, resume, tmp_path):
@@ -410,7 +422,7 @@ def test_max_iters_is_the_number_of_the_last_step(train_tiny, tmp_path, max_iter
     assert run.checkpoint("ckpt.pt")["iter_num"] == max_iters + 1
 
 
-def test_ckpt_is_the_best_and_last_the_newest(train_tiny, tmp_path):
+def test_ckpt_is_best_and_last_is_newest(train_tiny, tmp_path):
     """A rate that is right at first and far too high later: the best is in the middle."""
     changes = {"learning_rate": 3.0, "min_lr": 3.0, "warmup_iters": 40, "lr_decay_iters": 40}
     changes |= {"max_iters": 30, "eval_interval": 1, "eval_iters": 8, "grad_clip": 0}
@@ -424,7 +436,7 @@ def test_ckpt_is_the_best_and_last_the_newest(train_tiny, tmp_path):
     assert run.checkpoint("last.pt")["best_val_loss"] == losses[best]
 
 
-def test_the_console_says_what_nanogpt_says(trained, train_tiny, tmp_path):
+def test_console_matches_nanogpt(trained, train_tiny, tmp_path):
     """People read these lines with regular expressions; these are nanoGPT's."""
     console = train_tiny(tmp_path / "out").console
     assert re.search(r"^tokens per iteration will be: 64$", console, re.MULTILINE)
@@ -447,7 +459,7 @@ def test_log_interval(train_tiny, tmp_path):
     assert list(train_tiny(tmp_path / "out", log_interval=3).series("loss")) == [0, 3, 6]
 
 
-def test_metrics_tell_what_readers_rely_on(trained):
+def test_keys_of_metrics(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     step = {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "step_ms"}
     step |= {"tokens_per_second", "mfu", "clipped", "memory"}
@@ -462,7 +474,7 @@ def test_metrics_tell_what_readers_rely_on(trained):
 # ----------------------------------------------------------------------------- numbers
 
 
-def test_the_learning_rate_is_nanogpts(train_tiny, tmp_path):
+def test_learning_rate_matches_nanogpt(train_tiny, tmp_path):
     rates = {"learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": 3, "lr_decay_iters": 6}
 
     def get_lr(it):  # the formulas of nanoGPT's train.py
@@ -478,7 +490,7 @@ def test_the_learning_rate_is_nanogpts(train_tiny, tmp_path):
 
 @pytest.mark.parametrize("schedule, share", [("cosine", 0.2), ("wsd", 0.2), ("wsd", 0), ("wsd", 1)])
 @pytest.mark.parametrize("warmup, decay", [(0, 0), (5, 5), (6, 3), (0, 1)])
-def test_no_schedule_ends_in_a_division_by_zero(warmup, decay, schedule, share):
+def test_schedules_never_divide_by_zero(warmup, decay, schedule, share):
     config = SimpleNamespace(decay_lr=True, learning_rate=1.0, min_lr=0.1)
     config.schedule, config.decay_frac = schedule, share
     config.warmup_iters = warmup
@@ -487,7 +499,7 @@ def test_no_schedule_ends_in_a_division_by_zero(warmup, decay, schedule, share):
 
 
 @pytest.mark.parametrize("rows", ["windows", "documents"])
-def test_accumulated_gradients_are_those_of_the_whole_batch(train_tiny, tmp_path, lines_data, rows):
+def test_accumulation_matches_the_whole_batch(train_tiny, tmp_path, lines_data, rows):
     """Twelve rows at once, or in three, or in twelve micro-batches: the loss is the sum over all
     targets by their number, also where documents of unlike length make the parts unequal."""
     runs = []
@@ -501,7 +513,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(train_tiny, tmp_path
         assert run.series("tokens") == runs[0].series("tokens")
 
 
-def test_the_loss_is_that_of_the_rows_the_loader_gives(train_tiny, char_data, tmp_path, trained):
+def test_loss_is_of_the_rows_of_the_loader(train_tiny, char_data, tmp_path, trained):
     """From a known model, the loss of a step is the model's on the batch at its position."""
     start = trained / "ckpt.pt"
     run = train_tiny(tmp_path / "out", init_from=start, learning_rate=0, min_lr=0, max_iters=2)
@@ -513,7 +525,7 @@ def test_the_loss_is_that_of_the_rows_the_loader_gives(train_tiny, char_data, tm
         assert loss == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_run_is_the_textbook_loop(train_tiny, char_data, tmp_path, trained):
+def test_run_matches_a_textbook_loop(train_tiny, char_data, tmp_path, trained):
     """Forward, backward, clip, AdamW with two groups, and nothing left over from step to step:
     written out here with PyTorch alone, it ends at the same weights."""
     start = trained / "ckpt.pt"
@@ -551,7 +563,7 @@ def test_a_run_is_the_textbook_loop(train_tiny, char_data, tmp_path, trained):
     assert torch.cat([each.flatten() for each in tolerances]).median() < 0.005 * max(rates)
 
 
-def test_every_evaluation_reads_the_same_windows(train_tiny, tmp_path):
+def test_evaluations_read_the_same_windows(train_tiny, tmp_path):
     """A model that does not change has one loss, with whatever dropout, seed and batch it is
     trained."""
     still = {"learning_rate": 0, "min_lr": 0, "weight_decay": 0, "eval_interval": 2}
@@ -565,7 +577,7 @@ def test_every_evaluation_reads_the_same_windows(train_tiny, tmp_path):
     assert again.series("val_loss")[0] == run.series("val_loss")[0]
 
 
-def test_the_seed_decides(train_tiny, tmp_path):
+def test_seed_determines_the_run(train_tiny, tmp_path):
     changes = {"max_iters": 2, "dropout": 0.1}
     a = train_tiny(tmp_path / "a", **changes)
     b = train_tiny(tmp_path / "b", **changes)
@@ -574,7 +586,7 @@ def test_the_seed_decides(train_tiny, tmp_path):
     assert_same_end(a, b)
 
 
-def test_dropout_drops_each_step_anew(train_tiny, tmp_path):
+def test_dropout_differs_between_steps(train_tiny, tmp_path):
     """One row only, and a model that does not change: the losses differ by dropout alone."""
     splits = {"train": ["a" * 9 + "b" * 8], "val": ["ab" * 9]}
     write_dataset(tmp_path, CharTokenizer("ab"), splits, "letters")
@@ -602,7 +614,7 @@ def test_max_epochs(train_tiny, char_data, tmp_path):
 # ----------------------------------------------------------------------------- vocabulary
 
 
-def test_characters_have_exactly_their_rows(trained, text):
+def test_vocab_size_of_characters(trained, text):
     checkpoint = torch.load(trained / "last.pt")
     assert checkpoint["model_args"]["vocab_size"] == len(set(text))
     assert checkpoint["model"]["transformer.wte.weight"].shape == (len(set(text)), 16)
@@ -612,11 +624,11 @@ def test_characters_have_exactly_their_rows(trained, text):
     "kind, size, rows",
     [("char", 65, 65), ("byte", 257, 257), ("bpe", 1000, 1024), ("bpe", 50257, 50304)],
 )
-def test_rows_of_the_vocabulary(kind, size, rows):
+def test_vocabulary_rows(kind, size, rows):
     assert vocabulary_rows(SimpleNamespace(kind=kind, vocab_size=size)) == rows
 
 
-def test_ids_without_a_description_are_gpt2s(train_tiny, tmp_path, monkeypatch):
+def test_data_without_meta_is_gpt2(train_tiny, tmp_path, monkeypatch):
     """nanoGPT's GPT-2 sets are bins alone. Where GPT-2's vocabulary cannot be had the run goes
     on, and whoever can have it samples from what it made."""
 
@@ -638,7 +650,7 @@ def test_ids_without_a_description_are_gpt2s(train_tiny, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- the file
 
 
-def test_the_checkpoint_is_nanogpts_dict(trained):
+def test_checkpoint_matches_nanogpt(trained):
     checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
     keys = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
     assert keys <= checkpoint.keys()
@@ -654,7 +666,7 @@ def test_the_checkpoint_is_nanogpts_dict(trained):
     assert type(checkpoint["best_val_loss"]) is float and type(checkpoint["iter_num"]) is int
 
 
-def test_the_checkpoint_takes_no_more_room_than_its_numbers(trained):
+def test_checkpoint_size(trained):
     """The tied weight is stored once, and the two names are one file."""
     checkpoint = torch.load(trained / "ckpt.pt")
     numbers = sum(w.numel() for w in checkpoint["model"].values())
@@ -663,7 +675,7 @@ def test_the_checkpoint_takes_no_more_room_than_its_numbers(trained):
     assert (trained / "ckpt.pt").samefile(trained / "last.pt")
 
 
-def test_a_run_ends_without_leftovers(trained):
+def test_files_of_a_run(trained):
     assert sorted(path.name for path in trained.iterdir()) == [
         ".lock",
         "ckpt.pt",
@@ -675,7 +687,7 @@ def test_a_run_ends_without_leftovers(trained):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
-def test_compiled_training_is_the_same_training(train_tiny, resume, tmp_path):
+def test_compiled_run_matches_eager(train_tiny, resume, tmp_path):
     plain = train_tiny(tmp_path / "plain", max_iters=3)
     compiled = train_tiny(tmp_path / "compiled", max_iters=3, compile=True)
     assert compiled.series("loss") == pytest.approx(plain.series("loss"), abs=1e-4)
@@ -687,7 +699,7 @@ def test_compiled_training_is_the_same_training(train_tiny, resume, tmp_path):
     )
 
 
-def test_without_a_compiler_it_trains_uncompiled(train_tiny, tmp_path, monkeypatch):
+def test_run_without_a_compiler(train_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("brisk.device.shutil.which", lambda name: None)
     run = train_tiny(tmp_path / "out", compile=True, max_iters=0)
     assert re.search(r"^not compiling: ", run.console, re.MULTILINE)

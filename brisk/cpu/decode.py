@@ -1,11 +1,11 @@
-"""CPU kernel for one decode step: the network of model.py in fewer operations.
+"""One decode step on a CPU: the network of model.py in fewer operations.
 
-A decode step reads every weight for a few vectors. On a CPU a small model spends most of it between
-operations: module calls, views, kernels chosen for longer sequences. `Decoder` runs plain
-operations on transposed weights instead. Its logits are the network's up to rounding.
+A decode step reads every weight for a few tokens. On a CPU, a small model spends most of that time
+on overhead: module calls, views, kernels made for longer sequences. `Decoder` runs plain operations
+on transposed weights. Its logits equal the network's up to rounding.
 
-CPU time of a step of the network divided by that of the decoder: medians, on one thread of an AMD
-EPYC (Zen 4) with PyTorch 2.13, by benchmarks/decode_ratio.py (layers x channels, vocabulary 65):
+Speedup over the network in CPU time: medians by benchmarks/decode_ratio.py, on one thread of an AMD
+EPYC (Zen 4) with PyTorch 2.13 (layers x channels, vocabulary of 65):
 
     rows                       1      8     64
     4 x 128                 2.21   2.15   1.25
@@ -13,7 +13,7 @@ EPYC (Zen 4) with PyTorch 2.13, by benchmarks/decode_ratio.py (layers x channels
     6 x 384, modern         1.30   1.10   1.06
     GPT-2 (12 x 768)        1.05   1.05   1.09
 
-It stays for models that a CPU trains. Anything larger is bound by reading the weights.
+It is kept for models small enough to train on a CPU. Larger ones are bound by memory bandwidth.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-IN_CACHE = 2**20  # weights: a larger matrix is bound by memory, and a transposed copy gains nothing
+MAX_COPIED = 2**20  # weights of a matrix; reading a larger one is bound by memory in any layout
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Linear:
 
     def __init__(self, module):
         weight = module.weight.detach().t()
-        self.weight = weight.contiguous() if weight.numel() <= IN_CACHE else weight
+        self.weight = weight.contiguous() if weight.numel() <= MAX_COPIED else weight
         self.bias = module.bias
 
     def __call__(self, x):
@@ -70,12 +70,12 @@ class Linear:
 class Decoder:
     """The weights of `model`, a `GPT` in float32 on the CPU, laid out for `decode_step`.
 
-    They are read once: create it anew when the weights change.
+    It copies weights: create a new one when they change.
     """
 
     @classmethod
     def of(cls, model):
-        """A decoder for `model`, or None on a GPU and below float32, where it is not measured."""
+        """A decoder for `model`, or None on a GPU or below float32, where it was not measured."""
         device = model.lm_head.weight.device
         plain = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         return cls(model) if plain and model.lm_head.weight.dtype == torch.float32 else None
@@ -110,7 +110,7 @@ class Decoder:
         )
 
     def decode_step(self, ids, step):
-        """Logits (B, vocab_size) after `ids` (B, 1), in the rows of `step`, a `CacheStep`."""
+        """Logits (B, vocab_size) after `ids` (B, 1). `step` is a `CacheStep` of B rows."""
         position = step.positions if step.start is None else step.start
         x = F.embedding(ids, self.wte)
         if self.ngrams is not None:
@@ -127,13 +127,13 @@ class Decoder:
         return self.head(self.norm(x))
 
     def mask(self, mask):
-        """The mask of a `CacheStep` with one entry a key/value head; zero for None."""
+        """The mask of a `CacheStep`, repeated for each key/value head; `no_mask` for None."""
         if mask is None:
             return self.no_mask
         return mask.expand(-1, self.config.kv_heads, -1, -1).flatten(0, 1)
 
     def attention(self, layer, x, step, i, cos_sin, mask):
-        """Output of the attention of layer i before its projection: (B, n_embd)."""
+        """Attention of layer i, without its output projection: (B, n_embd)."""
         B, D, heads, kv = len(x), self.config.head_dim, self.config.n_head, self.config.kv_heads
         qkv = layer.qkv(x).view(B, heads + 2 * kv, D)
         if layer.q_norm:
@@ -145,10 +145,10 @@ class Decoder:
         memory = step.memory[i]
         step.write(memory, qkv[:, heads:].view(B, 2, kv, 1, D).transpose(0, 1))
         keys, values = step.read(memory).flatten(1, 2).unbind()  # (B * kv, T, D) each
-        q = qkv[:, :heads].reshape(B * kv, heads // kv, D)  # the queries that share a key
+        q = qkv[:, :heads].reshape(B * kv, heads // kv, D)  # grouped by key/value head
         beta = 0 if mask is self.no_mask else 1  # 0: the mask is not read
-        shares = torch.baddbmm(mask, q, keys.mT, beta=beta, alpha=D**-0.5).softmax(-1)
-        return torch.bmm(shares, values).view(B, heads * D)
+        probs = torch.baddbmm(mask, q, keys.mT, beta=beta, alpha=D**-0.5).softmax(-1)
+        return torch.bmm(probs, values).view(B, heads * D)
 
     def hidden(self, layer, x):
         """Hidden activations of the MLP: (B, hidden_width)."""
@@ -157,13 +157,13 @@ class Decoder:
         x = layer.up(x)
         if self.config.mlp == "relu2":
             return x.relu_().square_()
-        # On the transpose: PyTorch's kernel for contiguous rows costs more to launch.
+        # On the transpose: PyTorch's kernel for contiguous rows has more overhead.
         return F.gelu(x.t(), approximate=self.config.gelu).t()
 
 
 def apply_rotary_emb(x, cos_sin):
-    """model.py's rotation of heads x (B, heads, head_dim) in fewer operations: cosines and signed
-    sines (..., head_dim) are repeated for both halves."""
+    """Rotate x (B, heads, head_dim) as model.py does, in fewer operations. `cos_sin` are cosines
+    and signed sines (..., head_dim), repeated for both halves."""
     cos, sin = cos_sin
     halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.addcmul(x * cos, halves_swapped, sin)

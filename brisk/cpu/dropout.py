@@ -1,7 +1,6 @@
-"""Dropout for training on a CPU, where PyTorch's takes longer than the layer it follows.
+"""Faster dropout on a CPU, where PyTorch's takes longer than the layer before it.
 
-PyTorch draws a number for each channel there, one after another; here one draw of 64 bits decides
-four.
+PyTorch draws one random number for each element. Here 64 random bits are used for four elements.
 """
 
 import math
@@ -10,31 +9,31 @@ import torch
 
 
 def dropout(x, p):
-    """`x` with each entry set to zero with probability `p`, from above 0 to below 1 and to a
-    resolution of 1/65536, and the others scaled up (Srivastava et al. 2014). Draws from the CPU's
-    global generator."""
+    """Dropout (Srivastava et al. 2014) with probability 0 < p < 1, rounded to a multiple of
+    1/65536. Uses the default CPU generator."""
     return Dropout.apply(x, p)
 
 
 class Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
-        is_kept, ctx.kept = dropout_mask(x.shape, p)
-        ctx.save_for_backward(is_kept)
-        return scaled(is_kept, ctx.kept, x)
+        mask, ctx.keep_prob = dropout_mask(x.shape, p)
+        ctx.save_for_backward(mask)
+        return apply_mask(x, mask, ctx.keep_prob)
 
     @staticmethod
     def backward(ctx, grad):
-        return scaled(*ctx.saved_tensors, ctx.kept, grad), None
+        (mask,) = ctx.saved_tensors
+        return apply_mask(grad, mask, ctx.keep_prob), None
 
 
-def scaled(is_kept, kept, x):
-    return is_kept.to(x.dtype).mul_(1 / kept).mul_(x)
+def apply_mask(x, mask, keep_prob):
+    return mask.to(x.dtype).mul_(1 / keep_prob).mul_(x)
 
 
 def dropout_mask(shape, p):
-    """(which entries of a tensor of this shape are kept, as bools; the probability of that)."""
+    """A bool mask of this shape, True with probability `keep_prob`. Returns (mask, keep_prob)."""
     threshold, n = max(1, round((1 - p) * 2**16)), math.prod(shape)
     bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)
-    is_kept = bits.view(torch.int16)[:n] < threshold - 2**15
-    return is_kept.view(shape), threshold / 2**16
+    mask = bits.view(torch.int16)[:n] < threshold - 2**15
+    return mask.view(shape), threshold / 2**16

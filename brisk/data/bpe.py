@@ -1,12 +1,25 @@
 """Byte-pair encodings: GPT-2's, and those trained here."""
 
 import base64
+import random
+import time
+from functools import cache
+from itertools import product
 
 from brisk.data.tokenizer import EOT, REPLACEMENT, Tokenizer
 from brisk.errors import UserError
 
 # How GPT-2 cuts text before pairs are merged: words, numbers, signs, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# As tiktoken writes it: it cuts every text in the same way, but is faster.
+TIKTOKENS_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+)
+GPT2_PATTERNS = (GPT2_PATTERN, TIKTOKENS_PATTERN)
+# A character of each category of Unicode (but surrogates, which no text in UTF-8 has), and further
+# ones that patterns tell apart.
+KINDS = "aAǅʰ中\u0301\u0903\u20dd1Ⅷ²_-()«»!+$^©\u2028\u2029 \x00\u200b\ue000\u0378"
+KINDS += "'’stſ\n\r\t\x0b\x1c\x85\xa0\u3000\u200d\ufeff/.🙂éא"
 
 
 class BPETokenizer(Tokenizer):
@@ -68,22 +81,54 @@ class BPETokenizer(Tokenizer):
         )
         if len(ranks) < len(tokens):
             raise ValueError("a token is there twice")
-        if not cuts_all(description["pattern"]):
+        tokenizer = cls(encoding)
+        if not cuts_all(encoding):
             raise ValueError("its pattern does not cut text into pieces")
-        return cls(encoding)
+        return tokenizer
 
 
-def cuts_all(pattern):
-    """Whether a regular expression cuts text into pieces and leaves nothing out: with another,
-    tiktoken drops text, or ends the process."""
+def cuts_all(encoding):
+    """Whether the pattern of a `tiktoken.Encoding` cuts any text into pieces and leaves nothing
+    out: with another, tiktoken drops text, or ends the process.
+
+    This cannot be proved of every pattern, so it is tried: on characters of every kind, alone, in
+    pairs, in runs and mixed, and on code points in their order. It takes about 40 ms.
+    """
     import regex  # as tiktoken does
 
-    text = "".join(map(chr, range(256))) + " it's 12 naïve\r\n\n 中文 🙂\t "
+    pattern = encoding._pat_str
+    if pattern in GPT2_PATTERNS:
+        return True
+    end = time.monotonic() + 2
+
+    def left():
+        return max(end - time.monotonic(), 0.001)
+
     try:
-        pieces = [match[0] for match in regex.finditer(pattern, text, timeout=1)]
-    except (regex.error, TimeoutError):
+        # Atomic and possessive: each piece begins where the last one ends, nothing is tried again.
+        piece, pieces = regex.compile(pattern), regex.compile(f"(?>{pattern})++")
+        short, long = trial_texts()
+        for text in short:
+            found = [match[0] for match in piece.finditer(text, timeout=left())]
+            if not all(found) or "".join(found) != text:
+                return False
+        if not all(pieces.fullmatch(text, timeout=left()) for text in long):
+            return False
+    except (regex.error, TimeoutError, RecursionError):
         return False
-    return all(pieces) and "".join(pieces) == text
+    return encoding.decode(encoding.encode_ordinary(long[0])) == long[0]  # the engine in use
+
+
+@cache
+def trial_texts():
+    """(short, long) texts for `cuts_all`."""
+    words = [*KINDS, "it's", "WE'LL", "don’t", "12,345.6", "a_b", "\r\n", "\n\n", "  \n", "://"]
+    runs = [kind * length for kind in KINDS for length in (3, 4, 5, 8, 17, 64)]
+    mix = "".join(random.Random(0).choices([*words, *runs[::6]], k=5000))
+    codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 64)]
+    pairs = ["".join(pair) for pair in product(KINDS, repeat=2)]
+    ascii_pairs = "".join(chr(a) + chr(b) for a in range(128) for b in range(128))
+    return ["", *KINDS, *runs], [mix, ascii_pairs, "".join(map(chr, codes)), *pairs]
 
 
 def gpt2():
@@ -107,7 +152,7 @@ def train_bpe(texts, vocab_size):
         raise UserError(f"vocab_size={vocab_size}: a BPE has at least the 256 bytes and {EOT}")
     ids = learn_pairs(texts, vocab_size - 1).get_vocab()
     if len(ids) < vocab_size - 1:
-        print(f"vocab_size={vocab_size}: this text has pairs for {len(ids) + 1}, taking that")
+        print(f"vocab_size={vocab_size}: this text has too few pairs, taking {len(ids) + 1}")
         vocab_size = len(ids) + 1
     alphabet = byte_alphabet()
     ranks = {bytes(alphabet[letter] for letter in token): ids[token] for token in ids}

@@ -1,13 +1,12 @@
 """Tables in csv and tsv files, as people and spreadsheets write them."""
 
 import csv
-import sys
 from collections import deque
 from itertools import islice
 
 from brisk.data.raw_files import EmptyFile, suffix_of
 from brisk.data.text_files import Lines, TextFile
-from brisk.errors import UserError
+from brisk.errors import UserError, note
 
 SEPARATORS = [",", ";", "\t", "|"]
 PEEKED = 100  # rows by which the separator and the columns of text are found
@@ -26,19 +25,23 @@ class CsvFile:
         self.text, self.told = TextFile(path, encoding), False
         self.path = self.text.path
         default = "\t" if suffix_of(self.path) == ".tsv" else ","
-        self.skipped, self.delimiter = 0, default
-        first = next(iter(Lines(self.text)), "")
+        self.delimiter, self.skipped, first = default, 0, ""
+        for line in Lines(self.text, "\n"):
+            if first := line.strip("\n"):
+                break
+            self.skipped += 1  # empty lines before the header
         if first.startswith("sep=") and len(first) == 5:  # a line of Excel's
-            self.skipped, self.delimiter = 1, first[4]
+            self.skipped, self.delimiter = self.skipped + 1, first[4]
         else:
-            self.delimiter = max(
-                sorted(SEPARATORS, key=lambda separator: separator != default), key=self.agreement
-            )
+            usual_first = sorted(SEPARATORS, key=lambda separator: separator != default)
+            self.delimiter = max(usual_first, key=self.agreement)
         if self.delimiter != default:
-            print(f"{path}: fields are separated by {self.delimiter!r}", file=sys.stderr)
-        self.columns = next(self.read(), None)
-        if not self.columns:
+            note(f"{path}: fields are separated by {self.delimiter!r}")
+        _, self.columns = next(self.read(self.delimiter), (1, []))
+        if self.columns == []:
             raise EmptyFile(f"{path} is empty")
+        if self.columns is None:
+            raise UserError(f"{path}: its first row, the header, is malformed")
         names = [name for name in self.columns if name]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"{path} has two columns named {twice[0]}; rename one of them")
@@ -46,7 +49,7 @@ class CsvFile:
     def agreement(self, separator):
         """The share of the first rows that have as many fields as the header, by this separator;
         0 where the header has one field."""
-        rows = [row for row in islice(self.read(separator), PEEKED) if row != []]
+        rows = [row for _, row in islice(self.read(separator), PEEKED) if row != []]
         if not rows or not rows[0] or len(rows[0]) == 1:
             return 0
         return sum(row is not None and len(row) == len(rows[0]) for row in rows) / len(rows)
@@ -61,50 +64,54 @@ class CsvFile:
         found = [c for c in named if any(not is_number(row[c]) for row in rows)]
         return found or (named if len(named) == 1 else [])
 
+    def has_column(self, column):
+        return column in self.columns
+
     def texts(self, column):
         return (row[column] for row in self)
 
-    def read(self, delimiter=None):
-        """Lists of the fields of each row, the header too; None for a row that is malformed."""
-        delimiter = delimiter or self.delimiter
-        csv.field_size_limit(2**24)  # characters; so far reaches a quote that does not end
-        lines, again, self.line, start = (
-            islice(Lines(self.text, "\n"), self.skipped, None),
-            deque(),
-            0,
-            1,
-        )
+    def read(self, delimiter):
+        """Pairs (line, fields) of each row, the header too; no fields of a malformed row."""
+        csv.field_size_limit(2**24)  # characters; the length of a quote that does not end
+        lines = islice(Lines(self.text, "\n"), self.skipped, None)
+        taken, ahead, start, reader = [], deque(), self.skipped + 1, None
+
+        def source():
+            while line := ahead.popleft() if ahead else next(lines, ""):
+                taken.append(line)
+                yield line
+
         while True:
-            taken = []  # the lines of this row
-            source = remembered(taken, again, lines)
+            reader = reader or csv.reader(source(), delimiter=delimiter, strict=True)
             try:
-                row = next(csv.reader(source, delimiter=delimiter, strict=True))
+                row = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                row = None
+                row = reader = None
                 if "expected after" not in str(error):  # a quote without end costs its line only
-                    again.extendleft(reversed(taken[1:]))
+                    ahead.extendleft(reversed(taken[1:]))
                     del taken[1:]
-            self.line, start = start, start + len(taken)
-            yield row
+            yield start, row
+            start += len(taken)
+            taken.clear()
 
     def __iter__(self):
-        malformed, first = 0, None
-        for fields in islice(self.read(), 1, None):
+        malformed = []
+        for line, fields in islice(self.read(self.delimiter), 1, None):
             if fields is not None and len(fields) == len(self.columns):
                 yield dict(zip(self.columns, fields, strict=True))
             elif fields != []:  # an empty line is no row
-                malformed, first = malformed + 1, first or self.line
+                malformed.append(line)
         if malformed and not self.told:
             self.told = True
-            what = f"{malformed} malformed rows, the first at line {first}"
-            print(f"{self.text.path}: left out {what}", file=sys.stderr)
+            what = f"{len(malformed)} malformed rows, the first at line {malformed[0]}"
+            note(f"{self.path}: left out {what}")
 
     def need(self, column):
-        if column not in self.columns:
+        if not self.has_column(column):
             columns = ", ".join(self.columns)
-            raise UserError(f"{self.text.path} has no column {column}, it has {columns}")
+            raise UserError(f"{self.path} has no column {column}, it has {columns}")
 
 
 def is_number(field):
@@ -112,13 +119,3 @@ def is_number(field):
         return not field.strip() or float(field.replace(",", ".")) is not None
     except ValueError:
         return False
-
-
-def remembered(taken, ahead, lines):
-    """The lines of the deque `ahead`, which is emptied, then `lines`; each is noted in `taken`."""
-    while ahead:
-        taken.append(ahead.popleft())
-        yield taken[-1]
-    for line in lines:
-        taken.append(line)
-        yield line

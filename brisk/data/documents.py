@@ -9,7 +9,6 @@ import glob
 import hashlib
 import math
 import os
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from brisk.data.hub import Rows, load
 from brisk.data.raw_files import (
     EmptyFile,
     NotText,
+    first_bytes,
     is_clutter,
     is_zip,
     members_of,
@@ -26,10 +26,12 @@ from brisk.data.raw_files import (
 from brisk.data.tables import TABLES, Column, choose_column, table_of
 from brisk.data.text_files import Lines, TextFile
 from brisk.data.tokenize_files import cores
-from brisk.errors import UserError
+from brisk.errors import UserError, note
 
 SHOWN = 5  # files left out that are named
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+PARTS_OF_A_SET = {"meta.json", "meta.pkl", "train.bin", "val.bin"}
+FEW, LONG = 100, 10_000  # documents, and characters of all of them, see `split_documents`
 COUNTED = 100_000  # documents up to which a split is exact; beyond, chance is exact enough
 
 
@@ -60,7 +62,10 @@ class Corpus:
         for file in files:
             Table = None
             try:
-                Table = table_of(file)
+                head = first_bytes(file)
+                Table = table_of(file, head)
+                if not head:
+                    raise EmptyFile(f"{file} is empty")
                 self.parts.append(part_of(file, Table, column, encoding, lines, alone))
             except UserError as error:
                 if alone or (Table and not isinstance(error, EmptyFile)):
@@ -117,12 +122,13 @@ def tell_left_out(left_out):
         names = [file.name for file, error in left_out if type(error) is kind]
         if names:
             shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-            print(f"left out {len(names)} files that are {what}: {shown}", file=sys.stderr)
+            files = "1 file that is" if len(names) == 1 else f"{len(names)} files that are"
+            note(f"left out {files} {what}: {shown}")
     others = [error for _, error in left_out if type(error) not in groups]
     for error in others[:SHOWN]:
-        print(f"left out: {error}", file=sys.stderr)
+        note(f"left out: {error}")
     if len(others) > SHOWN:
-        print(f"left out {len(others) - SHOWN} more files like these", file=sys.stderr)
+        note(f"left out {len(others) - SHOWN} more files like these")
 
 
 class HubTable:
@@ -130,6 +136,7 @@ class HubTable:
 
     def __init__(self, dataset, name):
         self.path, self.columns = name, dataset.column_names
+        self.has_column = self.columns.__contains__
         kinds = {name: getattr(kind, "dtype", "") for name, kind in dataset.features.items()}
         self.text_columns = [name for name in kinds if kinds[name] in ("string", "large_string")]
 
@@ -142,6 +149,17 @@ class Picked:
 
     def __iter__(self):
         return (document for document in self.corpus if self.is_wanted(key_of(document)))
+
+
+class Shortened:
+    """The documents of a corpus, those whose key is `key` up to their character `n`."""
+
+    def __init__(self, corpus, key, n):
+        self.corpus, self.key, self.n = corpus, key, n
+
+    def __iter__(self):
+        for document in self.corpus:
+            yield Span(document, 0, self.n) if key_of(document) == self.key else document
 
 
 class Span:
@@ -172,22 +190,35 @@ def pieces(documents):
 def split_documents(corpus, share):
     """Split a corpus for training and validation: by document, picked by a hash of their text, so
     that equal ones are on the same side and nothing depends on their order. A document alone is
-    split in itself, the last `share` of it for validation.
+    split in itself, the last `share` of it for validation; so is one of a few that has more than
+    half of the text, and the others are for training.
 
     Returns {"train": …, "val": …}. Raises `UserError` where there are no documents.
     """
     keys = list(map(key_of, islice(corpus, COUNTED)))
     if not keys:
-        raise UserError("there are no documents in it")
+        raise UserError("there are no documents in the input")
     if len(keys) == 1:
         document = next(iter(corpus))
         length = sum(map(len, pieces([document])))
         n = int(length * (1 - share))
         return {"train": [Span(document, 0, n)], "val": [Span(document, n, length)]}
+    different = sorted(set(keys))
+    if 1 < len(different) <= len(keys) < FEW:
+        sizes = {key_of(document): sum(map(len, pieces([document]))) for document in corpus}
+        total, largest = sum(sizes.values()), max(sizes, key=sizes.get)
+        if sizes[largest] > total / 2 and total > LONG:
+            n = sizes[largest] - int(total * share)
+            whole = next(document for document in corpus if key_of(document) == largest)
+            return {
+                "train": Shortened(corpus, largest, n),
+                "val": [Span(whole, n, sizes[largest])],
+            }
     if len(keys) == COUNTED:
         bound = int(share * 2**64)
+    elif len(different) == 1:
+        raise UserError(f"all {len(keys)} documents are equal: none is left for validation")
     else:
-        different = sorted(set(keys))
         count = min(max(1, math.ceil(share * len(different))), len(different) - 1)
         bound = different[count]
     return {
@@ -223,8 +254,12 @@ def find_files(sources):
     none where `sources` looks like the name of a data set on the hub. Hidden ones are left out."""
     found = []
     listed = [part.strip() for part in sources.split(",") if part.strip()]
+    if sources == "-":
+        raise UserError("standard input cannot be read again; save it in a file: --input=PATH")
     for source in [sources] if os.path.exists(sources) else listed:
         path = Path(source)
+        if not os.path.exists(path) and source.startswith("~"):  # not expanded after --input=
+            path = path.expanduser()
         if path.is_dir():
             files = files_in(path)
         elif path.exists():
@@ -236,6 +271,10 @@ def find_files(sources):
         if not files:
             if path.is_dir():
                 raise UserError(f"there are no files in {source}")
+            if path.is_symlink():
+                raise UserError(f"{source} is a link that leads nowhere")
+            if "://" in source:
+                raise UserError(f"{source} is an address; download it first, then --input=PATH")
             is_a_file = suffix_of(path) in {*TABLES, ".txt", ".md", ".py"}
             name_of_a_set = source == sources and source.count("/") <= 1 and not is_a_file
             if name_of_a_set and not path.exists() and not glob.has_magic(source):
@@ -248,14 +287,13 @@ def find_files(sources):
 def files_in(folder):
     """The files below a folder, in order, without hidden ones and data sets that were made here."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    names = {file.parent: set() for file in files}
-    for file in files:
-        names[file.parent].add(file.name)
-    made = {parent for parent in names if names[parent] >= {"meta.json", "train.bin", "val.bin"}}
+    made = {file.parent for file in files if file.name == "meta.json"}
+    made &= {file.parent for file in files if file.name == "train.bin"}
     return [
         file
         for file in files
-        if file.parent not in made and not is_clutter(file.relative_to(folder))
+        if not (file.parent in made and file.name in PARTS_OF_A_SET)
+        and not is_clutter(file.relative_to(folder))
     ]
 
 

@@ -20,7 +20,7 @@ class JsonFile:
 
     def __init__(self, path, encoding="auto"):
         self.path, self.text = path, TextFile(path, encoding)
-        self.is_lines = suffix_of(path) != ".json" or self.begins_with_a_row()
+        self.is_lines = self.begins_with_a_row()
         rows = [row for _, row in islice(self.rows(), PEEKED)]
         if not rows:
             raise EmptyFile(f"{path} is empty")
@@ -35,8 +35,11 @@ class JsonFile:
         )
 
     def begins_with_a_row(self):
-        """Whether the first line is a row in itself, and other lines follow it."""
+        """Whether the file is jsonl: not an array, and in a .json the first line is a row in itself
+        and others follow."""
         line, _, rest = next(iter(self.text), "").lstrip().partition("\n")
+        if suffix_of(self.path) != ".json":
+            return not line.startswith("[{") and not line.strip() == "["
         if not rest.strip():
             return False
         try:
@@ -83,6 +86,10 @@ class JsonFile:
             raise UserError(f"{self.path}, line {line}: it is no JSON ({error})") from error
         rows = rows if isinstance(rows, list) else [rows]
         yield from ((f"item {number}", row) for number, row in enumerate(rows, start=1))
+
+    def has_column(self, column):
+        """Whether any row has it: the first ones need not."""
+        return column in self.columns or any(column in row for _, row in self.rows())
 
     def texts(self, column):
         """The strings themselves, or the values of `column`; rows without one are left out."""

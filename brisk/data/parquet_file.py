@@ -19,16 +19,21 @@ class ParquetFile:
         self.columns = schema.names
         kinds = {field.name: getattr(field.type, "value_type", field.type) for field in schema}
         nested = {field.name for field in schema if field.type.num_fields}
+        self.kinds = {field.name: field.type for field in schema}
         self.text_columns = [n for n in kinds if str(kinds[n]) in STRINGS and n not in nested]
         if not count:
             raise EmptyFile(f"{path} has no rows")
         if len(kinds) < len(self.columns):
             raise UserError(f"{path} has two columns of one name; rename one of them")
 
+    def has_column(self, column):
+        return column in self.columns
+
     def texts(self, column):
         """Rows without a text are left out."""
         if column not in self.text_columns:
-            raise UserError(f"{self.path}: the column {column} holds no text")
+            kind = self.kinds[column]
+            raise UserError(f"{self.path}: the column {column} holds no text but {kind}")
         with self.opened() as file:
             for batch in file.iter_batches(1000, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)

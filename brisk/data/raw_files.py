@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,7 +118,7 @@ def decompressed(file, path):
 
     head = file.read(8)
     file.seek(0)
-    if head.startswith(ZIP) or Path(str(path)).suffix.lower() == ".zip":
+    if head.startswith(ZIP) or str(path).lower().endswith(".zip"):
         if isinstance(path, ZipMember):
             raise UserError(f"{path} is an archive in an archive; unpack it first")
         return blocks_of_only_member(path)
@@ -165,8 +166,11 @@ def checksum(path):
 
 
 def is_zip(path):
-    with open_raw(path) as file:
-        return file.read(4) in ZIP
+    try:
+        with open_raw(path) as file:
+            return file.read(4) in ZIP
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @lru_cache(maxsize=16)
@@ -176,8 +180,8 @@ def open_zip(path, _stamp):
 
 def opened_zip(path):
     """The `ZipFile` of an archive, kept open: its members are read one by one, and again."""
-    stat = os.stat(path)
-    return open_zip(str(path), (stat.st_size, stat.st_mtime_ns))
+    status = os.stat(path)
+    return open_zip(str(path), (status.st_size, status.st_mtime_ns))
 
 
 def members_of(path):
@@ -187,8 +191,8 @@ def members_of(path):
     damaged, empty or encrypted, and for documents that are zip archives inside.
     """
     try:
-        infos = [info for info in opened_zip(path).infolist() if not info.is_dir()]
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        infos = [info for info in opened_zip(path).infolist() if is_regular(info)]
+    except Exception as error:  # a damaged directory of members can raise any error there is
         raise UserError(f"cannot read {path}: {error}") from error
     if kind := kind_of_zip({info.filename for info in infos}):
         raise UserError(refusal(path, *kind))
@@ -198,6 +202,11 @@ def members_of(path):
     if any(info.flag_bits & 1 for info in infos):
         raise UserError(f"{path} is encrypted; unpack it first")
     return [ZipMember(Path(path), info) for info in sorted(infos, key=lambda i: i.filename)]
+
+
+def is_regular(info):
+    """Whether a member is a file: not a folder, nor a link, whose content is another's name."""
+    return info.filename[-1:] not in ("", "/") and not stat.S_ISLNK(info.external_attr >> 16)
 
 
 def is_clutter(path):

@@ -2,7 +2,7 @@
 
 import pickle
 
-from brisk.data.bpe import BPETokenizer
+from brisk.data.bpe import GPT2_PATTERN, GPT2_PATTERNS, BPETokenizer
 from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
 
@@ -26,6 +26,21 @@ def from_dict(description):
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"the description of the tokenizer is damaged ({error!r})") from error
     raise UserError(f"there is no tokenizer of kind {kind!r} here; a newer version may have it")
+
+
+def same_tokenizer(a, b):
+    """Whether two tokenizers give every text the same ids. Neither the label of a byte-pair
+    encoding nor the spelling of GPT-2's pattern counts: a tokenizer.json keeps neither."""
+    return comparable(a) == comparable(b)
+
+
+def comparable(tokenizer):
+    """The description of a tokenizer without the parts that change no id."""
+    description = tokenizer.to_dict()
+    description.pop("name", None)
+    if description.get("pattern") in GPT2_PATTERNS:
+        description["pattern"] = GPT2_PATTERN
+    return description
 
 
 def read_meta_pkl(path):

@@ -5,21 +5,19 @@ array: all of it). A table has a `path`, its `columns`, the `text_columns` among
 `texts(column)`.
 """
 
-import sys
-
 from brisk.data.csv_file import CsvFile
 from brisk.data.json_file import JsonFile
 from brisk.data.parquet_file import ParquetFile
-from brisk.data.raw_files import first_bytes, suffix_of
-from brisk.errors import UserError
+from brisk.data.raw_files import suffix_of
+from brisk.errors import UserError, note
 
 TABLES = {".csv": CsvFile, ".tsv": CsvFile, ".jsonl": JsonFile, ".ndjson": JsonFile}
 TABLES |= {".json": JsonFile, ".parquet": ParquetFile}
 
 
-def table_of(path):
-    """The class that reads a file, or None for a file of text."""
-    if first_bytes(path).startswith(b"PAR1"):
+def table_of(path, head):
+    """The class that reads a file that begins with the bytes `head`; None for a file of text."""
+    if head.startswith(b"PAR1"):
         return ParquetFile
     return TABLES.get(suffix_of(path))
 
@@ -39,12 +37,12 @@ def choose_column(table, column=""):
     columns = ", ".join(table.columns) or "none"
     found = table.text_columns
     if column or "text" in table.columns:
-        if column and column not in table.columns:
+        if column and not table.has_column(column):
             raise UserError(f"{table.path} has no column {column}, it has {columns}")
         return column or "text"
     if len(found) != 1:
         remedy = f"; choose one: --column={found[0]}" if found else ""
         raise UserError(f"{table.path} has no column text, it has {columns}{remedy}")
     if found[0]:  # texts without a name: an array of strings
-        print(f"{table.path}: the texts are in its column {found[0]}", file=sys.stderr)
+        note(f"{table.path}: the texts are in its column {found[0]}")
     return found[0]

@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import io
 import os
+import re
 import shlex
 import sys
 import urllib.request
@@ -11,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from brisk.data.raw_files import NotText, ZipMember, blocks, checksum, refuse_binary
-from brisk.errors import UserError
+from brisk.errors import UserError, note
 
 # Besides UTF-8 and whatever has a byte order mark. Few on purpose: the more there are, the
 # likelier a wrong one fits. Each is the largest of its family (GB18030 reads GBK and GB2312).
@@ -115,16 +116,20 @@ def detect_encoding(path):
         return "utf-8"
     except UnicodeDecodeError as error:
         position += error.start
+    if is_damaged_utf8(sample):
+        raise UserError(
+            f"{path} is UTF-8, but damaged at byte {position}; leave out the damaged bytes: "
+            f"{iconv(path, 'utf-8').replace('iconv', 'iconv -c')}"
+        )
     found = guess_encoding(sample, 4 if more else 1)
     if found is None:
         raise UserError(
             f"{path} is not UTF-8 at byte {position}, and its encoding is unknown; name it "
             f"(--encoding=gb18030, say), or convert it: {iconv(path, 'NAME')}"
         )
-    print(
+    note(
         f"{path} is not UTF-8 at byte {position}; it looks like {found}, and is read as that. "
-        f"If it is not: --encoding=NAME, or convert it: {iconv(path, found)}",
-        file=sys.stderr,
+        f"If it is not: --encoding=NAME, or convert it: {iconv(path, found)}"
     )
     return found
 
@@ -136,6 +141,14 @@ def refuse_zeros(path, block):
         if zeros > max(8, 0.4 * len(ascii_half)) and block.count(0) < 1.1 * zeros:
             raise UserError(f"{path} looks like {encoding}; if it is: --encoding={encoding}")
     raise NotText(f"{path} is no text: it has bytes of zero")
+
+
+def is_damaged_utf8(sample):
+    """Whether bytes that are not UTF-8 hold at least as many of its multi-byte characters as bytes
+    that cannot belong to one: text in another encoding has few."""
+    text = sample.decode("utf-8", errors="replace")
+    invalid = text.count("\N{REPLACEMENT CHARACTER}")
+    return sum(map(len, re.findall(r"[^\0-\x7f\ufffd]+", text))) >= invalid
 
 
 def guess_encoding(sample, cuts):

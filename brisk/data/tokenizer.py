@@ -169,10 +169,18 @@ def find_words(text, stop_words=frozenset(), lower=True):
 
 def learn_words(texts, min_count=1, max_words=None, **settings):
     """A `WordTokenizer` of the words that `texts` (an iterable of strings) has at least `min_count`
-    times, the most frequent first; `settings` are its other arguments."""
+    times, the most frequent first; `settings` are its other arguments.
+
+    Raises `UserError` where there are no such words.
+    """
     seen = {key: settings[key] for key in ("stop_words", "lower") if key in settings}
     counts = Counter(chain.from_iterable(find_words(text, **seen) for text in texts))
     words = [word for word, count in counts.most_common(max_words) if count >= min_count]
+    if not counts:
+        besides = " besides stop words, which are left out" if settings.get("stop_words") else ""
+        raise UserError(f"the training text has no words{besides}")
+    if not words:
+        raise UserError(f"no word is in the training text {min_count} times; lower --min_count")
     return WordTokenizer(words, **settings)
 
 

@@ -1,68 +1,74 @@
-"""Broadcast a checkpoint from rank 0, its tensors one by one."""
+"""Broadcast a checkpoint from rank 0, one tensor at a time."""
 
 import torch
 import torch.distributed as dist
 
 
 def broadcast_checkpoint(ranks, read, *arguments, before_tensors=lambda plan: None):
-    """Call `read(*arguments)` on rank 0, the only one that needs the files, and return what it
-    returns, dicts of tensors on the CPU and plain values, on every rank.
+    """Call `read(*arguments)` on rank 0, and return its result on every rank: nested dicts of plain
+    values and of tensors on the CPU. Only rank 0 needs the files.
 
-    Under FSDP the numbers of weights and moments stay in the main process, which scatters them
-    later (`fsdp.shard_like`): the others' tensors are of the same shapes, with nothing in them.
+    With FSDP, weights and moments are not sent: the tensors on other ranks have the same shapes and
+    uninitialized data, and `fsdp.shard_like` scatters the values later.
 
-    `before_tensors` is called in every process with all but the tensors, before those are sent.
+    Args:
+        before_tensors: called on every rank before tensors are sent, with the result in which
+            `Placeholder` objects stand for the tensors.
 
-    Raises its `UserError` in all of them.
+    Raises:
+        UserError: on every rank, if `read` raised it.
     """
     if ranks.is_alone:
         whole = read(*arguments)
         before_tensors(whole)
         return whole
-    tensors = {}  # by where they are in memory: one of two names is sent once
-    plan = ranks.run_on_main(lambda: planned(read(*arguments), tensors))
-    before_tensors(plan)
-    mine = (tensor for _, tensor in tensors.values())
-    return filled(plan, mine, [], scalars_only=ranks.shards)
+    tensors = {}  # keyed by storage, so that a tied weight is sent once
+    outline = ranks.run_on_main(lambda: extract_tensors(read(*arguments), tensors))
+    before_tensors(outline)
+    to_send = (tensor for _, tensor in tensors.values())
+    return insert_tensors(outline, to_send, [], scalars_only=ranks.shards)
 
 
-class Tensor:
-    """Stands for a tensor in a plan: the `number`-th to be sent, of this shape and dtype."""
+class Placeholder:
+    """Stands for the `number`-th tensor to be sent."""
 
     def __init__(self, number, shape, dtype):
         self.number, self.shape, self.dtype = number, shape, dtype
 
 
-def planned(value, tensors):
-    """`value` with a `Tensor` in the place of each tensor, which `tensors` takes in; odd ones (no
-    plain numbers in memory of their own) stay, and are sent with the plan."""
+def extract_tensors(value, tensors):
+    """Replace each tensor in `value` with a `Placeholder` and add it to `tensors`. Nonstandard
+    tensors stay, and are pickled with the rest."""
     if isinstance(value, dict):
-        return {key: planned(part, tensors) for key, part in value.items()}
+        return {key: extract_tensors(part, tensors) for key, part in value.items()}
     if not isinstance(value, torch.Tensor) or is_nonstandard(value):
         return value
     key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
     number, _ = tensors.setdefault(key, (len(tensors), value))
-    return Tensor(number, value.shape, value.dtype)
+    return Placeholder(number, value.shape, value.dtype)
 
 
-def filled(plan, mine, sent, scalars_only):
-    """`plan` with the tensors in their places again: `mine` where this process has them, others as
-    they arrive, in the plan's order. `sent` has those so far."""
-    if isinstance(plan, dict):
-        return {key: filled(part, mine, sent, scalars_only) for key, part in plan.items()}
-    if not isinstance(plan, Tensor):
-        return plan
-    if plan.number == len(sent):
-        tensor = next(mine, None)
-        whole = torch.empty(plan.shape, dtype=plan.dtype) if tensor is None else tensor
-        if whole.numel() and not (scalars_only and whole.dim()):
-            # as bytes: gloo has not every dtype
-            dist.broadcast(whole.contiguous().reshape(-1).view(torch.uint8), 0)
-        sent.append(whole)
-    return sent[plan.number]
+def insert_tensors(outline, to_send, done, scalars_only):
+    """Broadcast the tensors, and replace each `Placeholder` with its tensor. `to_send` has the
+    tensors of rank 0 and is empty elsewhere; `done` collects them in order."""
+    if isinstance(outline, dict):
+        items = outline.items()
+        return {key: insert_tensors(part, to_send, done, scalars_only) for key, part in items}
+    if not isinstance(outline, Placeholder):
+        return outline
+    if outline.number == len(done):
+        tensor = next(to_send, None)
+        if tensor is None:
+            tensor = torch.empty(outline.shape, dtype=outline.dtype)
+        if tensor.numel() and not (scalars_only and tensor.dim()):
+            # as bytes, since gloo does not support every dtype
+            dist.broadcast(tensor.contiguous().reshape(-1).view(torch.uint8), 0)
+        done.append(tensor)
+    return done[outline.number]
 
 
 def is_nonstandard(tensor):
+    """Whether `tensor` is sparse, quantized, a meta tensor or an expanded view."""
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return True
     return tensor.nbytes > tensor.untyped_storage().nbytes()

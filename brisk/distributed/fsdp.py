@@ -1,8 +1,8 @@
-"""FSDP: every rank keeps a shard of each weight, of its gradient and of its moments.
+"""FSDP: every rank keeps a shard of each weight, its gradient and its optimizer state.
 
 The weights of a block are gathered just before it runs and freed after it (Rajbhandari et al. 2020,
-ZeRO, stage 3; Zhao et al. 2023, PyTorch FSDP). A shard is a `DTensor`: rows of a tensor, for which
-it stands in every operation. All functions here are called by all ranks together.
+ZeRO, stage 3; Zhao et al. 2023, PyTorch FSDP). Shards are `DTensor`s, split by rows. All functions
+in this file are collective: call them on every rank.
 """
 
 from contextlib import contextmanager
@@ -18,62 +18,61 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import distribute_tensor
 
-from brisk.distributed.process_group import local
+from brisk.distributed.process_group import to_local
 
 
 def shard(model, device, world_size, offload=False):
-    """Shard `model`, a `GPT` on the CPU, over `world_size` processes: each block is gathered by
-    itself, and so is what is around them (embeddings, the last norm, the head). All begin with the
-    main process's weights; what the others' models have in theirs is not read.
+    """Shard `model`, a `GPT` on the CPU, over `world_size` processes, with the weights of rank 0.
+    Each block is one unit of sharding; embeddings, final norm and head are another.
 
-    Blocks are moved to the device and sharded one after another: none has to hold the whole model.
-    In bfloat16 weights are gathered in it, and gradients added up in float32. A gradient scaler's
-    float16 reaches the products only, by autocast: gradients would overflow on their way.
+    Blocks are moved to the device and sharded one by one, so no device holds the whole model. In
+    bfloat16, weights are gathered in bfloat16 and gradients are reduced in float32. In float16 only
+    autocast uses the lower precision: gradients would overflow in the reduction.
     """
     weights = dict(model.state_dict())
     mesh = init_device_mesh(device.type, (world_size,))
     low = torch.bfloat16 if device.dtype is torch.bfloat16 else None
-    how = {
+    options = {
         "mesh": mesh,
-        # inputs are left as they come: rotary cosines and sines stay in float32
+        # no cast of the inputs: rotary cosines and sines stay in float32
         "mp_policy": MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     for block in model.transformer.h:
-        fully_shard(block, **how)
-    fully_shard(model, **how)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
     load_weights(model, weights)
 
 
 @torch.no_grad()
 def load_weights(model, weights):
-    """Give a sharded `model` the weights of a state dict, of which the main process's are read."""
+    """Load the state dict `weights` of rank 0 into a sharded `model`."""
     for name, shards in model.state_dict(keep_vars=True).items():
-        local(shards).copy_(local(shard_like(weights[name], shards)))
+        to_local(shards).copy_(to_local(shard_like(weights[name], shards)))
 
 
 def shard_like(whole, like):
-    """The tensor `whole` of rank 0, sharded as the DTensor `like`; on other ranks only its shape is
-    read. Raises ValueError where the shapes differ."""
+    """Shard the tensor `whole` of rank 0 like the DTensor `like`. On other ranks only the shape of
+    `whole` is used. Raises ValueError if the shapes differ."""
     if whole.shape != like.shape:
         raise ValueError(f"{tuple(whole.shape)} for {tuple(like.shape)}")
     mesh = like.device_mesh
     if mesh.get_rank() != 0:
         whole = torch.empty(whole.shape, dtype=whole.dtype, device=mesh.device_type)
-    shards = torch.empty_like(like)  # on the host, where those of `like` are
-    local(shards).copy_(local(distribute_tensor(whole.detach(), mesh, like.placements)))
+    shards = torch.empty_like(like)  # in host memory if `like` is offloaded
+    to_local(shards).copy_(to_local(distribute_tensor(whole.detach(), mesh, like.placements)))
     return shards
 
 
 def full_tensor(tensor):
-    """A DTensor gathered on every rank, on the device of its mesh."""
+    """Gather a DTensor on every rank, on the device of its mesh."""
     return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
 
 
 @contextmanager
 def full_weights(model):
-    """A context in which every rank has all weights of a sharded `model`, in the precision in which
-    they are gathered, and may use it without the others."""
+    """A context in which every rank holds all weights of a sharded `model`, in the precision of
+    the gather, and can run it on its own."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)

@@ -1,4 +1,4 @@
-"""What is applied to a model from outside: activation checkpointing, DDP or FSDP, clipping."""
+"""Activation checkpointing, DDP or FSDP, and gradient clipping, applied to a model from outside."""
 
 from contextlib import nullcontext
 
@@ -8,33 +8,29 @@ from torch.utils.checkpoint import checkpoint
 
 from brisk.errors import UserError
 
-# FSDP is imported where it is used: it takes longer than the rest of a start.
+# FSDP is imported inside functions: the import takes longer than the rest of the startup.
 
 
-def checkpoint_activations(block, draws):
-    """Let `block` keep nothing of its forward pass in training but its input: the backward pass
-    computes the rest again (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost).
+def checkpoint_activations(block, preserve_rng):
+    """Keep only the input of `block` for the backward pass, and recompute its activations there
+    (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost).
 
-    With `draws`, of dropout, it draws the same random numbers again, which costs a look at the
-    generators' states. Call it before `block.compile()` and before the block is sharded: both then
-    act around it. Names of weights stay as they are.
+    `preserve_rng` restores the state of the random number generators for the recomputation, which
+    dropout needs. Call it before the block is compiled or sharded. Parameter names do not change.
     """
     forward = block.forward
 
-    def recomputed(*inputs):
-        if not torch.is_grad_enabled():  # an evaluation: there is no backward pass
+    def checkpointed(*inputs):
+        if not torch.is_grad_enabled():  # evaluation
             return forward(*inputs)
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng)
 
-    block.forward = recomputed
+    block.forward = checkpointed
 
 
 def wrap_model(model, ranks, device, offload=False):
-    """Put `model`, so far on the CPU, on its device, such that the backward pass averages gradients
-    over the ranks; with FSDP its weights are sharded. All ranks begin with the weights of rank 0.
-
-    Returns what a training step calls: `model` itself, or DDP around it.
-    """
+    """Move `model` from the CPU to its device and apply DDP or FSDP, with the weights of rank 0 on
+    all ranks. Returns the module to call in training: `model` itself, or DDP around it."""
     if ranks.shards:
         from brisk.distributed.fsdp import shard
 
@@ -48,17 +44,17 @@ def wrap_model(model, ranks, device, offload=False):
 
 
 def check_offload(ranks, device):
-    """Raise `UserError` where the shards of the weights cannot be kept on the host."""
+    """Raise `UserError` if `--cpu_offload` is not supported in this run."""
     if not ranks.shards:
         raise UserError("--cpu_offload needs --parallel=fsdp, and several processes (torchrun)")
     if device.type != "cuda":
-        raise UserError(f"--cpu_offload spares memory of GPUs, the device is {device.type}")
+        raise UserError(f"--cpu_offload saves GPU memory; the device is {device.type}")
     if device.dtype_name == "float16":
-        raise UserError("--cpu_offload does not go with the gradient scaler of --dtype=float16")
+        raise UserError("--cpu_offload does not support the gradient scaler of --dtype=float16")
 
 
 def set_grad_sync(ddp_model, ranks, sync):
-    """Whether the next backward pass averages the gradients over the ranks."""
+    """Set whether the next backward pass averages gradients over the ranks."""
     if ranks.shards:
         ddp_model.set_requires_gradient_sync(sync)
     elif not ranks.is_alone:
@@ -66,7 +62,7 @@ def set_grad_sync(ddp_model, ranks, sync):
 
 
 def clip_grad_norm(model, max_norm, ranks, device):
-    """Clip the norm of all gradients together to `max_norm`. Returns it as it was before, a tensor
+    """Clip the gradients to a total norm of `max_norm`. Returns the norm before clipping, a tensor
     () on the device."""
     if not ranks.shards:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -79,7 +75,7 @@ def clip_grad_norm(model, max_norm, ranks, device):
 
 
 def load_weights(model, weights, ranks):
-    """Load `weights`, a state dict of rank 0, into `model`, sharded or not."""
+    """Load the state dict `weights` of rank 0 into `model`, sharded or not."""
     if not ranks.shards:
         model.load_state_dict(weights)
         return
@@ -89,7 +85,7 @@ def load_weights(model, weights, ranks):
 
 
 def full_weights(model, ranks):
-    """A context in which rank 0 may use `model` without the others."""
+    """A context in which rank 0 can run `model` on its own."""
     if not ranks.shards:
         return nullcontext()
     from brisk.distributed import fsdp

@@ -1,4 +1,4 @@
-"""The process group of a run: which rank this process is, and what ranks tell one another."""
+"""The process group of a run: this process's rank, and collectives."""
 
 import math
 import os
@@ -15,19 +15,24 @@ from brisk.errors import UserError
 
 @dataclass
 class Ranks:
-    """This process among `world_size`; started by plain `python` it is the only one."""
+    """The rank of this process, and collectives over all ranks.
+
+    Started by plain `python`, a process is alone. A single process under torchrun has a process
+    group, so that DDP and FSDP can be tested and measured on one device.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    parallel: str = "ddp"  # or "fsdp": each rank keeps a shard of the weights
+    parallel: str = "ddp"  # or "fsdp"
+    launched: bool = False  # by torchrun or another launcher that sets RANK
 
     @classmethod
     def from_environment(cls, parallel="ddp"):
-        """What torchrun says in the environment."""
+        """The `Ranks` that torchrun's environment variables describe."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         numbers = (int(os.environ.get(n, d)) for n, d in zip(names, (0, 0, 1), strict=True))
-        return cls(*numbers, parallel)
+        return cls(*numbers, parallel, launched="RANK" in os.environ)
 
     @property
     def is_main(self):
@@ -35,54 +40,59 @@ class Ranks:
 
     @property
     def is_alone(self):
-        return self.world_size == 1
+        return self.world_size == 1 and not self.launched
 
     @property
     def shards(self):
         return self.parallel == "fsdp" and not self.is_alone
 
     def init(self, backend, device, timeout=600):
-        """Initialize the process group: NCCL between GPUs, gloo between CPUs, or as `backend` says.
-        A rank that waits `timeout` seconds for another gives up."""
+        """Initialize the process group. `backend` "auto" is NCCL on GPUs and gloo on CPUs. A
+        collective fails after `timeout` seconds. Raises `UserError` for a wrong environment or
+        backend."""
         if self.is_alone:
             return
+        if not dist.is_available():
+            raise UserError("this PyTorch has no torch.distributed; start without torchrun")
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"RANK is set without {missing[0]}; use torchrun, or unset RANK")
         if backend == "auto":
             backend = "nccl" if device.type == "cuda" else "gloo"
         if backend == "nccl" and device.type != "cuda":
-            raise UserError(f"--backend=nccl needs GPUs, the device is {device.type}; use gloo")
+            raise UserError(f"--backend=nccl needs GPUs, but the device is {device.type}; use gloo")
         if backend == "nccl":
             backend = "cpu:gloo,cuda:nccl"  # collectives on host tensors do not wait for the GPU
-        if device.type == "cpu":  # torchrun gives each process one thread unless told otherwise
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        if device.type == "cpu" and local > 1:  # torchrun sets OMP_NUM_THREADS=1
             torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // local))
         init_process_group(backend, self.rank, self.world_size, timeout)
 
     def destroy(self):
-        """Destroy the process group, all ranks together: one that goes first would take gloo's
-        connections away from under the others."""
-        if dist.is_initialized():
+        """Destroy the process group, after a barrier: gloo fails on ranks that are still
+        communicating when another one closes its connections."""
+        if dist.is_available() and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 
     def broadcast(self, value):
-        """The `value` of rank 0 (plain Python), on every rank."""
+        """Broadcast `value` (plain Python) from rank 0. Returns it on every rank."""
         values = [value]
         if not self.is_alone:
             dist.broadcast_object_list(values)
         return values[0]
 
     def run_on_main(self, work):
-        """Call `work()` on rank 0; return what it returns (plain Python), or raise its
-        `UserError`, on every rank."""
-        result = mistake = None
+        """Call `work()` on rank 0. Returns its result (plain Python), or raises its `UserError`, on
+        every rank."""
+        result = message = None
         if self.is_main:
             try:
                 result = work()
             except UserError as error:
-                mistake = str(error)
-        result, mistake = self.broadcast((result, mistake))
-        if mistake:
-            raise UserError(mistake)
+                message = str(error)
+        result, message = self.broadcast((result, message))
+        if message:
+            raise UserError(message)
         return result
 
     def all_reduce_sum(self, tensor):
@@ -92,7 +102,7 @@ class Ranks:
         return tensor
 
     def all_reduce_max(self, number):
-        """The largest of the ranks' integers, on every rank; waits for no device."""
+        """The maximum of the ranks' integers, on every rank. Does not synchronize with the GPU."""
         if self.is_alone:
             return number
         number = torch.tensor(number)
@@ -100,13 +110,13 @@ class Ranks:
         return number.item()
 
     def micro_batches(self, gradient_accumulation_steps, batch_size):
-        """This rank's micro-batches of a global batch: a list of (index, first, count).
+        """This rank's micro-batches of the global batch: a list of (index, first, count).
 
-        The global batch has `gradient_accumulation_steps * batch_size` rows, whatever the number of
-        ranks. `index` numbers the micro-batches over all ranks, `first` is the row it starts at,
-        `count` its number of rows, at most `batch_size`.
+        The global batch has `gradient_accumulation_steps * batch_size` rows, independent of the
+        world size. `index` numbers the micro-batches of all ranks, `first` is the first row of a
+        micro-batch, and `count` its number of rows, at most `batch_size`.
 
-        Raises `UserError` where the rows cannot be divided evenly.
+        Raises `UserError` if the rows cannot be divided evenly among the ranks.
         """
         rows = gradient_accumulation_steps * batch_size
         if rows % self.world_size:
@@ -114,24 +124,24 @@ class Ranks:
             near = max(1, round(gradient_accumulation_steps / step)) * step
             raise UserError(
                 f"gradient_accumulation_steps={gradient_accumulation_steps} times batch_size="
-                f"{batch_size} is {rows} sequences, which {self.world_size} processes cannot "
-                f"share evenly; --gradient_accumulation_steps={near} can be"
+                f"{batch_size} is {rows} sequences, not divisible by {self.world_size} processes; "
+                f"--gradient_accumulation_steps={near} works"
             )
-        mine = rows // self.world_size
-        number = math.ceil(mine / batch_size)
-        edges = [mine * k // number for k in range(number + 1)]
+        per_rank = rows // self.world_size
+        n = math.ceil(per_rank / batch_size)
+        edges = [per_rank * k // n for k in range(n + 1)]
         return [
-            (self.rank * number + k, self.rank * mine + edges[k], edges[k + 1] - edges[k])
-            for k in range(number)
+            (self.rank * n + k, self.rank * per_rank + edges[k], edges[k + 1] - edges[k])
+            for k in range(n)
         ]
 
 
 @contextmanager
 def clean_end():
-    """A process of several ends with its status as soon as what is inside has ended.
+    """A context that exits a process of a group with `os._exit`, without interpreter shutdown.
 
-    gloo's threads outlive `destroy_process_group` where a model was wrapped (PyTorch 2.13), and now
-    and then one of them aborts the process while the interpreter takes itself down.
+    With DDP, gloo's threads outlive `destroy_process_group` (PyTorch 2.13), and sometimes one of
+    them aborts the process during shutdown.
     """
     status, alone = 0, Ranks.from_environment().is_alone
     try:
@@ -147,10 +157,10 @@ def clean_end():
 
 
 def is_sharded(tensor):
-    """Whether it is a `DTensor`; importing the class would take a second of every start."""
+    """Whether `tensor` is a `DTensor`. `isinstance` would need an import that takes a second."""
     return hasattr(tensor, "device_mesh")
 
 
-def local(tensor):
-    """This process's rows of a tensor that is sharded; all of any other."""
+def to_local(tensor):
+    """This rank's rows of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor

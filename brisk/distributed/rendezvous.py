@@ -6,80 +6,83 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from brisk.errors import RunError, UserError
 
 
 def init_process_group(backend, rank, world_size, seconds):
-    """Initialize the process group. A rank that waits `seconds` for another gives up, here and in
-    every collective.
+    """Initialize the process group. It, and every collective, fails after `seconds` of waiting.
 
-    Raises `UserError` for a `backend` that this PyTorch does not have.
+    Raises `UserError` for a `backend` that this PyTorch does not support.
     """
-    patience = timedelta(seconds=seconds)
+    from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+
+    timeout = timedelta(seconds=seconds)
     with lost_peers():
-        store, *_ = next(rendezvous("env://", rank, world_size, timeout=patience))
-        store.set_timeout(patience)
-        name = name_of_this_start(store, rank, world_size, seconds)
+        store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        name = agree_on_name(store, rank, world_size, seconds)
         try:
             store = dist.PrefixStore(name, store)
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world_size, timeout=patience
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
         except (ValueError, RuntimeError) as error:
-            if is_of_the_network(error):
+            if is_network_error(error):
                 raise
             raise UserError(f"--backend={backend}: {str(error).splitlines()[0]}") from error
 
 
-def name_of_this_start(store, rank, world_size, seconds):
-    """A random name, the same in all processes of this start and of no other.
+def agree_on_name(store, rank, world_size, seconds):
+    """A random name that all ranks of this start share, for the keys of this start in `store`.
 
-    torchrun keeps one store for all starts of a group, with the addresses of the processes that
-    died in it (pytorch/pytorch#135712), and its count of restarts is each host's own. So every
-    process says hello with a word of its own, the main one answers to each word with the name, and
-    is done when all have repeated that.
+    torchrun keeps one store over restarts, with the addresses of processes that have died
+    (pytorch/pytorch#135712), and its restart count differs between hosts. So every rank announces a
+    random id, rank 0 answers each id with the name, and returns when all ranks have confirmed it.
     """
-    word = uuid.uuid4().hex
+    own_id = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"hello/{rank}", word)
-        name = store.get(f"answer/{word}").decode()
-        store.set(f"{name}/{rank}", "heard")
+        store.set(f"id/{rank}", own_id)
+        name = store.get(f"answer/{own_id}").decode()
+        store.set(f"{name}/{rank}", "confirmed")
         return name
-    missing, until = set(range(1, world_size)), time.monotonic() + seconds
+    missing, deadline = set(range(1, world_size)), time.monotonic() + seconds
     while missing:
         for other in sorted(missing):
-            if store.check([f"{word}/{other}"]):
+            if store.check([f"{own_id}/{other}"]):
                 missing.remove(other)
-            elif store.check([f"hello/{other}"]):  # of this start, or still of one before
-                store.set(f"answer/{store.get(f'hello/{other}').decode()}", word)
-        if time.monotonic() > until:
-            few = f"{world_size - len(missing)} of {world_size} processes are there"
-            raise dist.DistNetworkError(f"after {seconds} s only {few}")
+            elif store.check([f"id/{other}"]):  # of this start, or left over from an earlier one
+                store.set(f"answer/{store.get(f'id/{other}').decode()}", own_id)
+        if time.monotonic() > deadline:
+            present = world_size - len(missing)
+            raise dist.DistNetworkError(
+                f"only {present} of {world_size} processes joined within {seconds} s"
+            )
         time.sleep(0.01)
-    return word
+    return own_id
 
 
 @contextmanager
 def lost_peers():
-    """A process that is gone, or silent for too long, ends the others with a `RunError`."""
+    """A context that raises `RunError` when another process is gone or does not respond."""
     try:
         yield
     except RuntimeError as error:
-        if not is_of_the_network(error):
+        if not is_network_error(error):
             raise
-        mend = "its newest checkpoint is whole, --init_from=auto goes on from it"
-        raise RunError(f"lost the run's other processes ({reason_of(error)}); {mend}") from error
+        hint = "--init_from=auto continues from the newest checkpoint"
+        raise RunError(f"lost the run's other processes ({reason_of(error)}); {hint}") from error
 
 
-def is_of_the_network(error):
-    """Whether it is about the other processes; gloo's errors have no class of their own."""
+def is_network_error(error):
+    """Whether `error` is about another process. gloo raises a plain RuntimeError."""
+    if not dist.is_available():
+        return False
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def reason_of(error):
-    """PyTorch's reason without the place in its source and the advice."""
+    """PyTorch's message, without its source location and advice."""
     line = str(error).splitlines()[0]
     line = line.partition(".cc:")[2].partition("] ")[2] or line
     return line.partition(". ")[0]

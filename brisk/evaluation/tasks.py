@@ -1,10 +1,11 @@
-"""Tasks on which a model is right or wrong: sums, the likeliest of some endings, a last word.
+"""Tasks that a model solves or not: HellaSwag, LAMBADA, sums.
 
 The items of `hellaswag` and `lambada` come from a file with a JSON object on each line. In both, a
-context and what is to follow it are tokenized separately, as their usual evaluations do; a context
-that is too long for the model loses its beginning, and `cut` says in how many items. A model of
-documents (`documents=True`) gets the end-of-text token before each context, as it had in training,
-and so does any model before an empty one.
+context and its continuation are tokenized separately, as their usual evaluations do. An item that
+is longer than the model's context loses its beginning: `cut` counts these, and `cut_endings` or
+`cut_words` those of them that lost a part of an ending, or of the word, which then is scored by the
+rest. A model of documents (`documents=True`) gets the end-of-text token before each context, as in
+training, and so does any model before an empty one.
 """
 
 import json
@@ -32,6 +33,8 @@ def hellaswag(model, tokenizer, path, batch_size, device, documents=False):
         accuracy_norm        that, divided by the ending's characters without the space in front:
                              the acc_norm of EleutherAI's lm-evaluation-harness
         accuracy_norm_token  divided by its tokens: the acc_norm of karpathy's llm.c
+
+    If an ending is cut, only the tokens that are scored count, and its characters in proportion.
     """
     block_size = model.config.block_size
 
@@ -46,7 +49,7 @@ def hellaswag(model, tokenizer, path, batch_size, device, documents=False):
             raise UserError(
                 f"label={json.dumps(label)} is not the number of an ending, 0 to {len(labels) - 1}"
             )
-        ids = [continuation_ids(tokenizer, ending, block_size) for ending in endings]
+        ids = [continuation_ids(tokenizer, ending) for ending in endings]
         return context, ids, endings, labels.index(str(label))
 
     items = read_items(path, parse)
@@ -55,12 +58,16 @@ def hellaswag(model, tokenizer, path, batch_size, device, documents=False):
     right, first = np.zeros(3), 0
     for _, ids, endings, label in items:
         mine, first = nats[first : first + len(ids)], first + len(ids)
-        for number, lengths in enumerate((1, list(map(len, endings)), list(map(len, ids)))):
-            right[number] += np.argmin(mine / np.array(lengths)) == label
+        tokens = np.array([len(ending) for ending in ids])
+        scored = np.minimum(tokens, block_size)
+        characters = np.array([len(ending) for ending in endings]) * scored / tokens
+        for number, lengths in enumerate((1, characters, scored)):
+            right[number] += np.argmin(mine / lengths) == label
     names = ("accuracy", "accuracy_norm", "accuracy_norm_token")
     shares = dict(zip(names, (right / len(items)).tolist(), strict=True))
     longest = [(context, max(ids, key=len)) for context, ids, _, _ in items]
-    return {"items": len(items), **shares, "cut": count_cut(longest, block_size)}
+    cut, cut_endings = count_cut(longest, block_size, "endings")
+    return {"items": len(items), **shares, "cut": cut, "cut_endings": cut_endings}
 
 
 def lambada(model, tokenizer, path, batch_size, device, documents=False):
@@ -79,15 +86,17 @@ def lambada(model, tokenizer, path, batch_size, device, documents=False):
             raise UserError("there is no word in the text")
         before = text.rstrip()[: -len(words[-1])].rstrip()
         context = context_ids(tokenizer, before, documents)
-        return context, continuation_ids(tokenizer, words[-1], model.config.block_size)
+        return context, continuation_ids(tokenizer, words[-1])
 
     pairs = read_items(path, parse)
     nats, likeliest = score(model, pairs, batch_size, device)
+    cut, cut_words = count_cut(pairs, model.config.block_size, "words")
     return {
         "items": len(pairs),
         "accuracy": float(likeliest.mean()),
         "perplexity": math.exp(min(700.0, nats.mean())),
-        "cut": count_cut(pairs, model.config.block_size),
+        "cut": cut,
+        "cut_words": cut_words,
     }
 
 
@@ -118,6 +127,7 @@ def addition(model, tokenizer, tokens, batch_size, device):
 def score(model, pairs, batch_size, device):
     """-ln p of each continuation after its context, and whether each of its tokens is the
     likeliest: two arrays with an entry for each of the `pairs` (context ids, continuation ids).
+    Of a continuation longer than `block_size` the last `block_size` tokens are scored.
 
     A batch has at most the tokens of `batch_size` windows of `block_size`.
     """
@@ -126,20 +136,23 @@ def score(model, pairs, batch_size, device):
     lengths = np.array([len(row) - 1 for row in rows])
     nats, likeliest = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
     for batch in tqdm(batches(lengths, batch_size * T), unit="batch", disable=None):
-        scored = [len(pairs[i][1]) for i in batch]
+        scored = [min(T, len(pairs[i][1])) for i in batch]
         inputs, targets = collate([rows[i] for i in batch], scored, device.device)
         nll, hits = token_losses(model, inputs, targets)
         nats[batch], likeliest[batch] = nll.sum(dim=1).cpu(), hits.all(dim=1).cpu()
     return nats, likeliest
 
 
-def count_cut(pairs, block_size):
-    """How many of the `pairs` do not fit into the model whole; a notice if there are any."""
+def count_cut(pairs, block_size, what):
+    """How many of the `pairs` (context ids, continuation ids) are longer than the model's context,
+    and how many of them by their continuation alone; a notice if there are any."""
     cut = sum(len(before) + len(after) > block_size + 1 for before, after in pairs)
+    inside = sum(len(after) > block_size for _, after in pairs)
     if cut:
-        what = f"{cut} of {len(pairs)} items are longer than block_size={block_size}"
-        print(f"{what}: their contexts lost their beginning", file=sys.stderr)
-    return cut
+        note = f"{cut} of {len(pairs)} items are longer than block_size={block_size}"
+        note += f": they lost their beginning, {inside} a part of their {what} too"
+        print(note, file=sys.stderr)
+    return cut, inside
 
 
 def context_ids(tokenizer, text, documents):
@@ -154,14 +167,11 @@ def context_ids(tokenizer, text, documents):
     return np.append(np.array([tokenizer.eot], dtype=ids.dtype), ids)
 
 
-def continuation_ids(tokenizer, text, block_size):
-    """The ids of `text` with a space before it: one at least, at most `block_size`."""
+def continuation_ids(tokenizer, text):
+    """The ids of `text` with a space before it, one at least."""
     ids = tokenizer.encode(f" {text}")
     if len(ids) == 0:
         raise UserError(f"the tokenizer finds no token in {text[:40]!r}")
-    if len(ids) > block_size:
-        what = f"{text[:40]!r} is {len(ids)} tokens long"
-        raise UserError(f"{what}, more than the model's block_size={block_size}")
     return ids
 
 

@@ -1,8 +1,4 @@
-"""Autoregressive sampling, and sampled ids as a stream of text.
-
-`generate` samples from a `GPT`. `TextStream` turns the ids of one sample into text as they come,
-with a tokenizer that has `token_bytes`.
-"""
+"""Autoregressive sampling from a `GPT`."""
 
 import numpy as np
 import torch
@@ -30,17 +26,12 @@ def generate(
     """Continue each of B prompts by up to `max_new_tokens` sampled tokens.
 
     Prompts of any lengths run as one batch, each as if it were alone. The model sees the whole text
-    up to `block_size` tokens, each computed once (see `kv_cache`). A longer text is seen through
-    a window of its newest tokens: when the window is full its older half is dropped, and the newer
-    half is computed again at positions from 0, because cached keys and values depend on their
-    position. The window depends on the number of tokens alone: a text continued in two calls is
-    that of one. It costs no quality: on characters of Shakespeare (4 layers of 128, block_size 64,
-    2000 steps) the mean loss of validation tokens is 1.877 nats after 33 to 64 tokens
-    (evaluate.py --stride=32) and 1.893 after 64 (--stride=1). The model is in eval mode for the
-    call.
+    up to `block_size` tokens, each computed once (see `kv_cache`). A longer text is seen through a
+    window of its newest tokens: when it is full its older half is dropped, and the newer half is
+    computed again at positions from 0, because cached keys and values depend on their position. The
+    window depends on the number of tokens alone. The model is in eval mode for the call.
 
-    Each of `temperature`, `top_k`, `top_p` and `seed` is one value, or a list with one for each
-    prompt.
+    Each of `temperature`, `top_k`, `top_p` and `seed` is one value, or a list with one per prompt.
 
     Args:
         idx: token ids of the prompts: (B, T), T at least 1; or a list of B prompts of any lengths,
@@ -49,73 +40,118 @@ def generate(
         top_k: sample from the k most likely tokens; None or 0 means all.
         top_p: sample from the smallest set of most likely tokens with at least this total
             probability (nucleus sampling, Holtzman et al. 2020); None or 1 means all.
-        stop_ids: a sample that reaches one of these is finished and repeats it.
+        stop_ids: a sample that reaches one of these is finished.
         vocab_size: ids from here on are never sampled (padding of the vocabulary).
         suppress: further ids that are never sampled, such as that of the unknown word.
         seed: the random numbers of sample i follow from (`seed`, `samples`[i]) alone. None takes
             PyTorch's global generator.
         samples: the numbers of the samples in a larger set; None: 0 to B - 1.
-        on_token: called as `on_token(step, ids)` with the sampled ids (B,); True ends the
-            generation.
+        on_token: called as `on_token(step, ids)` with the sampled ids (B,). It returns True to end
+            the generation, or a list of B bools that are True for finished samples, or None.
         exact_window: past `block_size` see the newest `block_size` tokens at every step, as nanoGPT
             does, at the cost of computing all of them at every step.
 
     Returns:
-        Prompts and samples: (B, T + n), or, for a list of prompts, a list of tensors (T + n,). n is
-        less than `max_new_tokens` where every sample finished or `on_token` ended the generation.
+        Prompts and samples: (B, T + n), or, for a list of prompts, a list of tensors (T + n,). A
+        finished sample repeats its last token. n is less than `max_new_tokens` where every sample
+        finished or `on_token` ended the generation.
 
     Raises:
         ValueError: no prompt or an empty one, a negative temperature, top_k or number of tokens,
             a top_p outside 0 to 1, a list of another length than B, every token suppressed.
     """
-    prompts, device = as_tensors(idx, model), model.lm_head.weight.device
-    lengths, B = [len(prompt) for prompt in prompts], len(prompts)
-    if B == 0 or 0 in lengths:
-        raise ValueError("the prompt is empty; a model needs one token to go on from")
-    if max_new_tokens < 0:
-        raise ValueError("max_new_tokens cannot be negative")
+    batch = Batch(model, as_tensors(idx, model), max_new_tokens, exact_window)
+    B, device = batch.ids.size(0), batch.ids.device
     settings = sampling_settings(B, temperature, top_k, top_p)
-
-    # Prompts end in the same column, so that sampled tokens have one column a step.
-    end = longest = max(lengths)
-    ids = torch.zeros(B, longest + max_new_tokens, dtype=torch.long, device=device)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[longest - len(prompt) : longest] = prompt
+    stop_ids = frozenset(stop_ids)
     # Drawn before the loop, so that the device need not wait for the host at each token.
     uniforms = draw_uniforms(range(B) if samples is None else samples, max_new_tokens, seed)
-    uniforms = uniforms.to(device)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    never = suppressed_ids(suppress, vocab_size, device)
-    cache = KVCache(model, B, longest + max_new_tokens)
-    decoder = Decoder.of(model)
-
+    uniforms, never = uniforms.to(device), suppressed_ids(suppress, vocab_size, device)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for step in range(max_new_tokens):
-                if rows := cache.full_rows() if step else [*range(B)]:
-                    texts = [ids[row, longest - lengths[row] : end] for row in rows]
-                    prefill_window(model, texts, cache, rows, exact_window=exact_window)
-                logits = decode_step(model, ids[:, end - 1 : end], cache, decoder=decoder)
-                logits = mask_logits(logits[:, :vocab_size], never)
-                new = sample_rows(logits, uniforms[:, step], settings)
-                if len(stops):
-                    new = torch.where(finished, ids[:, end - 1], new)
-                ids[:, end] = new
-                end += 1
-                if on_token is not None and on_token(step, new):
+                logits = mask_logits(batch.next_logits()[:, :vocab_size], never)
+                own = [settings[text] for text in batch.texts]
+                new = batch.append(sample_rows(logits, uniforms[batch.rows, step], own))
+                ends = on_token(step, new) if on_token is not None else None
+                if ends is True or (ends and batch.finish(ends)):
                     break
-                if len(stops):
-                    finished |= torch.isin(new, stops)
-                    if finished.all():
-                        break
+                if stop_ids and batch.finish([token in stop_ids for token in new.tolist()]):
+                    break
     finally:
         model.train(was_training)
     if isinstance(idx, torch.Tensor):
-        return ids[:, :end]
-    return [row[longest - length : end] for row, length in zip(ids, lengths, strict=True)]
+        return batch.ids[:, : batch.end]
+    return [batch.text(i) for i in range(B)]
+
+
+class Batch:
+    """Texts of any lengths that grow by one token a step, with their KV cache.
+
+    Attributes:
+        ids: (B, longest prompt + max_new_tokens). The texts end in the same column `end`, so that
+            sampled tokens have one column a step, and begin in the columns `starts`.
+        texts: numbers of the texts that are in the cache, in the order of its rows.
+        rows: the same as an index into `ids`.
+        finished: for each text whether it is finished; `is_finished` is the same on the device.
+    """
+
+    def __init__(self, model, prompts, max_new_tokens, exact_window=False):
+        if not prompts or 0 in map(len, prompts):
+            raise ValueError("the prompt is empty; a model needs one token to go on from")
+        if max_new_tokens < 0:
+            raise ValueError("max_new_tokens cannot be negative")
+        self.model, self.exact_window = model, exact_window
+        self.end = max(map(len, prompts))
+        self.starts = [self.end - len(prompt) for prompt in prompts]
+        self.ids = prompts[0].new_zeros(len(prompts), self.end + max_new_tokens)
+        for row, start, prompt in zip(self.ids, self.starts, prompts, strict=True):
+            row[start : self.end] = prompt
+        self.texts, self.rows = [*range(len(prompts))], slice(None)
+        self.finished, self.is_finished = [False] * len(prompts), None
+        self.cache, self.is_read = KVCache(model, *self.ids.shape), False
+        self.decoder = Decoder.of(model)
+
+    def next_logits(self):
+        """Logits (R, vocab_size) after each of the R texts in the cache."""
+        rows = self.cache.full_rows() if self.is_read else [*range(len(self.texts))]
+        if rows:
+            texts = [self.text(self.texts[row]) for row in rows]
+            prefill_window(self.model, texts, self.cache, rows, exact_window=self.exact_window)
+            self.is_read = True
+        newest = self.ids[self.rows, self.end - 1 : self.end]
+        return decode_step(self.model, newest, self.cache, decoder=self.decoder)
+
+    def append(self, new):
+        """Append the ids `new` (R,) to the texts in the cache; finished texts repeat their last id.
+        Returns the ids appended to all texts, (B,)."""
+        last, column = self.ids[:, self.end - 1], self.ids[:, self.end]
+        column[self.rows] = new
+        if self.is_finished is not None:
+            column.copy_(torch.where(self.is_finished, last, column))
+        self.end += 1
+        return column
+
+    def finish(self, ends):
+        """Finish the texts at which `ends`, B bools, is True. They leave the cache as soon as half
+        of its rows are finished: to copy the keys and values of the others takes time. Returns
+        whether all texts are finished."""
+        finished = [a or b for a, b in zip(self.finished, ends, strict=True)]
+        if finished != self.finished:
+            self.finished = finished
+            self.is_finished = torch.tensor(finished, device=self.ids.device)
+            keep = [row for row, text in enumerate(self.texts) if not finished[text]]
+            if 0 < 2 * len(keep) <= len(self.texts):
+                self.cache = self.cache.select(keep)
+                self.texts = [self.texts[row] for row in keep]
+                self.rows = torch.tensor(self.texts, device=self.ids.device)
+        return all(finished)
+
+    def text(self, i):
+        """Ids (T,) of text i."""
+        return self.ids[i, self.starts[i] : self.end]
 
 
 def as_tensors(prompts, model):

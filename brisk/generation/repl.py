@@ -1,50 +1,48 @@
-"""A person types prompts, one a line, and between them commands that change settings.
+"""Interactive sessions: prompts and commands, typed or from a pipe.
 
-`converse` reads the lines, obeys the commands and says what is wrong with one; what a prompt or a
-new value means is the script's to say. Standard output is left to the text: what is said here
-goes to standard error. Lines from a pipe are read the same, without a sign to ask for them.
+`converse` reads them and carries out the commands; the script draws the texts and checks the values
+of settings. Notices go to standard error, so that standard output has the text alone.
 """
 
 import json
 import os
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from brisk.errors import UserError, did_you_mean, one_line
 
+COMMANDS = ("continue", "settings", "help", "quit")
 HELP = """\
-Type a prompt and press enter. FILE:prompt.txt takes it from a file, an empty line is none at
-all, and one that begins with / is written with two: //
-Ctrl-C stops a text (or clears the line); Ctrl-D leaves, on Windows Ctrl-Z and enter.
+Type a prompt and press Enter. A pasted text is one prompt, with all its lines; to type several
+lines, end each but the last with a backslash. FILE:prompt.txt reads the prompt from a file. An
+empty line is an empty prompt. A prompt that begins with / is typed with two: //
+Ctrl-C stops a text or clears the line. Ctrl-D leaves (on Windows Ctrl-Z and Enter). Tab completes
+commands.
 
-  /settings   what is set
-  /help       this
+  /continue   continue the last text, with the settings as they are now
+  /settings   show all settings
+  /help       show this
   /quit       leave
-  /KEY VALUE  changes a setting (/KEY alone shows it, /KEY= empties it). The keys, as they are now:
+  /KEY VALUE  change a setting (/KEY alone shows it, /KEY= empties it); the keys and their values:
 {keys}
 
-A text depends on the seed and its number, counted from 0. A prompt takes the next numbers, so
-that the same one again gives another text; after /seed they begin at 0 again."""
+A text depends on the seed and its number, counted from 0. Each prompt takes the next numbers, so
+the same prompt again gives another text. /seed starts again at number 0."""
 
 
 def converse(config, keys, change, answer):
-    """Answer lines of standard input until it ends, or until /quit.
+    """Answer prompts from standard input until it ends, or until /quit.
 
     Args:
         config: has the values of `keys` as attributes, num_samples among them.
-        keys: what commands may change, {name: what it is, for a person}.
-        change: `change(config, key, text)` returns a `config` with that value, or raises
-            `UserError`.
-        answer: `answer(config, prompt, first)` writes the samples after a prompt, numbered from
-            `first`; a `UserError` says that there are none.
+        keys: the settings that commands change, {name: its description}.
+        change: `change(config, key, text)` returns a `config` with that value. Raises `UserError`
+            for a value that the key does not take.
+        answer: `answer(config, prompt, first)` writes the samples of a prompt, numbered from
+            `first`. A prompt of None continues the last text. Raises `UserError` if it cannot.
     """
-    with suppress(ImportError):  # Windows has none, and its console edits lines by itself
-        import readline  # gives `input` the arrow keys and a history
-
-        for option in ("convert-meta off", "input-meta on", "output-meta on"):
-            readline.parse_and_bind(f"set {option}")  # UTF-8 passes in the C locale too
+    edit_lines(keys)
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     at_terminal = sys.stdin.isatty()
     if at_terminal:
@@ -52,23 +50,23 @@ def converse(config, keys, change, answer):
     number = 0
     while True:
         try:
-            line = ask("> " if at_terminal else "")
-            command = re.fullmatch(r"/(?!/)([^\s=]*)\s*(=?)(.*)", line)
-            if not command:
-                first, number = number, number + config.num_samples
-                try:
-                    prompt = line.removeprefix("/") if line.startswith("//") else line
-                    answer(config, prompt, first)
-                except UserError:
-                    number = first
-                    raise
-            elif command[1] == "quit":
+            text = read_input(at_terminal)
+            command = re.fullmatch(r"/(?!/)([^\s=]*)\s*(=?)(.*)", text, re.DOTALL)
+            if command and command[1] == "quit":
                 return
-            else:
+            if command and command[1] != "continue":
                 changed = obey(command, config, keys, change)
                 if command[1] == "seed" and changed is not config:
                     number = 0
                 config = changed
+            else:
+                prompt = None if command else text.removeprefix("/" * text.startswith("//"))
+                first, number = number, number + config.num_samples
+                try:
+                    answer(config, prompt, first)
+                except UserError:
+                    number = first
+                    raise
         except UserError as error:
             say(f"error: {one_line(str(error))}")
         except EOFError:
@@ -78,7 +76,48 @@ def converse(config, keys, change, answer):
                 raise
 
 
-def ask(sign):
+def edit_lines(keys):
+    """Give `input` at a terminal line editing, a history, completion and bracketed paste, by which
+    the lines of a pasted text come as one."""
+    try:
+        import readline
+    except ImportError:  # on Windows, whose console edits lines itself
+        return
+    for option in ("convert-meta off", "input-meta on", "output-meta on"):
+        readline.parse_and_bind(f"set {option}")  # UTF-8 passes in the C locale too
+    if os.environ.get("TERM", "dumb") != "dumb":  # it takes a sequence that such a one would show
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
+    libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+    readline.set_completer_delims("")  # the word to complete is the whole line
+    readline.set_completer(lambda line, i: [*completions(line, keys), None][i])
+
+
+def completions(line, keys):
+    """The lines that `line` may become by Tab: commands, or in a prompt a tab."""
+    if not line.startswith("/") or line.startswith("//"):
+        return [f"{line}\t"]
+    known = [*(f"/{key} " for key in keys), *(f"/{name}" for name in COMMANDS)]
+    return [command for command in known if command.startswith(line)]
+
+
+def read_input(at_terminal):
+    """A prompt or a command: a line, and the next ones while they end with a backslash. Raises
+    `EOFError` after the last."""
+    lines, more = [], True
+    while more:
+        try:
+            line = read_line(("... " if lines else "> ") if at_terminal else "")
+        except EOFError:
+            if not lines:
+                raise
+            break
+        more = line.endswith("\\")
+        lines.append(line.removesuffix("\\"))
+    return "\n".join(lines)
+
+
+def read_line(sign):
     """One line, without its end. Raises `EOFError` after the last."""
     if sign and not sys.stdout.isatty():  # `input` would write it among the text
         print(sign, end="", file=sys.stderr, flush=True)
@@ -106,9 +145,7 @@ def obey(command, config, keys, change):
     elif name == "settings":
         say("  ".join(f"{key}={getattr(config, key)}" for key in keys))
     elif name not in keys:
-        near = did_you_mean(
-            f"/{name}", [f"/{known}" for known in [*keys, "settings", "help", "quit"]]
-        )
+        near = did_you_mean(f"/{name}", [f"/{known}" for known in [*keys, *COMMANDS]])
         raise UserError(
             f"unknown command /{command[1]}{near} (/help lists them; // begins a prompt with /)"
         )

@@ -1,7 +1,7 @@
 """Validation of another program's model config by a table of its keys.
 
-A config comes from JSON that somebody else wrote: any key may be missing or hold anything. `Key`
-says what one may hold; `read_config` returns values that need no further check of their own.
+A config is JSON from elsewhere: any key may be missing or hold anything. A `Key` states the values
+that are admitted, and `read_config` returns values that need no further check of their own.
 """
 
 import reprlib
@@ -17,13 +17,13 @@ KINDS |= {dict: "an object", str: "a string"}
 
 @dataclass(frozen=True)
 class Key:
-    """What a key of a config may hold.
+    """Type, range and default of one key of a config.
 
     Args:
         kind: type of its value; `float` admits whole numbers, and no kind but `bool` admits bools.
         default: its value where the key is absent.
         low, high: bounds of a number, both allowed.
-        values: the only values admitted, where there are any; no others are computed here.
+        values: the values that our model computes; none: all of the kind.
         null: whether null is admitted.
         alias: another name of the key.
     """
@@ -45,7 +45,7 @@ class Key:
         return self.kind not in (int, float) or self.low <= value <= self.high  # NaN is not
 
     def wanted(self):
-        """What it admits, in words."""
+        """The admitted values in words."""
         if self.values:
             return " or ".join(map(str, self.values))
         bounds = f" from {self.low} to {self.high}" if self.kind in (int, float) else ""
@@ -58,7 +58,7 @@ def size(default=REQUIRED, **more):
 
 
 def only(*values):
-    """The `Key` of what is computed with these values alone, the first where it is absent."""
+    """The `Key` of a setting that is computed with these values only; the first is its default."""
     return Key(type(values[0]), values[0], values=values)
 
 
@@ -71,8 +71,8 @@ WEIGHT_FILES = {  # keys by which any config names other files of weights, or co
 def read_config(theirs, table, source):
     """The value of each key of `table` (a dict of `Key`) in the dict `theirs`.
 
-    Raises `UserError`, which begins with `source`, for a key that is missing, holds something that
-    it cannot, or disagrees with its alias.
+    Raises `UserError`, which begins with `source`, for a key that is missing, has a value that is
+    not admitted, or disagrees with its alias.
     """
     found = {}
     for name, key in table.items():

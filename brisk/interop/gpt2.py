@@ -40,8 +40,8 @@ FIELDS = {"position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu
 
 
 def import_config(theirs, source):
-    """Arguments of `GPTConfig` for a GPT-2's config (a dict). Raises `UserError` that begins with
-    `source` where it is not one, or says what our model does not compute."""
+    """Arguments of `GPTConfig` for a GPT-2's config (a dict). Raises `UserError`, which begins
+    with `source`, for a config that is invalid or that our model does not compute."""
     config = read_config(theirs, CONFIG, source)
     n_embd, n_head = config["n_embd"], config["n_head"]
     if n_embd % n_head != 0:

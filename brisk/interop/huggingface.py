@@ -57,8 +57,8 @@ def load_pretrained(name_or_directory):
 
 
 def to_config_args(theirs, source):
-    """Arguments of `GPTConfig` for their config (a dict), or a `UserError` that names what in it
-    our model does not compute."""
+    """Arguments of `GPTConfig` for their config (a dict). Raises `UserError` that names the key
+    which is invalid or which our model does not compute."""
     if not isinstance(theirs, dict):
         raise UserError(f"{source}: its config.json holds no config of a model")
     model_type = theirs.get("model_type")
@@ -120,23 +120,28 @@ def to_hugging_face(config, state, vocab_size):
     return family.export_config(config), {name: w.contiguous() for name, w in weights.items()}
 
 
-def write_directory(folder, theirs, weights, tokenizer):
-    """Write a model, as `to_hugging_face` returns it, and its tokenizer to an empty `folder`.
+def directory_files(theirs, tokenizer):
+    """The contents (text), by name, of the files of a directory beside the weights.
 
-    Raises `UserError` where the tokenizer cannot be written exactly, or the disk does not take it.
+    Raises `UserError` where the tokenizer cannot be written exactly.
     """
     block_size = theirs.get("n_positions") or theirs["max_position_embeddings"]
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
     # A text ends where the context does, unless the caller says how many tokens it wants.
     generation = {**ends, "max_length": block_size}
-    contents = {
+    return {
         **tokenizer_files(tokenizer, block_size),
         "config.json": json.dumps({**theirs, **ends}, indent=2),
         "generation_config.json": json.dumps(generation, indent=2),
     }
+
+
+def write_directory(folder, files, weights):
+    """Write a model's weights, as `to_hugging_face` returns them, and its `directory_files` to an
+    empty `folder`. Raises `UserError` where the disk does not take it."""
     path = folder / "model.safetensors"
     try:
-        for name, text in contents.items():
+        for name, text in files.items():
             (folder / name).write_text(f"{text}\n", encoding="utf-8")
         save_file(weights, path, metadata=WRITER)
         shutil.copymode(folder / "config.json", path)  # safetensors lets nobody else read it

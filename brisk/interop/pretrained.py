@@ -1,6 +1,7 @@
 """A trained model, by whatever `init_from` names: the run in `out_dir`, a checkpoint file, GPT-2,
 or a Hugging Face directory."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,12 @@ def read_model(source):
     if Path(source).is_file():
         return load_checkpoint(source)
     model_args, weights = load_pretrained(source)
-    return {"model_args": model_args, "model": weights}
+    parts = {"model_args": model_args, "model": weights}
+    if Path(source).is_dir():
+        with suppress(UserError):  # one that cannot be read here cannot be compared either
+            if own := read_tokenizer(source):
+                parts["tokenizer"] = own.to_dict()
+    return parts
 
 
 def tokenizer_of(checkpoint):

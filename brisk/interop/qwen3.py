@@ -54,8 +54,8 @@ BLOCK = {  # our name of a weight: theirs, one above another where ours is one m
 
 
 def import_config(theirs, source):
-    """Arguments of `GPTConfig` for a Qwen3's config (a dict). Raises `UserError` that begins with
-    `source` where it is not one, or says what our model does not compute."""
+    """Arguments of `GPTConfig` for a Qwen3's config (a dict). Raises `UserError`, which begins
+    with `source`, for a config that is invalid or that our model does not compute."""
     config = read_config(theirs, CONFIG, source)
     n_embd, n_head = config["hidden_size"], config["num_attention_heads"]
     head_dim, n_layer = config["head_dim"], config["num_hidden_layers"]

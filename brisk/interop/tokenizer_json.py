@@ -9,14 +9,10 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from brisk.data.bpe import GPT2_PATTERN, BPETokenizer, byte_alphabet, tiktoken
+from brisk.data.bpe import GPT2_PATTERN, GPT2_PATTERNS, BPETokenizer, byte_alphabet, tiktoken
 from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer
 from brisk.errors import UserError
 
-# GPT-2's pattern as tiktoken writes it: it cuts every text as GPT2_PATTERN does, but is faster.
-TIKTOKENS_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-)
 LETTERS = {byte: letter for letter, byte in byte_alphabet().items()}
 
 
@@ -131,7 +127,7 @@ def check_exact(tokenizer):
     elif kind == "bpe":
         encoding = tokenizer.encoding
         specials = {EOT: encoding.n_vocab - 1} if tokenizer.eot is not None else {}
-        if encoding._pat_str not in (GPT2_PATTERN, TIKTOKENS_PATTERN):
+        if encoding._pat_str not in GPT2_PATTERNS:
             raise UserError(f"the tokenizer {encoding.name} cuts text otherwise than GPT-2's")
         if encoding._special_tokens != specials:
             raise UserError(f"the tokenizer {encoding.name} has other special tokens than {EOT}")

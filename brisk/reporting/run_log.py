@@ -1,12 +1,10 @@
-"""Where a run's numbers go: the console, a progress bar, `metrics.jsonl` and a picture of it,
-TensorBoard, wandb.
+"""Logging: console, progress bar, `metrics.jsonl`, a plot of the losses, TensorBoard and wandb.
 
-`metrics.jsonl` has one JSON object per line, in which a number that is not finite is null. Both
-kinds of line have `step`, `tokens` (seen so far) and `seconds` (of all starts together). Training
-lines: `loss` (nats), `lr`, `grad_norm` (before clipping), `clipped` (share of the steps since the
-line before whose norm was over `grad_clip`), `step_ms`, `tokens_per_second`, `mfu`, `memory` (bytes
-at the peak so far, where known). Evaluation lines: `train_loss`, `val_loss` and, if asked for,
-`samples`, a list of texts.
+`metrics.jsonl` has one JSON object per line. Non-finite numbers are null. All lines have `step`,
+`tokens` (seen so far) and `seconds` (total, over resumes). Training lines have `loss` (nats), `lr`,
+`grad_norm` (before clipping), `clipped` (fraction of the steps since the last line whose norm
+exceeded `grad_clip`), `step_ms`, `tokens_per_second`, `mfu` and `memory` (peak bytes so far, if
+known). Evaluation lines have `train_loss`, `val_loss` and optionally `samples`, a list of texts.
 """
 
 import html
@@ -27,32 +25,32 @@ from brisk.reporting.curves import leave_picture
 
 
 class RunLog:
-    """The log of one run. In processes other than the main one (`active=False`) it is silent."""
+    """The log of one run. With `active=False`, on ranks other than 0, it does nothing."""
 
     def __init__(self, active=True):
         self.active = active
         self.file = self.bar = self.board = self.wandb = self.out_dir = None
-        self.warned = False  # that the loss is not finite
-        self.losing = False  # whether lines of metrics.jsonl are being lost
-        self.began = time.monotonic()  # the wall clock may be set back
+        self.warned = False  # about a non-finite loss
+        self.write_failed = False  # the last line of metrics.jsonl was lost
+        self.began = time.monotonic()  # not affected by changes of the wall clock
 
     def say(self, text):
-        """Print a line, above the progress bar where there is one."""
+        """Print a line above the progress bar."""
         if self.active:
-            encoding = sys.stdout.encoding or "utf-8"  # a Windows console's lacks many characters
+            encoding = sys.stdout.encoding or "utf-8"  # Windows consoles lack many characters
             tqdm.write(text.encode(encoding, "replace").decode(encoding))
             sys.stdout.flush()
 
     def open(self, out_dir, step, last_step, settings, tensorboard=False, wandb=None):
-        """Begin to record at `step`; lines that an earlier start wrote for it or later are cut.
+        """Start recording at `step`. Existing lines of this step and later ones are removed.
 
-        `wandb` is (project, run name), or None. A recorder that cannot be had is left out with
-        one line; the run goes on.
+        `wandb` is (project, run name), or None. If a backend is unavailable, one line says so and
+        the run continues without it.
         """
         if not self.active:
             return
         path = Path(out_dir, "metrics.jsonl")
-        seconds = cut_metrics(path, step)
+        seconds = truncate_metrics(path, step)
         self.began = time.monotonic() - seconds
         self.file = open(path, "a", encoding="utf-8")
         tty = sys.stderr.isatty()
@@ -64,24 +62,24 @@ class RunLog:
             self.wandb = open_wandb(*wandb, settings, out_dir, self.say)
 
     def iteration(self, step, record):
-        """A training step's numbers: nanoGPT's line on the console, all of them in the files."""
+        """Log a training step: nanoGPT's line on the console, the whole `record` in the files."""
         if not self.active:
             return
         loss, milliseconds, mfu = record["loss"], record["step_ms"], record["mfu"]
         self.say(f"iter {step}: loss {loss:.4f}, time {milliseconds:.2f}ms, mfu {mfu * 100:.2f}%")
         if not math.isfinite(loss) and not self.warned:
-            self.say("the loss is not finite any more: try a lower --learning_rate")
+            self.say("the loss is no longer finite: try a lower --learning_rate")
             self.warned = True
         speed = f"{record['tokens_per_second']:,.0f}"
         self.bar.set_postfix({"loss": f"{loss:.3f}", "tokens/s": speed}, refresh=False)
         self.record(step, record)
 
     def evaluation(self, step, record):
-        """An evaluation's numbers, likewise, and the texts that were drawn at it."""
+        """Log an evaluation and its samples."""
         train, val = record["train_loss"], record["val_loss"]
         self.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}")
         for number, text in enumerate(record.get("samples", ()), 1):
-            self.say(f"  sample {number}:\n{quoted(text, '  | ')}")
+            self.say(f"  sample {number}:\n{prefix_lines(text, '  | ')}")
         self.record(step, record)
 
     def record(self, step, record):
@@ -97,69 +95,70 @@ class RunLog:
         names = {"train_loss": "train/loss", "val_loss": "val/loss", "loss": "train/batch_loss"}
         numbers = {names.get(key, key): value for key, value in record.items()}
         if self.board:
-            self.trying("board", send_to_tensorboard, step, numbers, samples)
+            self.send("board", send_to_tensorboard, step, numbers, samples)
         if self.wandb:
-            self.trying("wandb", send_to_wandb, step, numbers, samples)
+            self.send("wandb", send_to_wandb, step, numbers, samples)
 
     def write_line(self, line):
-        """A disk that is full costs lines, not the run."""
+        """Write a line of metrics.jsonl. On a full disk the line is lost and the run continues."""
         try:
             self.file.write(line + "\n")
             self.file.flush()
-            self.losing = False
+            self.write_failed = False
         except OSError as error:
-            if not self.losing:
-                self.say(f"metrics.jsonl cannot be written: {error.strerror}; going on without")
-            self.losing = True
+            if not self.write_failed:
+                self.say(f"cannot write metrics.jsonl: {error.strerror}; continuing without it")
+            self.write_failed = True
 
     def back_to(self, step):
-        """The run goes on from an earlier `step`: the lines from there on are cut."""
+        """Remove the lines from `step` on, from which the run continues after a rewind."""
         if not self.file:
             return
         self.file.close()
         path = Path(self.out_dir, "metrics.jsonl")
-        cut_metrics(path, step)
+        truncate_metrics(path, step)
         self.file = open(path, "a", encoding="utf-8")
         self.bar.n = step
         self.bar.refresh()
 
-    def trying(self, part, send, *what):
-        """Send to a recorder; one that fails, in whatever way, is left: training matters more."""
+    def send(self, name, call, *arguments):
+        """Call `call` with the backend `name`, "board" or "wandb". If it raises any exception, the
+        run continues without this backend."""
         try:
-            send(getattr(self, part), *what)
+            call(getattr(self, name), *arguments)
         except Exception as error:
-            name = {"board": "TensorBoard"}.get(part, part)
+            backend = {"board": "TensorBoard"}.get(name, name)
             reason = " ".join(str(error).split())
-            self.say(f"{name} stopped taking numbers ({reason}); going on without it")
-            setattr(self, part, None)
+            self.say(f"{backend} failed ({reason}); continuing without it")
+            setattr(self, name, None)
 
     def advance(self):
-        """One step is done."""
+        """Advance the progress bar by one step."""
         if self.bar:
             self.bar.update()
 
     def close(self):
-        """All that was opened is closed, and the losses are drawn in `loss.png`."""
+        """Close all files and backends, and plot the losses in `loss.png`."""
         for part in (self.bar, self.file):
             if part is not None:
-                with suppress(OSError):  # a full disk, of which a line was said
+                with suppress(OSError):  # a full disk, reported before
                     part.close()
         if self.board:
-            self.trying("board", lambda board: board.close())
+            self.send("board", lambda board: board.close())
         if self.wandb:
-            self.trying("wandb", lambda run: run.finish())
+            self.send("wandb", lambda run: run.finish())
         if self.file:
             leave_picture(self.out_dir, self.say)
 
 
-def quoted(text, mark):
-    """`text` with `mark` before each line, and without control characters."""
-    return "\n".join(mark + without_controls(line) for line in text.splitlines() or [""])
+def prefix_lines(text, prefix):
+    """`text` with `prefix` before each line, and without control characters."""
+    return "\n".join(prefix + without_controls(line) for line in text.splitlines() or [""])
 
 
-def cut_metrics(path, step):
-    """Drop the lines of `path` from `step` on, and a last line that was not written whole.
-    Returns the most seconds of a line kept, 0 where there is none."""
+def truncate_metrics(path, step):
+    """Remove lines from `step` on, and an incomplete last line, from the file at `path`. Returns
+    the maximum `seconds` of the remaining lines, or 0."""
     if not path.exists():
         return 0.0
     kept, seconds = [], 0.0
@@ -181,38 +180,39 @@ def open_tensorboard(out_dir, step, say):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        say("TensorBoard is not installed (pip install tensorboard); going on without it")
+        say("TensorBoard is not installed (pip install tensorboard); continuing without it")
         return None
     try:
         return SummaryWriter(Path(out_dir, "tensorboard"), purge_step=step)
-    except Exception as error:  # no room, no permission
-        say(f"TensorBoard could not start ({error}); going on without it")
+    except Exception as error:  # a full disk, no permission
+        say(f"TensorBoard could not start ({error}); continuing without it")
         return None
 
 
 def send_to_tensorboard(board, step, numbers, samples):
     for key, value in numbers.items():
         board.add_scalar(key, value, step)
-    if samples:  # four spaces: Markdown for text as it stands
-        texts = [quoted(text, "    ") for text in samples]
+    if samples:  # indented by four spaces: a code block in Markdown
+        texts = [prefix_lines(text, "    ") for text in samples]
         board.add_text("samples", "\n\n---\n\n".join(texts), step)
 
 
 def open_wandb(project, name, settings, out_dir, say):
-    """A wandb run: online with a key, offline without one, None without wandb. Never asks."""
+    """Start a wandb run: online with an API key, else offline. Never prompts. Returns None if wandb
+    is not installed or fails."""
     try:
         import wandb
     except ImportError:
-        say("wandb is not installed (pip install wandb); going on without it")
+        say("wandb is not installed (pip install wandb); continuing without it")
         return None
     try:
         mode = os.environ.get("WANDB_MODE")
         if not mode and not (os.environ.get("WANDB_API_KEY") or wandb_key()):
-            say("wandb has no key (wandb login); it records offline, `wandb sync` sends it later")
+            say("wandb has no API key (wandb login); recording offline, upload with `wandb sync`")
             mode = "offline"
         return wandb.init(project=project, name=name, config=settings, dir=out_dir, mode=mode)
-    except Exception as error:  # no network, no room, a version it does not like
-        say(f"wandb could not start ({' '.join(str(error).split())}); going on without it")
+    except Exception as error:  # no network, a full disk, an incompatible version
+        say(f"wandb could not start ({' '.join(str(error).split())}); continuing without it")
         return None
 
 
@@ -227,7 +227,7 @@ def send_to_wandb(run, step, numbers, samples):
 
 
 def wandb_key():
-    """The key that `wandb login` stored, None without one. (Asking wandb itself may prompt.)"""
+    """The API key that `wandb login` stored, or None. (wandb's own function may prompt.)"""
     try:
         host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
         known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)

@@ -1,57 +1,61 @@
-"""The length of a run from the time it may take."""
+"""The number of steps that fit into a time budget."""
 
 import time
+from statistics import median
 
 from brisk.reporting.forecast import duration
 
-EVALUATIONS = 20  # in a run
-EVALUATION_SHARE = 0.1  # of the time, at most about this for all of them
-FEWEST_BATCHES, MOST_BATCHES = 5, 200  # of each split in an evaluation
+MAX_EVALUATIONS = 20  # in a run; fewer where the time is short
+EVALUATION_FRACTION = 0.1  # of the time, for all evaluations together
+MIN_BATCHES, MAX_BATCHES = 5, 200  # of each split in an evaluation
 WARM_UP_STEPS, TIMED_STEPS, TIMED_SECONDS = 2, 5, 2.0
 
 
-def seconds_per_step(step, device):
-    """Seconds that one call of `step` takes: the median of at least `TIMED_STEPS` calls over at
-    least `TIMED_SECONDS` seconds, after `WARM_UP_STEPS` calls that are not timed."""
-    for _ in range(WARM_UP_STEPS):
-        step()
-    device.synchronize()
-    times, began = [], time.perf_counter()
-    while len(times) < TIMED_STEPS or time.perf_counter() - began < TIMED_SECONDS:
-        t0 = time.perf_counter()
-        step()
-        device.synchronize()
-        times.append(time.perf_counter() - t0)
-    return sorted(times)[len(times) // 2]
+def seconds_per_step(step, device, ranks):
+    """Median seconds of a call of `step`, over `TIMED_STEPS` calls or `TIMED_SECONDS`, whichever is
+    longer, after `WARM_UP_STEPS` calls. All ranks make the same number of calls."""
+
+    def timed(calls):
+        times = []
+        for _ in range(calls):
+            t0 = time.perf_counter()
+            step()
+            device.synchronize()
+            times.append(time.perf_counter() - t0)
+        return ranks.broadcast(median(times))
+
+    estimate = timed(WARM_UP_STEPS + 1)
+    return timed(max(TIMED_STEPS, round(TIMED_SECONDS / estimate)))
 
 
 def fit_to_minutes(config, plan, step_seconds, say):
-    """Settings, {key: value}, with which a run that starts at `plan.first_step` takes about
-    `config.minutes` minutes: the number of steps, and what follows from it (decay, warm-up, when
-    to evaluate and on how much). Keys that were given after `minutes` are left out.
+    """Settings, {key: value}, with which a run from `plan.first_step` takes about `config.minutes`
+    minutes: the number of steps, and with it decay, warm-up and evaluations. Keys given after
+    `minutes` are not among them.
 
     Args:
-        step_seconds: time of one training step.
-        say: prints a line, of the settings chosen.
+        step_seconds: duration of a training step.
+        say: prints a line, the chosen settings.
     """
     seconds = 60 * config.minutes
     # A backward pass costs about two forward passes; an evaluation reads two splits.
     batch_seconds = step_seconds / len(plan.micro_batches) / 3
-    room = EVALUATION_SHARE * seconds / (2 * EVALUATIONS * batch_seconds)
-    batches = round(min(max(room, FEWEST_BATCHES), MOST_BATCHES))
+    affordable = EVALUATION_FRACTION * seconds / (2 * batch_seconds)  # batches of each split
+    evaluations = min(max(1, int(affordable / MIN_BATCHES)), MAX_EVALUATIONS)
+    batches = round(min(max(affordable / evaluations, MIN_BATCHES), MAX_BATCHES))
     later = config.given[config.given.index("minutes") :] if "minutes" in config.given else ()
     batches = config.eval_iters if "eval_iters" in later else batches
-    steps = max(1, round((seconds - 2 * EVALUATIONS * batches * batch_seconds) / step_seconds))
+    steps = max(1, round((seconds - 2 * evaluations * batches * batch_seconds) / step_seconds))
     last_step = plan.first_step + steps - 1
     values = {
         "eval_iters": batches,
-        "eval_interval": max(1, steps // EVALUATIONS),
-        "log_interval": max(1, steps // (10 * EVALUATIONS)),
+        "eval_interval": -(-steps // evaluations),
+        "log_interval": max(1, steps // (10 * MAX_EVALUATIONS)),
         "warmup_iters": min(100, steps // 20),
         "lr_decay_iters": last_step,
         "max_iters": last_step,
     }
     values = {key: value for key, value in values.items() if key not in later}
     chosen = " ".join(f"--{key}={value}" for key, value in values.items())
-    say(f"for {config.minutes:g} minutes at {duration(step_seconds)} a step: {chosen}")
+    say(f"for {config.minutes:g} minutes at {duration(step_seconds)} per step: {chosen}")
     return values

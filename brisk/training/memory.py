@@ -5,6 +5,7 @@ import os
 import sys
 
 import torch
+from torch import nn
 
 from brisk.errors import UserError, format_bytes
 from brisk.training.loss import CHUNK
@@ -102,8 +103,17 @@ def kept_by_block(model, device, low=None):
     """(bytes for each sequence, bytes whatever their number, bytes of a sequence going in): what
     autograd keeps of a block of `model` from the forward pass for the backward pass, added up while
     it runs on one sequence of zeros, and on two. What is there once is copies of its weights in
-    autocast's precision. With `low` weights and what goes in are of that type."""
+    autocast's precision. With `low` weights and what goes in are of that type.
+
+    Autocast runs norms in float32 on a GPU, but not on a CPU; a CPU, which `low` is seldom for, is
+    reckoned with as if it did: a dry run there is about GPUs elsewhere."""
     block = copy.deepcopy(model.transformer.h[-1]).to(device.device, low).train()
+    if low and device.type == "cpu":
+        for norm in [
+            part for part in block.modules() if isinstance(part, nn.LayerNorm | nn.RMSNorm)
+        ]:
+            norm.float().register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+    devices = [device.device] if device.type == "cuda" else []
     mine = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
 
     def kept_of(sequences):
@@ -115,11 +125,11 @@ def kept_by_block(model, device, low=None):
             return tensor
 
         idx = torch.zeros(sequences, model.config.block_size, dtype=torch.int64)
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             x, cos_sin = model.embed(idx)
         x = x.to(device.device, low).requires_grad_()
         cos_sin = cos_sin and tuple(t.to(device.device) for t in cos_sin)
-        with torch.random.fork_rng():  # dropout draws here must not move the run's
+        with torch.random.fork_rng(devices):  # dropout draws here must not move the run's
             with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
                 _graph = block(x, None, cos_sin)  # while it lives what it keeps stays apart
         return sum(size for key, size in kept.items() if key not in mine), x.nbytes

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, Muon, and the learning-rate schedules."""
+"""AdamW, loading of optimizer state, and learning-rate schedules."""
 
 import inspect
 import math
@@ -9,15 +9,14 @@ from brisk.checkpoint import is_weight
 from brisk.distributed.process_group import is_sharded
 from brisk.errors import UserError, is_out_of_memory
 
-# What PyTorch raises on loading a state that is none, or of other weights.
+# What PyTorch raises on loading an invalid state, or the state of other weights.
 STATE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 STATES = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"})  # of a weight, in AdamW and in Muon
 
 
-class Plain:
-    """An optimizer's methods without the wrappers that keep torch.compile out of them: on their
-    first call they import its machinery, which takes as long as importing torch (one second on
-    the CPUs where it was measured; these methods take 4 ms). No optimizer is compiled here."""
+class Uncompiled:
+    """Optimizer methods without `torch._disable_dynamo`: that wrapper imports the compiler on the
+    first call, which takes about a second on a CPU. No optimizer is compiled here."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
@@ -25,33 +24,33 @@ class Plain:
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
-class AdamW(Plain, torch.optim.AdamW):
+class AdamW(Uncompiled, torch.optim.AdamW):
     """PyTorch's AdamW (Loshchilov & Hutter 2019)."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def adamw(named_parameters, weight_decay, learning_rate, betas, device_type):
-    """AdamW in nanoGPT's two groups and order: tensors of two or more dimensions decay, vectors
-    (biases, norms) do not. Fused where the device has that kernel."""
+    """AdamW with nanoGPT's two parameter groups, in its order: weight decay for tensors of two or
+    more dimensions, none for vectors (biases, norms). Fused where the kernel supports
+    `step_if_finite`; that of MPS does not."""
     parameters = [p for _, p in named_parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device_type in ("cuda", "cpu", "mps")
+    fused = device_type in ("cuda", "cpu")
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
 def step_if_finite(skipped, optimizer):
-    """One step of `optimizer`, or none where `skipped`, a tensor () on the device, is 1: weights,
-    moments and counts of steps then stay as they are.
+    """Call `optimizer.step()`, but change nothing if `skipped`, a tensor () on the device, is 1.
 
-    The fused kernels read it themselves, as they do a gradient scaler's, so that the host need not
-    wait for the device; without them it does.
+    Fused kernels read `skipped` on the device, as they do for a gradient scaler. Without them the
+    host waits for it.
     """
     if optimizer.param_groups[-1].get("fused"):
-        weight = optimizer.param_groups[-1]["params"][0]  # on the host, where FSDP keeps them there
+        weight = optimizer.param_groups[-1]["params"][0]  # in host memory with --cpu_offload
         optimizer.found_inf = skipped.to(weight.device)
         optimizer.step()
         del optimizer.found_inf
@@ -60,29 +59,29 @@ def step_if_finite(skipped, optimizer):
 
 
 def load_optimizer(optimizer, state):
-    """Load a saved `state`, but let the hyper-parameters given now win over the saved ones.
+    """Load the moments of a saved `state`; the current hyperparameters stay.
 
-    Raises `UserError` where it is the state of another optimizer, or of another model's.
+    Raises `UserError` if the state is of another optimizer or model.
     """
     try:
         check_rules(optimizer, state)
         given = [{**group} for group in optimizer.param_groups]
         for group, before in zip(given, state["param_groups"], strict=True):
             group["params"] = before["params"]
-        moments = fitted_moments(optimizer, state)
+        moments = fit_moments(optimizer, state)
         optimizer.load_state_dict({"state": moments, "param_groups": given})
     except STATE_ERRORS as error:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"the checkpoint's optimizer cannot go on with this model ({error!r}); "
-            "start anew from the weights: --init_from=<the checkpoint's path>"
+            f"the checkpoint's optimizer state does not fit this model ({error!r}); "
+            "start a new run from the weights: --init_from=<the checkpoint's path>"
         ) from error
 
 
-def fitted_moments(optimizer, state):
-    """The moments in a saved `state`, cut to the positions that a shorter block_size left, and
-    sharded where the weights are. Raises ValueError for those of other weights."""
+def fit_moments(optimizer, state):
+    """The moments in a saved `state`, cropped with the position embeddings if block_size is smaller
+    now, and sharded like the weights. Raises ValueError if they are of other weights."""
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     weights, fitted = dict(zip(numbers, weights, strict=True)), {}
@@ -92,7 +91,7 @@ def fitted_moments(optimizer, state):
             if len(moment) > len(weight):
                 moments[key] = moment = moment[: len(weight)].clone()
             if not is_weight(moment) or moment.shape != weight.shape or {*kept} not in STATES:
-                raise ValueError(f"odd state of a weight of shape {tuple(weight.shape)}")
+                raise ValueError(f"invalid state for a weight of shape {tuple(weight.shape)}")
             if is_sharded(weight):
                 from brisk.distributed.fsdp import shard_like
 
@@ -102,34 +101,34 @@ def fitted_moments(optimizer, state):
 
 
 def load_scaler(scaler, state):
-    """Load the saved `state` of a gradient scaler; `UserError` where it is none."""
+    """Load the saved `state` of a gradient scaler. Raises `UserError` if it is invalid."""
     try:
         if not all(isinstance(value, int | float) for value in state.values()):
-            raise TypeError("more than numbers")
+            raise TypeError("not only numbers")
         scaler.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the checkpoint's gradient scaler is damaged ({error!r})") from error
 
 
 def check_rules(optimizer, state):
-    """Raise `UserError` where `state` is that of another kind of optimizer."""
+    """Raise `UserError` if `state` is of another kind of optimizer."""
     saved, now = (
         [group.get("rule", "adamw") for group in groups]
         for groups in (state["param_groups"], optimizer.param_groups)
     )
     if saved != now:
         raise UserError(
-            f"the checkpoint's optimizer is {saved[0]}, --optimizer={now[0]} cannot go on with it; "
-            "leave the key out, or start anew from the weights: --init_from=<the checkpoint's path>"
+            f"the checkpoint's optimizer is {saved[0]}, not --optimizer={now[0]}; remove the key, "
+            "or start a new run from the weights: --init_from=<the checkpoint's path>"
         )
 
 
 def get_lr(step, config, decay_steps):
-    """The learning rate of `step` (from 0): a linear warm-up over `warmup_iters`, then, by
-    `schedule`, down to `min_lr` at `decay_steps`; constant where `decay_lr` is False.
+    """The learning rate at `step`, counted from 0: linear warmup over `warmup_iters`, then decay to
+    `min_lr` at `decay_steps` by `schedule`. Constant if `decay_lr` is False.
 
-    "cosine": along a cosine from the warm-up's end (SGDR, Loshchilov & Hutter 2017, one cycle).
-    "wsd": at `learning_rate` until the last `decay_frac` of `decay_steps`, then along a line
+    "cosine": cosine decay (one cycle of SGDR, Loshchilov & Hutter 2017).
+    "wsd": constant, then linear decay over the last `decay_frac` of `decay_steps`
     (warmup-stable-decay: Hu et al. 2024, MiniCPM, section 4; Hägele et al. 2024, section 3).
     """
     if not config.decay_lr:
@@ -142,8 +141,8 @@ def get_lr(step, config, decay_steps):
         start = max(config.warmup_iters, decay_steps * (1 - config.decay_frac))
         if step <= start:
             return config.learning_rate
-        height = (decay_steps - step) / (decay_steps - start)
+        coeff = (decay_steps - step) / (decay_steps - start)
     else:
-        progress = (step - config.warmup_iters) / (decay_steps - config.warmup_iters)
-        height = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_lr + height * (config.learning_rate - config.min_lr)
+        decay_ratio = (step - config.warmup_iters) / (decay_steps - config.warmup_iters)
+        coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
+    return config.min_lr + coeff * (config.learning_rate - config.min_lr)

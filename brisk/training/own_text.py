@@ -1,4 +1,4 @@
-"""A run on text of one's own: the data set, the network and the recipe, chosen by rules."""
+"""Defaults for training on your own text: data set, network and recipe, chosen by rules."""
 
 import shlex
 import subprocess
@@ -9,8 +9,8 @@ from pathlib import Path
 from brisk.data.dataset import read_meta
 from brisk.data.prepare import first_name, prepare
 
-# The network by the tokens of the training text: on a CPU, and on an accelerator. A row holds up
-# to its number of tokens: (tokens, n_layer, n_head, n_embd, block_size, dropout).
+# The network by the size of the training text, on a CPU and on an accelerator. Rows are
+# (maximum number of tokens, n_layer, n_head, n_embd, block_size, dropout).
 CPU_SIZES = (
     (100_000, 2, 2, 64, 64, 0.2),
     (1_000_000, 3, 3, 96, 128, 0.1),
@@ -24,7 +24,7 @@ GPU_SIZES = (
     (100_000_000, 8, 8, 512, 512, 0.0),
     (float("inf"), 12, 12, 768, 1024, 0.0),
 )
-# Qwen3's network in small, trained with Muon: config/train_python_source.py has what it gains.
+# A small Qwen3, trained with Muon; config/train_python_source.py states the measured gain.
 RECIPE = {
     "position": "rotary",
     "norm": "rms",
@@ -43,23 +43,23 @@ RECIPE = {
     "min_lr": 0.0,
 }
 FINETUNING = {"learning_rate": 3e-5, "min_lr": 3e-6, "beta2": 0.99, "dropout": 0.1}
-LENGTH = ("minutes", "max_iters", "max_epochs")  # keys of which one decides how long a run is
+LENGTH = ("minutes", "max_iters", "max_epochs")  # alternative keys for the length of a run
 MINUTES, PATIENCE = 5.0, 5
 SAMPLE_TOKENS = 300
 
 
 def with_out_dir(given):
-    """`given` with the folder of a run on `given.input`, where none is given."""
+    """`given` with a default `out_dir` for a run on `given.input`."""
     if not given.input or "out_dir" in given.given:
         return given
     return replace(given, out_dir=f"out-{first_name(given.input)}")
 
 
 def settings(given, start, run):
-    """The settings, {key: value}, of a run on the text `given.input` that are not given: where its
-    data set is, which is made if need be, and, unless a run is resumed, network and recipe.
+    """Settings, {key: value}, for the keys of a run on `given.input` that were not given: the data
+    set, which rank 0 prepares if necessary, and, unless a run is resumed, network and recipe.
 
-    The main process makes the data set. Raises `UserError` where the text cannot be used.
+    Raises `UserError` if the text cannot be used.
     """
     from_gpt2 = start.checkpoint and not start.saved
     choices = {"tokenizer": "gpt2"} if from_gpt2 else {}
@@ -77,12 +77,12 @@ def settings(given, start, run):
 
 
 def choose_settings(tokens, shortest, device_type, pretrained=False):
-    """Network and recipe by the size of a text.
+    """Choose network and recipe by the size of a text.
 
     Args:
-        tokens: in the training text.
-        shortest: tokens of the shorter split; a window must fit into it.
-        pretrained: whether the network is there already, and is finetuned.
+        tokens: size of the training text in tokens.
+        shortest: tokens in the shorter split, which must hold a window.
+        pretrained: finetune an existing network.
     """
     sizes = CPU_SIZES if device_type == "cpu" else GPU_SIZES
     row = next(row for row in sizes if tokens <= row[0])
@@ -99,15 +99,15 @@ def choose_settings(tokens, shortest, device_type, pretrained=False):
 
 
 def command(config):
-    """Lines with the command that gives every setting of a run on `config.input` by itself."""
+    """A line with the command that sets every key of a run on `config.input` explicitly."""
     if not config.input:
         return []
     keys = [key for key in config.given if key not in ("input", "minutes", "dry_run")]
     arguments = [f"--{key}={getattr(config, key)}" for key in keys]
-    return [f"the same, with every setting given: {shlex.join(['python', 'train.py', *arguments])}"]
+    return [f"with every setting explicit: {shlex.join(['python', 'train.py', *arguments])}"]
 
 
 def show_sample(config, script):
-    """Draw a text from the best model of a finished run with `script`, the path of sample.py."""
+    """Sample a text from the best model of a finished run. `script` is the path of sample.py."""
     arguments = [f"--out_dir={config.out_dir}", "--num_samples=1", f"--device={config.device}"]
     subprocess.run([sys.executable, script, *arguments, f"--max_new_tokens={SAMPLE_TOKENS}"])

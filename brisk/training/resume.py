@@ -1,4 +1,4 @@
-"""Where a run starts: from scratch, or from a checkpoint with its settings and tokenizer."""
+"""Starting a run: from scratch, or from a checkpoint with its settings and tokenizer."""
 
 import os
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from brisk.checkpoint import latest_checkpoint
 from brisk.data.bpe import gpt2
-from brisk.data.saved_tokenizer import from_dict
+from brisk.data.saved_tokenizer import from_dict, same_tokenizer
 from brisk.device import DTYPES
 from brisk.distributed.broadcast import broadcast_checkpoint
 from brisk.errors import UserError, did_you_mean
@@ -19,10 +19,10 @@ from brisk.renamed_keys import new_key
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: from scratch, or with a model that is there already."""
+    """The start of a run: from scratch, from given weights, or a resume."""
 
-    checkpoint: dict | None = None  # its `model_args` and `model`, and more; None from scratch
-    saved: "SavedRun | None" = None  # the run that is resumed, if one is
+    checkpoint: dict | None = None  # `model_args`, `model` and more; None from scratch
+    saved: "SavedRun | None" = None  # the run to resume, if any
 
     @property
     def model_args(self):
@@ -34,15 +34,17 @@ class Start:
 
 
 def load_start(given, ranks):
-    """The `Start` that `init_from` asks for. The main process reads it and broadcasts it: other
-    hosts may not have the files, or older ones."""
+    """Load the `Start` that `init_from` names. Rank 0 reads and broadcasts it: other hosts may have
+    older files or none."""
 
-    def take_parallel(start):  # decides who needs the tensors, which are sent next
+    def set_parallel(start):  # before the tensors: with FSDP they are not broadcast
         if start["resuming"] and "parallel" not in given.given:
             ranks.parallel = saved_parallel(start["checkpoint"], given.parallel)
 
-    start = broadcast_checkpoint(ranks, read_start, given, before_tensors=take_parallel)
+    start = broadcast_checkpoint(ranks, read_start, given, before_tensors=set_parallel)
     checkpoint = start["checkpoint"]
+    if {"minutes", "max_iters", "max_epochs"} & {*given.given}:  # longer: patience starts anew
+        (checkpoint or {}).pop("evals_since_best", None)
     saved = SavedRun.of(checkpoint, given.given) if start["resuming"] else None
     return Start(checkpoint, saved)
 
@@ -60,7 +62,7 @@ def read_start(given):
             did_you_mean(source, known)
             or f"; it takes {', '.join(known)}, a folder or a checkpoint"
         )
-        raise UserError(f"--init_from={source}: no such thing{hint}")
+        raise UserError(f"--init_from={source} does not exist{hint}")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if source == "auto" or restarted:
         saved = any(Path(given.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
@@ -72,8 +74,8 @@ def read_start(given):
     checkpoint = read_model(path)
     if resuming:
         if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():
-            what = f"{path} has no {' and no '.join(sorted(missing))} to resume with"
-            raise UserError(f"{what}; start anew from its weights: --init_from={path}")
+            reason = f"cannot resume from {path} without {' and '.join(sorted(missing))}"
+            raise UserError(f"{reason}; start a new run from its weights: --init_from={path}")
     return {"checkpoint": checkpoint, "resuming": resuming}
 
 
@@ -82,37 +84,37 @@ def read_start(given):
 
 @dataclass(frozen=True)
 class SavedRun:
-    """The run that a checkpoint was saved by."""
+    """The run that saved a checkpoint."""
 
-    config: dict  # its settings, as they were given
-    given: tuple  # the keys among them that were given, in order
-    resolved: dict  # what was derived from them, see `brisk.training.plan`
+    config: dict  # settings as given
+    given: tuple  # keys that were given, in order
+    resolved: dict  # derived values, see `brisk.training.plan`
     position: int  # windows or documents of the training data consumed
     block_size: int  # tokens in a window
-    data: dict | None  # the training data, as `identity` describes it; None where unknown
+    data: dict | None  # `identity` of the training data; None if unknown
 
     @classmethod
     def of(cls, checkpoint, now=()):
-        """From a checkpoint of this version, of 0.1 or of nanoGPT. Of `resolved`, dtype and
-        compile are left out where they are given `now`. Raises `UserError` where an entry
-        cannot be right."""
+        """From a checkpoint of this version, of version 0.1 or of nanoGPT. The keys `now` were
+        given at this start: dtype and compile among them are dropped from `resolved`. Raises
+        `UserError` for an invalid entry."""
         config = {new_key(key): value for key, value in checkpoint.get("config", {}).items()}
         resolved = checkpoint.get("resolved", {})
         if "resolved" not in checkpoint:
             precision = checkpoint.get("precision")
-            if precision is None:  # nanoGPT: the machine's settings are not the run's
+            if precision is None:  # nanoGPT: these settings are of the machine, not of the run
                 for key in ("device", "dtype", "compile", "backend"):
                     config.pop(key, None)
             elif len(precision) == 2:
                 resolved = dict(zip(("device", "dtype"), precision, strict=True))
-            if config.get("max_epochs"):  # 0.1: these two hold what was derived from it
+            if config.get("max_epochs"):  # 0.1 overwrote both with values derived from it
                 if config.get("lr_decay_iters") == config.pop("max_iters", None):
                     config.pop("lr_decay_iters", None)
         given = tuple(map(new_key, checkpoint.get("given", config)))
         if resolved and resolved.get("dtype") not in DTYPES:
-            raise UserError(f"the checkpoint states a dtype of {resolved.get('dtype')!r}")
-        again = {"dtype", "compile"} & {*now}
-        resolved = {key: value for key, value in resolved.items() if key not in again}
+            raise UserError(f"the checkpoint has an invalid dtype: {resolved.get('dtype')!r}")
+        overridden = {"dtype", "compile"} & {*now}
+        resolved = {key: value for key, value in resolved.items() if key not in overridden}
         position = checkpoint.get("position")
         if position is None:
             position = checkpoint["iter_num"] * saved_batch(config)
@@ -121,23 +123,22 @@ class SavedRun:
 
 
 def saved_batch(config):
-    """Sequences in a step of a run with the settings `config`, of nanoGPT."""
+    """Sequences in a step of a nanoGPT run with the settings `config`."""
     sizes = [config.get(key, 1) for key in ("gradient_accumulation_steps", "batch_size")]
     if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
-        raise UserError(f"the checkpoint states a batch of {sizes[0]!r} times {sizes[1]!r}")
+        raise UserError(f"the checkpoint has an invalid batch: {sizes[0]!r} times {sizes[1]!r}")
     return sizes[0] * sizes[1]
 
 
 def identity(meta, tokens):
-    """What tells one training text from another: its number of ids and, where `meta.json` states
-    it, their checksum."""
+    """Identifies the training data: the number of tokens and, from `meta.json`, their checksum."""
     sha256 = meta["splits"]["train"].get("sha256") if meta else None
     return {"tokens": tokens, "sha256": sha256 if isinstance(sha256, str) else None}
 
 
 def is_other_data(saved, config, data):
-    """Whether `data`, an `identity`, is not what the `saved` run was trained on. Checkpoints of
-    version 0.1 and of nanoGPT do not describe it; there the name of the data set decides."""
+    """Whether `data`, an `identity`, differs from the data of the `saved` run. Checkpoints of
+    version 0.1 and of nanoGPT do not have it; for them the name of the data set is compared."""
     if saved.data is None:
         return saved.config.get("dataset", config.dataset) != config.dataset
     known = saved.data.get("sha256") and data["sha256"]
@@ -145,16 +146,16 @@ def is_other_data(saved, config, data):
 
 
 def resumed_position(saved, config, data, log):
-    """Where in the training data a resumed run begins, in windows or documents.
+    """The position in the training data at which a resumed run starts, in windows or documents.
 
-    Other data is read from its start. Windows of another length begin at the same token, rounded
-    down, so that the epoch may meet one of them twice.
+    Other data starts at 0. With another block_size, the position is converted and rounded down, so
+    the epoch may repeat a window.
     """
     if is_other_data(saved, config, data):
-        log.say("note: other data than before; reading it from its start")
+        log.say("note: the training data has changed; starting at its beginning")
         return 0
     if saved.config.get("rows", "windows") != config.rows:
-        log.say(f"note: rows={config.rows}, other than before; reading them from the first")
+        log.say(f"note: rows={config.rows} has changed; starting at the first one")
         return 0
     if config.rows == "windows":
         return saved.position * saved.block_size // config.block_size
@@ -165,10 +166,10 @@ def resumed_position(saved, config, data, log):
 
 
 def resolve(given, start, shape_keys, log):
-    """The settings of the run, which stay as they are from here on: those `given`, over those of
-    the run that is resumed; the model's shape, by `shape_keys`, is that of the model there is.
+    """The final settings of the run: those `given` override those of a resumed run. The keys
+    `shape_keys` are taken from an existing model.
 
-    Raises `UserError` where a larger `block_size` is given than a pretrained model has.
+    Raises `UserError` if the given `block_size` exceeds that of a pretrained model.
     """
     if start.model_args is None:
         return given
@@ -178,10 +179,10 @@ def resolve(given, start, shape_keys, log):
         values = saved_settings(given, start.saved, shape_keys, log)
     stays = []
     for key in shape_keys:
-        default = getattr(type(given), key)  # what a checkpoint leaves out
+        default = getattr(type(given), key)  # a checkpoint omits default values
         kept, wanted = start.model_args.get(key, default), getattr(given, key)
         if key == "block_size" and wanted < kept and (key in given.given or not start.saved):
-            continue  # the model is cropped
+            continue  # crop the model
         if key == "block_size" and wanted > kept and key in given.given and not start.saved:
             raise UserError(f"--block_size={wanted}: {given.init_from} has only {kept}")
         stays += [f"{key}={kept}"] if key in given.given and wanted != kept else []
@@ -191,15 +192,15 @@ def resolve(given, start, shape_keys, log):
         stays.append(f"vocab_size={rows}")
     if stays:
         whose = "the checkpoint's" if start.saved else f"{given.init_from}'s"
-        log.say(f"note: {whose} {', '.join(stays)} stays, whatever is given")
+        log.say(f"note: {whose} {', '.join(stays)} stays; the given value is ignored")
     before = start.saved.given if start.saved else ()
     before = (key for key in before if key not in (*given.start_keys, *given.given))
     return replace(given, **values, given=(*before, *given.given))
 
 
 def saved_settings(given, saved, shape_keys, log):
-    """What a resume takes over of the `saved` settings: not those given now, not keys of a start
-    (`start_keys` of the class of `given`), and not the model's shape."""
+    """The `saved` settings that a resume takes over: all except keys given now, `given.start_keys`
+    and the shape of the model."""
     now, elsewhere = set(given.given), {*given.start_keys, *shape_keys}
     known = sorted(now & saved.config.keys() - elsewhere)
     changed = [key for key in known if saved.config[key] != getattr(given, key)]
@@ -210,32 +211,32 @@ def saved_settings(given, saved, shape_keys, log):
     return {
         key: value
         for key, value in saved.config.items()
-        if key not in left and hasattr(given, key) and is_of_kind(value, getattr(given, key))
+        if key not in left and hasattr(given, key) and has_type_of(value, getattr(given, key))
     }
 
 
-def is_of_kind(value, default):
-    """Whether a saved `value` can be that of the key with this `default`. What is `auto` may be a
-    bool, and a float may be saved as an int (nanoGPT keeps `weight_decay = 0` so)."""
+def has_type_of(value, default):
+    """Whether a saved `value` has a type that fits a key with this `default`: "auto" may be a bool,
+    and a float may be an int (nanoGPT saves `weight_decay = 0`)."""
     if type(default) is float:
         return type(value) in (int, float)
     return type(value) is type(default) or (default == "auto" and type(value) is bool)
 
 
 def describe_tokenizer(tokenizer, checkpoint, data_dir, log):
-    """The tokenizer as a dict for the checkpoint, so that one file is enough to sample from.
+    """The tokenizer as a dict for the checkpoint, so that sampling needs no other file.
 
-    Raises `UserError` where it is not the one that `checkpoint`, if there is one, was trained with.
+    Raises `UserError` if `checkpoint` was trained with another tokenizer.
     """
     try:
-        described = (tokenizer or gpt2()).to_dict()
+        tokenizer = tokenizer or gpt2()
     except UserError as error:
-        log.say(f"note: the checkpoint will hold no tokenizer: {error}")
+        log.say(f"note: the checkpoint will not contain a tokenizer: {error}")
         return None
     before = (checkpoint or {}).get("tokenizer")
-    if before is not None and from_dict(before).to_dict() != described:
+    if before is not None and not same_tokenizer(from_dict(before), tokenizer):
         raise UserError(
-            f"{data_dir} is tokenized otherwise than what the checkpoint was trained on; "
-            "prepare the data anew, or name another --dataset"
+            f"{data_dir} has another tokenizer than the checkpoint; "
+            "prepare the data again, or use another --dataset"
         )
-    return described
+    return tokenizer.to_dict()

@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin: a run finishes its step and saves before it leaves."""
+"""Graceful shutdown on SIGINT, SIGTERM and SIGUSR1: finish the step, save, exit."""
 
 import os
 import signal
@@ -8,35 +8,35 @@ from brisk.distributed.process_group import Ranks
 
 
 class StopRequest:
-    """The first signal to stop that came, as a number, or None."""
+    """The number of the first stop signal received, or None."""
 
-    def __init__(self, speaks=True):
-        self.number, self.speaks = None, speaks
+    def __init__(self, prints=True):
+        self.number, self.prints = None, prints
 
-    def note(self, number, frame):
-        """Take note of a signal; the second Ctrl-C is a person who means it. (A second SIGTERM is
-        not: a scheduler and torchrun each send one.)"""
+    def handle(self, number, frame):
+        """Signal handler. A second Ctrl-C stops at once; a second SIGTERM does not, since a
+        scheduler and torchrun each send one."""
         if self.number is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.number = number
         name = signal.Signals(number).name
-        text = f"\n{name}: finishing this step, then saving; Ctrl-C now stops at once\n"
-        if self.speaks:
+        text = f"\n{name}: finishing this step, then saving; press Ctrl-C to stop immediately\n"
+        if self.prints:
             with suppress(OSError):
-                os.write(1, text.encode())  # print would fail where the signal came amid another
+                os.write(1, text.encode())  # print is not reentrant
 
 
 @contextmanager
 def stop_requests():
-    """Take note of SIGINT, SIGTERM and SIGUSR1 instead of dying of them. Of several processes under
-    torchrun the main one speaks."""
-    request, before = StopRequest(speaks=Ranks.from_environment().is_main), {}
+    """A context that handles SIGINT, SIGTERM and SIGUSR1 with a `StopRequest`. Only rank 0
+    prints."""
+    request, before = StopRequest(prints=Ranks.from_environment().is_main), {}
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             number = getattr(signal, name)
-            before[number] = signal.signal(number, request.note)
+            before[number] = signal.signal(number, request.handle)
     try:
         yield request
     finally:

@@ -1,7 +1,7 @@
-"""Steps that would spoil a run: a loss or a gradient that is no number, or a gradient too long.
+"""Non-finite losses and gradient-norm spikes.
 
-The host reads a step's numbers where it waits for the device anyway; a step that is to be left out
-is so on the device.
+The host reads loss and norm of a step when it waits for the device anyway. Skipping a step happens
+on the device.
 """
 
 import math
@@ -9,69 +9,70 @@ from dataclasses import dataclass
 
 import torch
 
-HISTORY = 128  # norms of the gradient, the newest, whose median is the usual one
-ENOUGH = 32  # of them, before there is a usual one
-PATIENCE = 20  # steps skipped in a row, or ways back in one start of a run, before it gives up
+HISTORY = 128  # recent gradient norms, for the median
+MIN_HISTORY = 32  # norms before the median is used
+PATIENCE = 20  # skipped steps in a row, or rewinds since the start, before the run ends
 
 
 @dataclass
 class Spike:
-    """A step whose numbers are odd, and where its batch begins in the data."""
+    """A step with a non-finite loss or norm, or with a norm far above the median."""
 
     step: int
-    position: int  # of the batch's first window
+    position: int  # of its batch in the training data
     loss: float
     grad_norm: float
-    times: float  # the median of the norms before that is
+    times: float  # grad_norm / the median of recent norms
 
     def __str__(self):
         if not math.isfinite(self.loss):
-            what = f"the loss is {self.loss}"
+            reason = f"the loss is {self.loss}"
         elif not math.isfinite(self.grad_norm):
-            what = f"the norm of the gradient is {self.grad_norm}"
+            reason = f"the gradient norm is {self.grad_norm}"
         else:
-            times = f"{self.times:.3g} times the usual"
-            what = f"the norm of the gradient is {self.grad_norm:.4g}, {times}"
-        return f"step {self.step}: {what} (its batch is at position {self.position:,} of the data)"
+            times = f"{self.times:.3g} times the median"
+            reason = f"the gradient norm is {self.grad_norm:.4g}, {times}"
+        return f"step {self.step}: {reason} (batch at position {self.position:,} of the data)"
 
 
 class SpikeWatch:
-    """Looks at the loss and the norm of the gradient of every step.
+    """Monitors loss and gradient norm of every step.
 
-    A step is a spike if one of them is not finite, or, with a `factor`, if the norm is more than
-    `factor` times the median of the last `HISTORY` finite ones. Norms that were too long are in
-    that history like any other: the median does not feel a few of them, and where most are long,
-    that is what is usual now.
+    A step is a spike if one of them is not finite or, with a `factor`, if the norm exceeds `factor`
+    times the median of the last `HISTORY` finite norms. Norms of spikes are part of the history: a
+    few do not move the median, and if most are large, that is the new normal.
 
-    `on_spike` says what becomes of one. "stop": the run ends. "skip": the step is not taken; after
-    `PATIENCE` in a row the run ends. "rewind": back to the last checkpoint and on with the batches
-    after the spike's, as PaLM was trained (Chowdhery et al. 2022, section 5.1); after `PATIENCE`
-    ways back the run ends. "ignore": nothing is looked at.
+    `on_spike` is one of
+        "stop": end the run.
+        "skip": skip the step; end the run after `PATIENCE` spikes in a row.
+        "rewind": return to the newest checkpoint and continue with the batches after the spike, as
+            in PaLM (Chowdhery et al. 2022, section 5.1); end the run after `PATIENCE` rewinds.
+        "ignore": do nothing.
 
-    With a gradient scaler at work (`scaled`) gradients that are not finite are no spikes: the
-    scaler leaves those steps out and tries a smaller scale.
+    With a gradient scaler (`scaled`), non-finite gradients are not spikes: the scaler skips those
+    steps and lowers its scale.
     """
 
     def __init__(self, device, on_spike="stop", factor=0.0, scaled=False):
         self.on_spike, self.factor, self.scaled = on_spike, factor, scaled
         self.norms = torch.full((HISTORY,), float("nan"), device=device) if factor else None
         self.no_limit = torch.full((), float("inf"), device=device)
-        self.unread = []  # (step, position, (loss, norm, largest norm that is none))
-        self.in_a_row = 0  # spikes, up to the last step that was read
-        self.ways_back = 0
+        self.unread = []  # (step, position, (loss, norm, limit of the norm))
+        self.consecutive = 0  # spikes up to the newest step polled
+        self.rewinds = 0
 
     @torch.no_grad()
     def record(self, step, position, loss, grad_norm):
-        """Take down a step's `loss` and `grad_norm`, tensors () on the device.
+        """Record `loss` and `grad_norm` of a step, tensors () on the device.
 
-        Returns, for "skip" only, a tensor (): 1 where the step is not to be taken, else 0.
+        For "skip", returns a tensor (): 1 if the step must be skipped, else 0.
         """
         if self.on_spike == "ignore":
             return None
         limit = self.no_limit
         if self.factor:
-            enough = self.norms.isfinite().sum() >= ENOUGH
-            limit = torch.where(enough, self.factor * self.norms.nanmedian(), self.no_limit)
+            enough = self.norms.isfinite().sum() >= MIN_HISTORY
+            limit = torch.where(enough, self.factor * median(self.norms), self.no_limit)
             finite = torch.where(grad_norm.isfinite(), grad_norm, float("nan"))
             self.norms = torch.cat((self.norms[1:], finite[None]))
         self.unread.append((step, position, (loss, grad_norm, limit)))
@@ -79,7 +80,7 @@ class SpikeWatch:
             return (~torch.isfinite(loss + grad_norm) | (grad_norm > limit)).float()
 
     def poll(self):
-        """The spikes among the steps since the last reading, which waits for the device."""
+        """Return the spikes among the steps since the last call. Waits for the device."""
         if not self.unread:
             return []
         numbers = iter(torch.stack([n for *_, three in self.unread for n in three]).tolist())
@@ -87,43 +88,49 @@ class SpikeWatch:
         for step, position, _ in self.unread:
             loss, grad_norm, limit = next(numbers), next(numbers), next(numbers)
             finite = math.isfinite(loss) and (self.scaled or math.isfinite(grad_norm))
-            too_long = math.isfinite(grad_norm) and grad_norm > limit
-            if finite and not too_long:
-                self.in_a_row = 0
+            too_large = math.isfinite(grad_norm) and grad_norm > limit
+            if finite and not too_large:
+                self.consecutive = 0
                 continue
-            self.in_a_row += 1
+            self.consecutive += 1
             times = self.factor * grad_norm / limit if limit else math.inf
             spikes.append(Spike(step, position, loss, grad_norm, times))
         self.unread = []
         return spikes
 
     def load(self, norms):
-        """Go on with the `norms` of a checkpoint, where it has any."""
+        """Load the `norms` of a checkpoint, or None."""
         if self.factor and norms is not None:
             self.norms = norms.to(self.no_limit.device)
 
     def respond(self, saver, ranks, log):
-        """Handle the spikes among the steps since the last poll, which waits for the device.
+        """Respond to the spikes since the last call. Waits for the device.
 
-        Returns None to train on, a `Path` to rewind to that checkpoint, or, as a str, why the run
-        has to end.
+        Returns None to continue, the `Path` of a checkpoint to rewind to, or a str, the reason why
+        the run must end.
         """
         spikes = self.poll()
         for spike in spikes:
-            log.say(str(spike) + (", left out" if self.on_spike == "skip" else ""))
-        if not spikes or (self.on_spike == "skip" and self.in_a_row < PATIENCE):
+            log.say(str(spike) + (", skipped" if self.on_spike == "skip" else ""))
+        if not spikes or (self.on_spike == "skip" and self.consecutive < PATIENCE):
             return None
         path = ranks.broadcast(saver.newest() if ranks.is_main else None)
-        self.ways_back += 1
-        if path and self.on_spike == "rewind" and self.ways_back <= PATIENCE:
-            log.say(f"back to {path}, and on with other batches")
+        self.rewinds += 1
+        if path and self.on_spike == "rewind" and self.rewinds <= PATIENCE:
+            log.say(f"rewinding to {path}, continuing with new batches")
             return path
-        return last_words(spikes[-1], path)
+        return end_reason(spikes[-1], path)
 
 
-def last_words(spike, path):
-    """Why a run ends at a `spike`, and what there is to go on from: `path`, or None."""
+def median(norms):
+    """`norms.nanmedian()`, a tensor (), without its synchronization with the GPU."""
+    middle = (norms.isfinite().sum() - 1).clamp(min=0) // 2
+    return norms.sort().values.gather(0, middle[None])[0]  # NaN is sorted to the end
+
+
+def end_reason(spike, path):
+    """Why a run ends at a `spike`, and how to continue from the checkpoint `path` or None."""
     if path is None:
         return f"{spike}; nothing is saved yet: try a lower --learning_rate, or --on_spike=skip"
-    mend = "--init_from=resume --on_spike=skip goes on from it without such steps"
-    return f"{spike}; {path} is the last good checkpoint: {mend}"
+    hint = "--init_from=resume --on_spike=skip continues from it and skips such steps"
+    return f"{spike}; {path} is the last good checkpoint: {hint}"

@@ -1,4 +1,4 @@
-"""All that a training step changes, saved and loaded as nanoGPT's dict."""
+"""The training state, saved and loaded in nanoGPT's checkpoint format."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,23 +12,23 @@ from brisk.training.optim import load_optimizer, load_scaler
 
 @dataclass
 class TrainState:
-    """The model and what goes with it. Optimizer, scaler and spikes are there once the model is on
-    its device."""
+    """Everything that a training step changes. Optimizer, scaler and spikes are set after the model
+    has moved to its device."""
 
     model: nn.Module
     step: int = 0
     position: int = 0  # windows or documents of the training data consumed
     best_val_loss: float = math.inf
     evals_since_best: int = 0
-    ddp_model: nn.Module | None = None  # what a training step calls: `model`, or DDP around it
+    ddp_model: nn.Module | None = None  # `model`, or DDP around it
     optimizer: Any = None
-    scaler: Any = None  # of gradients, at work in float16 only
+    scaler: Any = None  # gradient scaler, enabled for float16 only
     spikes: Any = None  # a `SpikeWatch`
 
     def state_dict(self):
         """The entries of a checkpoint that a step changes."""
         return {
-            "model": self.model.state_dict(keep_vars=True),  # two names of a tied weight stay one
+            "model": self.model.state_dict(keep_vars=True),  # keeps tied weights one tensor
             "optimizer": self.optimizer.state_dict(),
             "iter_num": self.step,
             "best_val_loss": self.best_val_loss,
@@ -39,7 +39,7 @@ class TrainState:
         }
 
     def load_state_dict(self, checkpoint):
-        """Take all of it but weights and position from a checkpoint."""
+        """Load everything except weights and position from a checkpoint."""
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             load_scaler(self.scaler, checkpoint["scaler"])
@@ -49,13 +49,14 @@ class TrainState:
         self.evals_since_best = checkpoint.get("evals_since_best", 0)
 
     def rewind(self, checkpoint, ranks):
-        """Go back to a checkpoint of this run, and on with the batches that come next."""
+        """Return to a checkpoint of this run, except for the position: training continues with new
+        batches."""
         load_weights(self.model, checkpoint["model"], ranks)
         self.load_state_dict(checkpoint)
 
 
 def checkpoint_header(config, plan, state, data):
-    """The entries of a checkpoint that stay the same through a run."""
+    """The entries of a checkpoint that do not change during a run."""
     settings = asdict(config)
     return {
         "model_args": state.model.config.to_args(),
@@ -63,5 +64,5 @@ def checkpoint_header(config, plan, state, data):
         "config": settings,
         "resolved": plan.resolved,
         "data": data.identity,
-        "tokenizer": data.described,
+        "tokenizer": data.tokenizer_dict,
     }

@@ -1,11 +1,11 @@
-"""Text of your own: files, folders or a data set on the hub, in the tokens of your choice.
+"""Text of your own: files, folders, zip archives or a data set on the hub, in any tokens.
 
-    $ python data/custom/prepare.py --input=my.txt --tokenizer=char --data_dir=data/mine
+    $ python data/custom/prepare.py --input=my.txt --data_dir=data/mine
     $ python data/custom/prepare.py --input=notes/,papers/*.md --tokenizer=bpe --vocab_size=4096
     $ python data/custom/prepare.py --input=posts.jsonl.gz --column=body --tokenizer=gpt2
     $ python data/custom/prepare.py --input=roneneldan/TinyStories --tokenizer=bpe
 
-Text, Markdown and source code: each file is a document; csv, jsonl and parquet: each row. One
+Text, Markdown and source code: each file is a document; csv, json, jsonl and parquet: each row. One
 document alone is split in itself, its end for validation; many are split by a hash of their text,
 and each ends with an end-of-text token.
 """
@@ -29,7 +29,7 @@ class PrepareConfig:
     vocab_size: NonNegativeInt = 0  # of a bpe, or the most words; 0: by the size of the text
     bpe_sample: PositiveInt = 8  # MB of training text a bpe is learned from; memory grows with it
     min_count: PositiveInt = 2  # words that are rarer are unknown
-    column: str = ""  # where a csv, jsonl or parquet file has its text
+    column: str = ""  # where a table has its text; if empty, text, or its only one of text
     documents: Literal["files", "lines"] = "files"  # what a document is in a text file
     encoding: str = "auto"  # of text and csv files: utf-8, gb18030, big5, …
     val_share: Annotated[float, (0.0001, 0.5)] = 0.1  # share of the documents for validation

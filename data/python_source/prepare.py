@@ -42,7 +42,7 @@ def read_sources(folder):
     for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
         path = file.relative_to(folder)
         generated = file.name.startswith("_sysconfigdata")
-        if not generated and SKIPPED.isdisjoint(path.parts):
+        if not generated and SKIPPED.isdisjoint(path.parts) and file.is_file():
             try:
                 texts[path.as_posix()] = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError):

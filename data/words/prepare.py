@@ -52,8 +52,11 @@ def main(config):
     settings = {"stop_words": stop_words, "lower": config.lower}
     tokenizer = learn_words(splits["train"], config.min_count, config.vocab_size, **settings)
     unknown = tokenizer.encode(splits["val"][0]) == tokenizer.unk
+    if not len(unknown):
+        share = 100 * config.val_share
+        raise UserError(f"the last {share:g} % of the text, for validation, has no words to keep")
     print(f"{tokenizer.vocab_size:,} words, {len(stop_words)} stop words left out")
-    print(f"unknown are {100 * unknown.mean() if len(unknown) else 0:.1f} % of validation")
+    print(f"unknown are {100 * unknown.mean():.1f} % of validation")
     write_dataset(config.data_dir or HERE, tokenizer, splits, source)
 
 

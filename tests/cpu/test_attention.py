@@ -33,7 +33,7 @@ def kept_by(run, T):
 
 @pytest.mark.parametrize("block", [2**8, 2**12, 2**20])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_output_and_gradients_are_the_formula_s(monkeypatch, block, kv_heads):
+def test_output_and_gradients_match_the_formula(monkeypatch, block, kv_heads):
     monkeypatch.setattr(module, "BLOCK", block)
     q, k, v = heads(kv_heads=kv_heads)
 
@@ -51,14 +51,14 @@ def test_output_and_gradients_are_the_formula_s(monkeypatch, block, kv_heads):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_without_dropout_it_is_pytorch_s():
+def test_without_dropout_matches_sdpa():
     q, k, v = heads()
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(attention(q, k, v, 0.0), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.01, 0.2, 0.9])
-def test_as_many_are_dropped_as_asked_and_none_depends_on_its_neighbour(dropout):
+def test_dropout_rate_and_independence(dropout):
     torch.manual_seed(1)
     keep = kept_by(lambda q, k, v: attention(q, k, v, dropout), 400) > 0
     seen = torch.ones(400, 400, dtype=torch.bool).tril()
@@ -70,7 +70,7 @@ def test_as_many_are_dropped_as_asked_and_none_depends_on_its_neighbour(dropout)
     assert both == pytest.approx((1 - dropout) ** 2, abs=0.005)
 
 
-def test_bfloat16_under_autocast_stays_near():
+def test_bfloat16_autocast_is_close():
     q, k, v = heads(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         y = attention(q, k, v, 0.0)
@@ -79,7 +79,7 @@ def test_bfloat16_under_autocast_stays_near():
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
 
 
-def test_a_model_trains_with_it_to_the_same_step_from_the_same_seed():
+def test_loss_depends_only_on_the_seed():
     config = GPTConfig(block_size=32, vocab_size=11, n_layer=2, n_head=2, n_embd=16, dropout=0.5)
     torch.manual_seed(0)
     model, idx = GPT(config), torch.randint(11, (3, 32))

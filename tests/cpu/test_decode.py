@@ -35,7 +35,7 @@ OTHERS = {
 }
 
 
-def test_every_field_is_tested():
+def test_variants_cover_every_config_field():
     assert OTHERS.keys() == {field.name for field in fields(GPTConfig)}
     for name, others in OTHERS.items():
         usual = getattr(GPTConfig(**SIZES), name)
@@ -44,7 +44,7 @@ def test_every_field_is_tested():
 
 @pytest.mark.parametrize("base", [{}, {**MODERN, "n_kv_head": 2}], ids=["gpt2", "modern"])
 @pytest.mark.parametrize("field", OTHERS)
-def test_decoder_computes_the_network(field, base):
+def test_decoder_matches_the_network(field, base):
     """At the same and at unlike positions, up to the last."""
     for other in OTHERS[field]:
         model, idx = random_model(**{**base, **other}), random_ids()

@@ -5,7 +5,7 @@ from brisk.cpu.dropout import dropout
 
 
 @pytest.mark.parametrize("p", [0.01, 0.2, 0.9])
-def test_as_many_are_dropped_as_asked_and_the_rest_scaled_up(p):
+def test_dropout_rate_and_scale(p):
     torch.manual_seed(0)
     y = dropout(torch.ones(1000, 1001), p)
     assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-3)
@@ -17,7 +17,7 @@ def test_as_many_are_dropped_as_asked_and_the_rest_scaled_up(p):
     assert below.double().mean().item() == pytest.approx(p * p, abs=0.002)
 
 
-def test_the_gradient_passes_where_the_value_did():
+def test_gradient_uses_the_same_mask():
     torch.manual_seed(0)
     x = torch.randn(37, 11, requires_grad=True)
     y = dropout(x, 0.3)
@@ -28,7 +28,7 @@ def test_the_gradient_passes_where_the_value_did():
     assert x.grad[~kept].eq(0).all() and x.grad[kept].unique().numel() == 1
 
 
-def test_the_seed_decides_and_bfloat16_stays():
+def test_seed_and_dtype():
     x = torch.ones(50, 50, dtype=torch.bfloat16)
     found = []
     for seed in (1, 1, 2):

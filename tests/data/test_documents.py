@@ -190,11 +190,14 @@ def split(documents, share):
 
 @given(st.lists(st.text(max_size=3), min_size=2), st.floats(0.0001, 0.5))
 def test_a_split_keeps_all_and_mixes_nothing(documents, share):
+    if len(set(documents)) == 1:
+        with pytest.raises(UserError, match="documents are equal"):
+            split(documents, share)
+        return
     train, val = split(documents, share)
     assert sorted(train + val) == sorted(documents)
     assert not set(train) & set(val)
-    if len(set(documents)) > 1:
-        assert train and val
+    assert train and val
     assert train == [text for text in documents if text in train]  # in order
 
 
@@ -252,3 +255,71 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "a.txt").chmod(0)
     with pytest.raises(UserError, match="Permission denied"):
         Corpus(str(tmp_path / "a.txt"))
+
+
+def test_a_file_that_vanishes_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr("brisk.data.documents.find_files", lambda _: [tmp_path / "b.txt"])
+    with pytest.raises(UserError, match=r"cannot read .*b\.txt: No such file"):
+        Corpus("anything")
+
+
+def test_the_column_of_a_set_on_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"n": [1, 2, 3], "body": ["a", None, "b"]})
+    monkeypatch.setattr("brisk.data.documents.load", lambda name, **options: rows)
+    assert list(Corpus("someone/texts")) == list(Corpus("texts", column="body")) == ["a", "b"]
+    with pytest.raises(UserError, match="someone/texts has no column text, it has n, body"):
+        Corpus("someone/texts", column="text")
+
+
+# ----------------------------------------------------------------------------- a few files
+
+
+def test_a_document_with_most_of_the_text_is_split_in_itself():
+    book, note = "".join(f"sentence {i} of the book. " for i in range(2000)), "a short note"
+    for documents in ([book, note], [note, book, "another", book]):
+        train, val = split(documents, 0.1)
+        assert note in train and len(val) == 1 and book.endswith(val[0])
+        assert 0.09 < len(val[0]) / len(book) < 0.11
+        assert all(val[0] not in document for document in train)  # nor is it in the copy
+        assert sum(map(len, train)) > 0.8 * len(book)
+    equal = [book, book.upper(), book[::-1]]
+    train, val = split(equal, 0.1)
+    assert sorted(train + val) == sorted(equal)  # by document
+
+
+def test_a_data_set_among_the_files_is_left_out(tree):
+    for name in ("meta.json", "train.bin", "val.bin", "meta.pkl"):
+        (tree / "in" / "deep" / name).write_text("tokens")
+    assert "meta.json" not in [file.name for file in find_files("in")]
+    assert [file.name for file in find_files("in/deep")] == ["c.py", "settings.json"]
+    (tree / "in" / "deep" / "train.bin").unlink()
+    assert "meta.json" in [file.name for file in find_files("in")]  # of something else
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("-", "standard input cannot be read again"),
+        ("loop", "is a link that leads nowhere"),
+        ("https://example.org/a.txt", "is an address; download it first"),
+        ("empty", "there are no files in empty"),
+    ],
+)
+def test_a_source_that_is_no_file_is_told(tree, source, message):
+    (tree / "loop").symlink_to("loop")
+    (tree / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        Corpus(source)
+
+
+def test_links_in_a_circle_are_followed_once(tree):
+    (tree / "in" / "deep" / "up").symlink_to(tree / "in")
+    assert [file.name for file in find_files("in/**/*.md")] == ["a.md"]
+    assert sorted(find_files("in")) == sorted(set(find_files("in")))
+
+
+def test_a_tilde_is_the_home_folder(tree, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree))
+    assert texts(Corpus("~/in/a.md")) == ["text a"]

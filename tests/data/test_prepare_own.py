@@ -140,7 +140,7 @@ def test_words_and_pairs_are_learned_as_if_the_text_were_in_memory(prepare, monk
         ({"input": "two.csv", "column": "body"}, "has no column body, it has id, text"),
         ({"input": "head.csv"}, "has a header and no rows"),
         ({"input": "zeros.bin"}, "is no text"),
-        ({"input": "twins"}, "too little text: none of it falls to val"),
+        ({"input": "twins"}, "all 2 documents are equal"),
         ({"input": "line.txt", "encoding": "klingon"}, "no such encoding"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_short_text_is_made_with_a_note_or_refused(prepare, name):
     for content in ("a", ""):
         write("tiny.txt", content)
         message = prepare(name, fails=True, input="tiny.txt", data_dir="tiny", **char)
-        assert "too little text" in message or "is empty" in message
+        assert any(why in message for why in ("too little text", "is empty", "has no words"))
 
 
 def test_a_name_on_the_hub_without_a_network_is_one_line(script, tmp_path):
@@ -200,7 +200,7 @@ def test_any_documents_come_back(prepare, documents, tokenizer):
     for number in range(100):
         Path("in", f"{number}.txt").unlink(missing_ok=True)
     documents = [text for text in documents if not {"\0", "\r"} & set(text)]
-    documents = [text.removeprefix("\ufeff") for text in documents]
+    documents = [text.removeprefix("\ufeff") for text in documents if text]
     if len(set(documents)) < 2:
         return
     for number, text in enumerate(documents):

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle
+import random
 import socket
 import sqlite3
 import stat
@@ -52,7 +53,7 @@ def test_a_zip_is_read_like_a_folder(capsys):
     }
     expected = ["text a", "text b", "row c", "row d", "text e"]
     assert sorted(texts(zipped("all.zip", members))) == sorted(expected)
-    assert "left out 1 files that are no text: picture.png" in capsys.readouterr().err
+    assert "left out 1 file that is no text: picture.png" in capsys.readouterr().err
     Path("in").mkdir()
     Path("all.zip").rename("in/all.zip")
     Path("in/f.txt").write_text("text f")
@@ -226,11 +227,12 @@ def test_a_folder_says_what_could_be_converted(capsys):
         NO_TEXT[name][0](f"in/{name}")
     Path("in/notes.txt").write_text("text")
     Path("in/empty.txt").write_text("")
-    assert texts("in") == ["", "text"]
+    assert texts("in") == ["text"]
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "left out 1 files that are no text: g.png"
+    assert told[0] == "left out 1 file that is no text: g.png"
+    assert told[1] == "left out 1 file that is empty: empty.txt"
     assert "left out: in/a.pdf is no text: it is a PDF; convert it: pdftotext in/a.pdf" in told
-    assert len(told) == 4
+    assert len(told) == 5
 
 
 @pytest.mark.parametrize(
@@ -254,3 +256,62 @@ def test_only_regular_files_are_read():
     Path("fifo.txt").rename("in/fifo.txt")
     Path("in/a.txt").write_text("text")
     assert texts("in") == ["text"] and stat.S_ISFIFO(os.stat("in/fifo.txt").st_mode)
+
+
+# ----------------------------------------------------------------------------- damage
+
+
+def seeds():
+    lines = "The quick brown fox. Grüße 你好\n" * 20
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in (("a.txt", lines), ("b.csv", "n;text\n1;a\n"), ("c.gz", "a")):
+            file.writestr(name, content)
+    return {
+        "a.zip": archive.getvalue(),
+        "a.txt.gz": gzip.compress(lines.encode()),
+        "a.csv": ('id;text;x\n1;"a; ""b""\nc";2\n' + "2;d;3\n" * 9).encode(),
+        "a.jsonl": b'{"text": "abc \\u00e9 [1,2]", "n": [1, {"a": null}]}\n' * 9,
+        "a.json": b'[{"text": "a", "n": 1.5}, {"text": "b"}]',
+        "a.txt": lines.encode("utf-16"),
+    }
+
+
+def damaged(raw, rng):
+    """`raw` with up to four bytes changed, left out or put in, or cut short."""
+    raw = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(raw))
+        change = rng.choice(["byte", "byte", "cut", "insert", "drop"])
+        if change == "byte":
+            raw[at] = rng.randrange(256)
+        elif change == "cut":
+            raw = raw[: at + 1]
+        elif change == "insert":
+            raw[at:at] = rng.choice([b"\0", b'"', b"\n", b"{", b"PK\x03\x04", b"\xff\xfe"])
+        else:
+            del raw[at : at + rng.randint(1, 20)]
+            raw = raw or bytearray(b"a")
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("name", seeds())
+def test_a_damaged_file_is_read_or_named(name, capsys):
+    rng = random.Random(name)
+    whole = seeds()[name]
+    for _ in range(150):
+        Path(name).write_bytes(damaged(whole, rng))
+        try:
+            texts(name)
+        except UserError as error:
+            assert name in str(error)
+
+
+def test_a_member_without_a_name_is_left_out():
+    zipped("a.zip", {"x": "nameless", "b.txt": "text"})
+    raw = Path("a.zip").read_bytes()
+    at = raw.index(b"PK\x01\x02")  # the first entry of the directory: its name becomes a comment
+    entry = bytearray(raw[at:])
+    entry[28:30], entry[32:34] = b"\0\0", b"\1\0"
+    Path("a.zip").write_bytes(raw[:at] + entry)
+    assert texts("a.zip") == ["text"]

@@ -7,6 +7,8 @@ import pickle
 import random
 import sys
 import time
+import unicodedata
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brisk.data.bpe import BPETokenizer, gpt2, learn_pairs, train_bpe
-from brisk.data.saved_tokenizer import from_dict, read_meta_pkl
+from brisk.data.bpe import (
+    GPT2_PATTERN,
+    KINDS,
+    TIKTOKENS_PATTERN,
+    BPETokenizer,
+    gpt2,
+    learn_pairs,
+    train_bpe,
+)
+from brisk.data.saved_tokenizer import from_dict, read_meta_pkl, same_tokenizer
 from brisk.data.tokenizer import (
     EOT,
     ByteTokenizer,
@@ -170,7 +180,7 @@ def test_a_vocabulary_is_as_large_as_the_text_can_fill(capsys):
     with pytest.raises(UserError, match="at least"):
         train_bpe([LESSON], 256)
     tokenizer = train_bpe([LESSON], 5000)
-    assert f"this text has pairs for {tokenizer.vocab_size}" in capsys.readouterr().out
+    assert f"this text has too few pairs, taking {tokenizer.vocab_size}" in capsys.readouterr().out
     assert 257 < tokenizer.vocab_size < 5000 and tokenizer.eot == tokenizer.vocab_size - 1
     assert tokenizer.decode(tokenizer.encode(LESSON)) == LESSON
     assert train_bpe([LESSON], tokenizer.vocab_size).to_dict() == tokenizer.to_dict()
@@ -233,6 +243,69 @@ def test_a_damaged_description_is_told(description):
         from_dict(description)
 
 
+CL100K = (  # of tiktoken, and the pattern of GPT-4o below
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
+    r"\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DROPPING = [  # a part of GPT-2's pattern each time, and further ways
+    GPT2_PATTERN.replace(r" ?\p{N}+|", ""),
+    GPT2_PATTERN.replace(r"|\s+(?!\S)|\s+", r"|\s+(?!\S)"),
+    GPT2_PATTERN.replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"),
+    GPT2_PATTERN.replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{N}\p{Co}]+"),
+    GPT2_PATTERN.replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{N}]{2,}"),
+    GPT2_PATTERN.replace(r" ?\p{L}+", r" ?\p{L}{1,9}(?!\p{L})"),
+    GPT2_PATTERN.replace(r" ?\p{L}+", r" ?[\p{Ll}\p{Lu}\p{Lt}\p{Lo}]+"),
+    GPT2_PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\u2028]+"),
+    r"\w+",
+    r"[^🙂]+",
+    r"'(?!S)|[^']+",
+    r"\S+|\s+(?=\S)",
+    r"\w\K\w|[\s\S]",
+    r"a*|[\s\S]",
+    r"[\s\S]|$",
+    r"(?:a|a)+b|[\s\S]",  # exponential
+    r"(?:\w|\w\w)+$|[\s\S]",
+]
+
+
+def described(pattern):
+    return {**train_bpe(["some text"], 257).to_dict(), "pattern": pattern}
+
+
+@pytest.mark.parametrize("pattern", DROPPING)
+def test_a_pattern_that_drops_text_is_refused(pattern):
+    start = time.process_time()  # others may keep the machine busy
+    with pytest.raises(UserError, match="pattern does not cut text into pieces"):
+        from_dict(described(pattern))
+    assert time.process_time() - start < 10  # of a second or two for exponential ones
+
+
+@pytest.mark.parametrize("pattern", [CL100K, O200K, r"\w{1,60}|\W", r"[\s\S]", r"(\s)\1*|\S+"])
+def test_a_pattern_that_cuts_all_is_taken(pattern):
+    tokenizer = from_dict(described(pattern))
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_kinds_are_of_every_category():
+    found = {unicodedata.category(kind) for kind in KINDS}
+    assert found == {unicodedata.category(chr(code)) for code in range(0x110000)} - {"Cs"}
+
+
+def test_the_same_tokenizer_encodes_alike():
+    bpe = train_bpe([TEXT], 300)
+    other = from_dict({**bpe.to_dict(), "name": "another", "pattern": TIKTOKENS_PATTERN})
+    assert same_tokenizer(bpe, other) and same_tokenizer(ByteTokenizer(), ByteTokenizer())
+    others = [bpe, train_bpe([TEXT], 299), from_dict(described(CL100K)), ByteTokenizer()]
+    others += [CharTokenizer("ab"), CharTokenizer("ba"), CharTokenizer("ab", eot=True)]
+    for a, b in combinations(others, 2):
+        assert not same_tokenizer(a, b)
+
+
 # ----------------------------------------------------------------------------- words
 
 
@@ -248,7 +321,7 @@ def test_text_comes_back_as_its_words():
 
 @given(st.text() | st.text(st.sampled_from("aB9_ .'’&+#\n\u0130é")))
 def test_words_of_any_text_are_words_again(text):
-    tokenizer = learn_words([text], eot=True)
+    tokenizer = learn_words([text + " word"], eot=True)
     ids = tokenizer.encode(text)
     assert ids.dtype == np.uint16 and tokenizer.unk not in ids
     words = find_words(text)

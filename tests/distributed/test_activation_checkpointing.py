@@ -16,7 +16,7 @@ MODERN = {"position": "rotary", "norm": "rms", "qk_norm": True, "mlp": "swiglu",
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.2}, MODERN], ids=["dropout", "modern"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_is_the_same_to_the_bit(train_tiny, tmp_path, changes, dtype):
+def test_checkpointed_run_is_bit_exact(train_tiny, tmp_path, changes, dtype):
     changes = {**changes, "n_layer": 2, "gradient_accumulation_steps": 2, "dtype": dtype}
     kept = train_tiny(tmp_path / "kept", **changes)
     again = train_tiny(tmp_path / "again", **changes, activation_checkpointing=True)
@@ -28,7 +28,7 @@ def test_a_run_is_the_same_to_the_bit(train_tiny, tmp_path, changes, dtype):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
-def test_compiled_too(train_tiny, tmp_path):
+def test_compiled_blocks(train_tiny, tmp_path):
     changes = {"n_layer": 2, "compile": True, "max_iters": 3, "dropout": 0.2}
     kept = train_tiny(tmp_path / "kept", **changes)
     again = train_tiny(tmp_path / "again", **changes, activation_checkpointing=True)
@@ -56,10 +56,10 @@ def bytes_kept(model):
     return sum(size for key, size in kept.items() if key not in mine)
 
 
-def test_a_block_keeps_its_input_only():
+def test_block_saves_only_its_input():
     model, recomputed = a_model(), a_model()
     for block in recomputed.transformer.h:
-        checkpoint_activations(block, draws=False)
+        checkpoint_activations(block, preserve_rng=False)
     sequences = 4 * 32 * 32 * 4  # bytes of what goes into a block
     assert bytes_kept(recomputed) <= 6 * sequences < bytes_kept(model) / 5
     foretold, whole = (expected_memory(model, 4, CPU, recomputed=r) for r in (True, False))
@@ -67,11 +67,11 @@ def test_a_block_keeps_its_input_only():
     assert whole - foretold == pytest.approx(spared, rel=0.02)
 
 
-def test_an_evaluation_computes_nothing_again():
+def test_evaluation_recomputes_nothing():
     model = a_model()
     block, calls = model.transformer.h[0], []
     block.attn.register_forward_hook(lambda *_: calls.append(1))
-    checkpoint_activations(block, draws=False)
+    checkpoint_activations(block, preserve_rng=False)
     x = torch.zeros(1, 32, 32)
     with torch.no_grad():
         block(x)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT, Run, same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ def shares(world_size, gradient_accumulation_steps, batch_size):
 
 
 @given(world_size=small, steps=small, batch_size=small)
-def test_the_global_batch_is_shared_exactly_or_a_mend_is_named(world_size, steps, batch_size):
+def test_global_batch_divides_evenly_or_raises(world_size, steps, batch_size):
     rows = steps * batch_size
     try:
         shared = shares(world_size, steps, batch_size)
@@ -45,12 +46,12 @@ def test_the_global_batch_is_shared_exactly_or_a_mend_is_named(world_size, steps
 
 
 @given(steps=small, batch_size=small)
-def test_one_process_takes_the_micro_batches_as_they_are_given(steps, batch_size):
+def test_micro_batches_of_one_process(steps, batch_size):
     expected = [(k, k * batch_size, batch_size) for k in range(steps)]
     assert shares(1, steps, batch_size) == [expected]
 
 
-def test_a_plain_start_is_one_of_one(monkeypatch):
+def test_plain_python_is_a_single_rank(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     ranks = Ranks.from_environment()
@@ -59,7 +60,7 @@ def test_a_plain_start_is_one_of_one(monkeypatch):
     assert ranks.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
 
 
-def test_what_torchrun_says_is_read(monkeypatch):
+def test_torchrun_environment_is_read(monkeypatch):
     for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     ranks = Ranks.from_environment()
@@ -103,7 +104,7 @@ UNEVEN = {"gradient_accumulation_steps": 3, "batch_size": 6, "rows": "documents"
 
 
 @pytest.mark.parametrize("changes", [DROPPING, UNEVEN], ids=["dropout", "uneven"])
-def test_two_processes_train_as_one_and_go_on_with_each_others_runs(
+def test_ddp_matches_one_process_and_resumes(
     train_tiny, resume, settings, resumed_settings, torchrun, tmp_path, lines_data, changes
 ):
     changes = {**changes, "eval_interval": 2, "data_dir": lines_data}
@@ -121,10 +122,72 @@ def test_two_processes_train_as_one_and_go_on_with_each_others_runs(
     assert_same_run(whole, tmp_path / "one-two")
 
 
-def test_a_mistake_under_torchrun_is_one_line(settings, torchrun, tmp_path):
+def test_error_under_torchrun_is_one_line(settings, torchrun, tmp_path):
     uneven = {"gradient_accumulation_steps": 1, "batch_size": 3}
     result = torchrun("train.py", *settings(tmp_path / "out", **uneven))
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "--gradient_accumulation_steps=2 " in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("parallel, optimizer", [("ddp", "adamw"), ("fsdp", "muon")])
+def test_torchrun_with_one_rank_is_bit_exact(
+    train_tiny, settings, torchrun, tmp_path, parallel, optimizer
+):
+    """It is wrapped like several, which can so be tried on one device, and computes the same."""
+    changes = {"gradient_accumulation_steps": 2, "optimizer": optimizer}
+    alone = train_tiny(tmp_path / "alone", **changes)
+    argv = settings(tmp_path / "one", **changes, parallel=parallel)
+    done = torchrun("train.py", *argv, processes=1)
+    assert done.returncode == 0, done.stderr
+    assert f"device: 1 process ({parallel}), each on cpu" in done.stdout
+    one = Run(tmp_path / "one", done.stdout)
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert one.series(key) == alone.series(key)
+    assert same(one.checkpoint()["model"], alone.checkpoint()["model"])
+    assert same(one.checkpoint()["optimizer"]["state"], alone.checkpoint()["optimizer"]["state"])
+
+
+def test_rank_without_launcher_is_one_line(settings, script, tmp_path):
+    done = script("train.py", *settings(tmp_path / "out"), env={"RANK": "0"})
+    assert done.returncode == 2 and done.stdout == ""
+    assert "RANK is set without MASTER_ADDR" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+NOT_DISTRIBUTED = """
+import importlib, sys
+import torch
+
+del torch._C._c10d_init  # by which PyTorch knows whether it was built with torch.distributed
+for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
+    del sys.modules[name]
+for name in ("distributed_c10d", "rendezvous", "device_mesh", "fsdp", "tensor"):
+    sys.modules[f"torch.distributed.{name}"] = None
+torch.distributed = importlib.import_module("torch.distributed")
+assert not torch.distributed.is_available()
+
+import train
+from brisk.distributed.process_group import clean_end
+from brisk.errors import one_line_errors
+
+with clean_end(), one_line_errors():
+    train.main(train.configure(train.TrainConfig, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["one", "rank"])
+def test_trains_without_torch_distributed(settings, script, tmp_path, environment):
+    (tmp_path / "start.py").write_text(NOT_DISTRIBUTED)
+    environment |= {"PYTHONPATH": str(ROOT)}
+    argv = settings(tmp_path / "out", optimizer="muon")
+    done = script(tmp_path / "start.py", *argv, env=environment)
+    if "RANK" in environment:
+        assert done.returncode == 2 and "this PyTorch has no torch.distributed" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    else:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out" / "ckpt.pt").exists()

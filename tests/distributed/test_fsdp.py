@@ -14,7 +14,7 @@ import train
 from brisk.checkpoint import load_checkpoint
 from brisk.device import Device
 from brisk.distributed.process_group import Ranks
-from brisk.distributed.sharded_work import rows_of
+from brisk.distributed.sharded_work import chunk_bounds
 from brisk.errors import UserError
 from brisk.training.memory import expected_memory, shared_state, state_memory
 from configurator import configure
@@ -71,7 +71,7 @@ def succeed(result):
 
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
-def test_two_processes_train_as_one(train_tiny, settings, torchrun, tmp_path, changes, parallel):
+def test_two_ranks_match_one_process(train_tiny, settings, torchrun, tmp_path, changes, parallel):
     """DDP beside it for the sake of Muon, whose work is shared there too."""
     changes = {**SIZES, **changes}
     whole = train_tiny(tmp_path / "whole", **changes).out_dir
@@ -84,7 +84,7 @@ def test_two_processes_train_as_one(train_tiny, settings, torchrun, tmp_path, ch
 
 
 @pytest.mark.parametrize("changes", FAST_AND_SLOW, ids=RUNS)
-def test_runs_go_on_with_each_others_checkpoints(
+def test_fsdp_and_ddp_resume_each_other(
     train_tiny, resume, settings, resumed_settings, torchrun, tmp_path, quick_script, changes
 ):
     changes = {**SIZES, **changes}
@@ -111,7 +111,7 @@ def test_runs_go_on_with_each_others_checkpoints(
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, parallel", [(4, "fsdp"), (4, "ddp"), (2, "fsdp")])
 @pytest.mark.parametrize("changes", [*RUNS.values(), *MORE_RUNS.values()], ids=RUNS | MORE_RUNS)
-def test_more_processes_train_as_one(
+def test_more_ranks_match_one_process(
     train_tiny, settings, torchrun, tmp_path, changes, processes, parallel
 ):
     changes = {**SIZES, **changes}
@@ -121,7 +121,7 @@ def test_more_processes_train_as_one(
     assert_same_run(tmp_path / "out", whole)
 
 
-def test_what_goes_with_a_run_goes_with_a_sharded_one(train_tiny, settings, torchrun, tmp_path):
+def test_other_settings_work_with_fsdp(train_tiny, settings, torchrun, tmp_path):
     """Texts drawn at evaluations, steps that may be left out, blocks computed again or frozen."""
     changes = {**SIZES, **CLASSIC, "eval_samples": 2, "on_spike": "skip", "spike_factor": 20}
     changes["freeze_layers"] = 1
@@ -134,7 +134,7 @@ def test_what_goes_with_a_run_goes_with_a_sharded_one(train_tiny, settings, torc
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_sharded(train_tiny, settings, torchrun, tmp_path):
+def test_compiled_blocks(train_tiny, settings, torchrun, tmp_path):
     changes = {**SIZES, **MODERN, "compile": True, "optimizer": "muon"}
     whole = train_tiny(tmp_path / "whole", **changes).out_dir
     succeed(torchrun("train.py", *settings(tmp_path / "out", **changes, parallel="fsdp")))
@@ -142,7 +142,7 @@ def test_compiled_blocks_are_sharded(train_tiny, settings, torchrun, tmp_path):
 
 
 @pytest.mark.slow
-def test_float16_and_its_scaler(train_tiny, settings, torchrun, tmp_path):
+def test_float16_with_grad_scaler(train_tiny, settings, torchrun, tmp_path):
     """The scaler begins at 65536 and leaves out the steps whose gradients overflow: the same ones
     in all processes."""
     changes = {**SIZES, **CLASSIC, "dtype": "float16"}
@@ -180,13 +180,13 @@ with train.clean_end(), one_line_errors():
 @pytest.mark.parametrize(
     "on_spike", ["rewind", *(pytest.param(key, marks=pytest.mark.slow) for key in ("skip", "stop"))]
 )
-def test_spikes_are_answered_by_all_processes(settings, torchrun, quick_script, tmp_path, on_spike):
+def test_all_ranks_respond_to_a_spike(settings, torchrun, quick_script, tmp_path, on_spike):
     poisoned = tmp_path / "poisoned.py"
     poisoned.write_text(POISONED)
     changes = {**SIZES, **CLASSIC, "on_spike": on_spike, "parallel": "fsdp"}
     one = quick_script(poisoned, *settings(tmp_path / "one", **changes))
     two = torchrun(poisoned, *settings(tmp_path / "two", **changes))
-    said = {"rewind": "and on with other batches", "skip": "left out", "stop": ""}[on_spike]
+    said = {"rewind": "continuing with new batches", "skip": ", skipped", "stop": ""}[on_spike]
     assert said in one.stdout and said in two.stdout
     if on_spike == "stop":
         assert one.returncode == 1 and two.returncode != 0
@@ -197,7 +197,7 @@ def test_spikes_are_answered_by_all_processes(settings, torchrun, quick_script, 
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-def test_a_stop_is_one_of_all_processes(settings, resume, torchrun, train_tiny, tmp_path):
+def test_all_ranks_stop_together(settings, resume, torchrun, train_tiny, tmp_path):
     """Every process gets the signal, and at another step than the others."""
     stopped = tmp_path / "stopped.py"
     stopped.write_text(
@@ -214,7 +214,7 @@ def test_a_stop_is_one_of_all_processes(settings, resume, torchrun, train_tiny, 
     assert_same_run(resume(tmp_path / "out").out_dir, whole)
 
 
-def test_a_mistake_in_the_model_is_one_line(settings, torchrun, tmp_path):
+def test_model_error_is_one_line(settings, torchrun, tmp_path):
     """Only the main process builds it."""
     argv = settings(tmp_path / "out", n_head=3, parallel="fsdp")
     result = torchrun("train.py", *argv)
@@ -227,19 +227,19 @@ def test_a_mistake_in_the_model_is_one_line(settings, torchrun, tmp_path):
     [
         ({"cpu_offload": True}, "--cpu_offload needs --parallel=fsdp"),
         ({"cpu_offload": True, "parallel": "fsdp"}, "--cpu_offload needs --parallel=fsdp, and"),
-        ({"dry_run_world_size": 8}, "--dry_run_world_size goes with --dry_run=True"),
+        ({"dry_run_world_size": 8}, "--dry_run_world_size needs --dry_run=True"),
     ],
 )
-def test_what_cannot_be_is_refused(train_tiny, tmp_path, changes, message):
+def test_unsupported_keys_are_refused(train_tiny, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train_tiny(tmp_path / "out", **changes)
 
 
 @given(rows=st.integers(1, 100), world_size=st.integers(1, 20))
-def test_rows_are_cut_as_fsdp_cuts_them(rows, world_size):
+def test_chunk_bounds_match_torch_chunk(rows, world_size):
     chunks = [len(chunk) for chunk in torch.arange(rows).chunk(world_size)]
     chunks += [0] * (world_size - len(chunks))
-    edges = [rows_of(rank, world_size, rows) for rank in range(world_size)]
+    edges = [chunk_bounds(rank, world_size, rows) for rank in range(world_size)]
     assert [end - first for first, end in edges] == chunks
     assert edges[0][0] == 0 and edges[-1][1] == rows
 
@@ -251,12 +251,12 @@ HELD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import brisk.training.async_checkpoint
-from brisk.distributed.process_group import local
+from brisk.distributed.process_group import to_local
 import train
 
 def save(self, state, *_):
-    weights = {{id(w): local(w).nbytes for w in state["model"].values()}}
-    moments = [local(m).nbytes for kept in state["optimizer"]["state"].values()
+    weights = {{id(w): to_local(w).nbytes for w in state["model"].values()}}
+    moments = [to_local(m).nbytes for kept in state["optimizer"]["state"].values()
                for key, m in kept.items() if key != "step"]
     # in one piece: two processes write to one pipe
     sys.stdout.write(f"held {{2 * sum(weights.values()) + sum(moments)}}\\n")
@@ -267,7 +267,7 @@ with train.clean_end():
 """
 
 
-def test_a_process_holds_its_share_of_the_state(settings, torchrun, tmp_path):
+def test_rank_holds_only_its_shard(settings, torchrun, tmp_path):
     (tmp_path / "held.py").write_text(HELD)
     changes = {"parallel": "fsdp", "n_embd": 64, "eval_interval": 100, "max_iters": 1}
     printed = succeed(torchrun(tmp_path / "held.py", *settings(tmp_path / "out", **changes)))
@@ -278,7 +278,7 @@ def test_a_process_holds_its_share_of_the_state(settings, torchrun, tmp_path):
     assert len(held) == 2 and held == pytest.approx([share, share], rel=0.1)
 
 
-def test_what_is_expected_falls_with_the_number_of_processes():
+def test_expected_memory_falls_with_world_size():
     sizes = {"block_size": 32, "vocab_size": 64, "n_layer": 6, "n_head": 2, "n_embd": 64}
     model, cpu = GPT(GPTConfig(**sizes)), Device(torch.device("cpu"), "float32")
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -298,7 +298,7 @@ def test_what_is_expected_falls_with_the_number_of_processes():
     assert expected(4, "fsdp", recomputed=True) - state < (four - state) / 2
 
 
-def test_a_dry_run_reckons_with_processes_that_are_not_there(main, settings, tmp_path):
+def test_dry_run_plans_for_a_world_size(main, settings, tmp_path):
     def foretold(**changes):
         console = main(settings(tmp_path / "out", dry_run=True, batch_size=8, **changes)).console
         return re.search(r"device: (.*)cpu .* about (\S+) MB", console).groups()
@@ -311,7 +311,7 @@ def test_a_dry_run_reckons_with_processes_that_are_not_there(main, settings, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_gpt2_xl_is_reckoned_for_eight_gpus(monkeypatch):
+def test_dry_run_of_gpt2_xl_on_8_gpus(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = configure(train.TrainConfig, ["config/train_gpt2_xl.py"])
     assert config.parallel == "fsdp"

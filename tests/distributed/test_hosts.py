@@ -120,9 +120,7 @@ def files(hosts, number):
     return {path.name for path in hosts.folders[number].iterdir()} - {"out.txt", "err.txt"}
 
 
-def test_two_hosts_train_as_one_through_a_short_cut_of_the_link(
-    hosts, ends, settings, train_tiny, tmp_path
-):
+def test_two_hosts_survive_a_short_link_failure(hosts, ends, settings, train_tiny, tmp_path):
     whole = train_tiny(tmp_path / "whole", **LENGTH, **BATCH).out_dir
     processes = hosts.train(settings("out", **LENGTH, **BATCH))
     hosts.wait_for("iter 30:")
@@ -138,7 +136,7 @@ def test_two_hosts_train_as_one_through_a_short_cut_of_the_link(
 
 
 @pytest.mark.slow
-def test_a_long_cut_ends_both_and_a_restart_goes_on(hosts, ends, settings, train_tiny, tmp_path):
+def test_long_link_failure_ends_and_restarts(hosts, ends, settings, train_tiny, tmp_path):
     whole = train_tiny(tmp_path / "whole", **LENGTH, **BATCH).out_dir
     command = settings("out", **LENGTH, **BATCH, timeout=10, init_from="auto")
     processes = hosts.train(command)
@@ -161,7 +159,7 @@ def test_a_long_cut_ends_both_and_a_restart_goes_on(hosts, ends, settings, train
 
 
 @pytest.mark.slow
-def test_a_host_that_is_gone_is_done_without(hosts, settings, train_tiny, tmp_path):
+def test_run_continues_without_a_lost_host(hosts, settings, train_tiny, tmp_path):
     """`--nnodes=1:2`: the run goes on with the hosts there are, on the same batches."""
     length = {**LENGTH, "max_iters": 400, "lr_decay_iters": 400}
     whole = train_tiny(tmp_path / "whole", **length, **BATCH).out_dir

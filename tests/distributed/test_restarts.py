@@ -16,7 +16,7 @@ from conftest import ROOT, free_port
 from test_data_parallel import assert_same_run
 
 from brisk.checkpoint import load_checkpoint
-from brisk.distributed.rendezvous import lost_peers, name_of_this_start
+from brisk.distributed.rendezvous import agree_on_name, lost_peers
 from brisk.errors import RunError
 
 LENGTH = {"max_iters": 80, "lr_decay_iters": 80, "eval_interval": 10, "dropout": 0.1}
@@ -96,7 +96,7 @@ def train_and_kill(settings, out, victims, amid_a_save):
         pytest.param([1, 1, 0], True, id="amid saves", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_process_changes_nothing(settings, undisturbed, tmp_path, victims, amid_a_save):
+def test_killed_process_changes_nothing(settings, undisturbed, tmp_path, victims, amid_a_save):
     whole = undisturbed(settings)
     said = train_and_kill(settings, tmp_path / "out", victims, amid_a_save)
     assert said.count("Resuming training from") == len(victims)
@@ -105,7 +105,7 @@ def test_a_killed_process_changes_nothing(settings, undisturbed, tmp_path, victi
     assert not list((tmp_path / "out").glob("*.writing"))
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(
+def test_resume_on_other_world_size_same_batches(
     settings, resume, resumed_settings, train_tiny, script, tmp_path
 ):
     batch = {"gradient_accumulation_steps": 4, "batch_size": 3, "learning_rate": 1e-3}
@@ -140,7 +140,7 @@ def start_both(argv, folder):
     return [start_rank(rank, argv, port, folder / f"rank{rank}") for rank in (0, 1)]
 
 
-def test_only_the_main_process_needs_the_run_s_folder(settings, train_tiny, tmp_path):
+def test_only_rank_0_needs_the_folder(settings, train_tiny, tmp_path):
     """Each has a working directory of its own: nothing is written in the other's, and it resumes
     all the same."""
     batch = {**BATCH, "learning_rate": 1e-3, "min_lr": 1e-4, "init_from": "auto"}
@@ -161,7 +161,7 @@ def test_only_the_main_process_needs_the_run_s_folder(settings, train_tiny, tmp_
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot halt a process")
-def test_a_process_that_falls_silent_ends_the_others_in_time(settings, resume, tmp_path):
+def test_silent_rank_ends_the_others(settings, resume, tmp_path):
     length = {"max_iters": 100000, "eval_interval": 10}
     main, other = start_both(settings("out", **BATCH, **length, timeout=5), tmp_path)
     try:
@@ -180,7 +180,7 @@ def test_a_process_that_falls_silent_ends_the_others_in_time(settings, resume, t
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
-def test_a_process_that_waits_for_the_others_heeds_sigterm(settings, tmp_path):
+def test_sigterm_ends_a_waiting_rank(settings, tmp_path):
     """There is nothing to save yet, and torchrun would wait half a minute before it kills."""
     process = start_rank(1, settings("out"), free_port(), tmp_path / "rank1")
     time.sleep(8)  # it is importing, or waiting for a main process that is not there
@@ -197,7 +197,7 @@ def names(store, world_size, only=None):
     found = {}
 
     def ask(rank):
-        found[rank] = name_of_this_start(store, rank, world_size, seconds=20)
+        found[rank] = agree_on_name(store, rank, world_size, seconds=20)
 
     ranks = range(world_size) if only is None else only
     threads = [threading.Thread(target=ask, args=(rank,), daemon=True) for rank in ranks]
@@ -208,7 +208,7 @@ def names(store, world_size, only=None):
     return found
 
 
-def test_every_start_has_a_name_of_its_own_in_a_store_that_outlives_it():
+def test_each_start_has_a_unique_name():
     store, before = dist.HashStore(), set()
     for _ in range(4):
         found = names(store, 5)
@@ -217,13 +217,13 @@ def test_every_start_has_a_name_of_its_own_in_a_store_that_outlives_it():
         before |= {*found.values()}
         # and a start that is killed while its processes look for one another leaves its hellos
         for rank in (1, 3):
-            store.set(f"hello/{rank}", "the word of a dead one")
+            store.set(f"id/{rank}", "of a dead process")
 
 
-def test_a_process_that_does_not_come_is_told():
-    with pytest.raises(RunError, match=r"after 1 s only 1 of 3 processes are there"):
+def test_missing_rank_is_reported():
+    with pytest.raises(RunError, match=r"only 1 of 3 processes joined within 1 s"):
         with lost_peers():
-            name_of_this_start(dist.HashStore(), 0, 3, seconds=1)
+            agree_on_name(dist.HashStore(), 0, 3, seconds=1)
 
 
 def test_other_errors_keep_their_traceback():

@@ -214,10 +214,44 @@ def test_batches_hold_every_row_once_and_no_more_than_their_room():
 
 def test_an_item_is_cut_where_a_token_would_not_be_seen(capsys):
     """The last token is a target only, so block_size + 1 fit."""
-    assert tasks.count_cut([(range(40), range(9))], BLOCK_SIZE) == 0
+    assert tasks.count_cut([(range(40), range(9))], BLOCK_SIZE, "words") == (0, 0)
     assert capsys.readouterr().err == ""
-    assert tasks.count_cut([(range(41), range(9)), (range(40), range(9))], BLOCK_SIZE) == 1
-    assert "1 of 2 items" in capsys.readouterr().err
+    pairs = [(range(41), range(9)), (range(40), range(9)), (range(1), range(48))]
+    assert tasks.count_cut(pairs, BLOCK_SIZE, "words") == (1, 0)
+    assert "1 of 3 items" in capsys.readouterr().err
+    assert tasks.count_cut([*pairs, (range(1), range(49))], BLOCK_SIZE, "words") == (2, 1)
+    assert "they lost their beginning, 1 a part of their words too" in capsys.readouterr().err
+
+
+def test_an_ending_longer_than_the_context_is_cut_and_counted(models, write_items, capsys):
+    tokenizer, rng = ByteTokenizer(), np.random.default_rng(7)
+    theirs, ours = models(257)
+    letters = [bytes(rng.integers(97, 123, n)).decode() for n in (30, 60, 47, 48, 200)]
+    rows = [f"ab {ending}".encode() for ending in letters]
+    scored = np.minimum([len(ending) + 1 for ending in letters], BLOCK_SIZE)
+    nats = [reference(theirs, row[:-n], row[-n:])[0] for row, n in zip(rows, scored, strict=True)]
+    characters = [len(e) * n / (len(e) + 1) for n, e in zip(scored, letters, strict=True)]
+    by = {"accuracy": 1, "accuracy_norm": characters, "accuracy_norm_token": scored}
+    for name, lengths in by.items():
+        label = int(np.argmin(np.array(nats) / lengths))
+        items = [{"ctx": "ab", "endings": letters, "label": label}]
+        items += [{"ctx": "ab", "endings": ["a", "b"], "label": 0}]
+        result = tasks.hellaswag(ours, tokenizer, write_items(items), 4, CPU)
+        assert result[name] >= 0.5 and result["cut"] == result["cut_endings"] == 1
+        assert "1 of 2 items are longer than block_size=48" in capsys.readouterr().err
+
+
+def test_a_word_longer_than_the_context_is_cut_and_counted(models, write_items):
+    tokenizer = ByteTokenizer()
+    theirs, ours = models(257)
+    pairs = [("she reads", "w" * 60), ("she", "reads"), ("she reads " * 9, "books")]
+    path = write_items([{"text": " ".join(pair)} for pair in pairs])
+    rows = [" ".join((before.strip(), word)).encode() for before, word in pairs]
+    scored = [min(BLOCK_SIZE, len(word) + 1) for _, word in pairs]
+    found = [reference(theirs, row[:-n], row[-n:]) for row, n in zip(rows, scored, strict=True)]
+    result = tasks.lambada(ours, tokenizer, path, 2, CPU)
+    assert math.log(result["perplexity"]) == pytest.approx(np.mean([n for n, _ in found]), abs=1e-3)
+    assert (result["items"], result["cut"], result["cut_words"]) == (3, 2, 1)
 
 
 GOOD = json.dumps({"ctx": "a b", "endings": ["a", "b"], "label": 1, "text": "a b ab"})
@@ -248,7 +282,6 @@ GOOD = json.dumps({"ctx": "a b", "endings": ["a", "b"], "label": 1, "text": "a b
         ("lambada", '{"text": " \\n"}', ["line 3", "no word"]),
         ("lambada", '{"text": "ab"}', ["line 3", "end-of-text"]),
         ("lambada", '{"text": "a b xyz"}', ["line 3", "'x', 'y', 'z'"]),
-        ("lambada", '{"text": "a %s"}' % ("b" * 60), ["line 3", "61 tokens", "block_size=48"]),
     ],
 )
 def test_a_wrong_item_is_refused_by_its_line(models, write_items, task, line, words):

@@ -61,7 +61,7 @@ def halved(T):
 
 
 @pytest.mark.parametrize("window", [exact, halved])
-def test_greedy_is_the_argmax_at_every_step_past_the_block_size(model, window):
+def test_greedy_is_argmax_past_block_size(model, window):
     expected = greedy(model, prompt(), 60, window)
     flag = {"exact_window": window is exact}
     assert generate(model, prompt(), 60, temperature=0, **flag).equal(expected)
@@ -76,7 +76,7 @@ def test_greedy_is_the_argmax_at_every_step_past_the_block_size(model, window):
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.booleans())
-def test_each_token_is_read_once_until_the_window_is_full_and_half_again_then(size, T, exact):
+def test_each_token_is_computed_once(size, T, exact):
     """On a model that says what it has read at which positions."""
 
     class Reader(GPT):
@@ -105,19 +105,19 @@ def test_each_token_is_read_once_until_the_window_is_full_and_half_again_then(si
         assert set(later) <= {1, size // 2 + 1, 3 * (size == 2)}
 
 
-def test_a_text_continued_in_two_calls_is_that_of_one(model):
+def test_two_calls_match_one(model):
     whole = generate(model, prompt(2), 40, temperature=0)
     for n in (5, 11, 12, 13, 25):
         assert generate(model, whole[:, : 5 + n], 40 - n, temperature=0).equal(whole)
 
 
-def test_ids_can_be_trained_on(model):
+def test_generated_ids_can_be_trained_on(model):
     ids = generate(model, prompt(2), 8)
     model(ids[:, :-1], ids[:, 1:])[1].backward()  # an embedding keeps its ids for this
     model.zero_grad()
 
 
-def test_dropout_is_off_and_the_mode_restored(model):
+def test_mode_is_restored(model):
     model.train()
     once, again = (generate(model, prompt(), 20, temperature=0) for _ in range(2))
     assert once.equal(again) and model.training
@@ -126,7 +126,7 @@ def test_dropout_is_off_and_the_mode_restored(model):
     assert not model.training
 
 
-def test_samples_do_not_depend_on_the_batch_beside_them(model):
+def test_samples_do_not_depend_on_the_batch(model):
     together = generate(model, prompt(5), 40, seed=1)
     for i in range(5):
         alone = generate(model, prompt(), 40, seed=1, samples=[i])
@@ -135,7 +135,7 @@ def test_samples_do_not_depend_on_the_batch_beside_them(model):
     assert generate(model, prompt(5), 25, seed=1).equal(together[:, :30])
 
 
-def test_a_list_of_prompts_gives_a_list(model):
+def test_list_of_prompts(model):
     rows = [[3, 1, 4], torch.tensor([1]), [5] * 20]
     found = generate(model, rows, 7, seed=0)
     assert [len(row) for row in found] == [10, 8, 27]
@@ -150,7 +150,7 @@ def test_a_list_of_prompts_gives_a_list(model):
             generate(model, wrong, 1)
 
 
-def test_seeds_give_different_texts_and_leave_global_generators_alone(model):
+def test_seeds_leave_global_generators_alone(model):
     torch.manual_seed(7)
     state = torch.get_rng_state()
     first = generate(model, prompt(2), 30, seed=1)
@@ -166,7 +166,7 @@ def test_seeds_give_different_texts_and_leave_global_generators_alone(model):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(temperature):
+def test_samples_follow_the_softmax(temperature):
     logits = [0.0, 2.0, -1.0, 1.0, -4.0, 1.5]
     n = 20_000
     ids = generate(
@@ -178,7 +178,7 @@ def test_draws_follow_the_softmax(temperature):
     assert ((counts - expected) ** 2 / expected).sum() < 25.7
 
 
-def test_top_k_and_top_p_keep_the_likeliest_in_proportion():
+def test_top_k_and_top_p():
     probs = torch.tensor([0.04, 0.5, 0.06, 0.3, 0.1])
     n = 20_000
     logits, uniform = probs.log().expand(n, -1), (torch.arange(n) + 0.5) / n
@@ -201,7 +201,7 @@ def test_top_k_and_top_p_keep_the_likeliest_in_proportion():
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.999}])
-def test_the_edges_of_the_distribution_never_give_an_impossible_token(options):
+def test_zero_probability_is_never_sampled(options):
     logits = torch.tensor([-torch.inf, 0.0, -1e4, 1.0, -torch.inf]).expand(4, -1)
     uniform = torch.tensor([0.0, 1.0 - 2**-24, 1.0, 0.5])
     for row in range(4):  # the same where the impossible tokens stand first, last, in between
@@ -209,13 +209,13 @@ def test_the_edges_of_the_distribution_never_give_an_impossible_token(options):
         assert set((ids - row).remainder(5).tolist()) == {1, 3}
 
 
-def test_rows_that_pad_the_vocabulary_are_never_drawn(model):
+def test_padding_ids_are_never_sampled(model):
     ids = generate(model, prompt(50), 40, temperature=100.0, vocab_size=6, seed=0)
     assert set(ids[:, 5:].unique().tolist()) == set(range(6))
     assert (generate(fixed_logits([0.0, 1.0, 9.0]), prompt(), 5, 0, vocab_size=2)[:, 5:] == 1).all()
 
 
-def test_suppressed_tokens_are_never_drawn_and_the_others_in_proportion():
+def test_suppressed_tokens_are_never_sampled():
     logits = [0.0, 5.0, -1.0, 1.0]
     n = 20_000
     start = torch.zeros(n, 1, dtype=torch.long)
@@ -232,7 +232,7 @@ def test_suppressed_tokens_are_never_drawn_and_the_others_in_proportion():
         generate(fixed_logits(logits), start[:1], 1, vocab_size=2, suppress=[0, 1])
 
 
-def test_the_likeliest_next_tokens_are_those_of_the_softmax(model):
+def test_top_next_tokens_follow_the_softmax(model):
     model.eval()
     expected = torch.softmax(model(prompt())[0][0, -1, :30], -1)
     ids, probs = top_next_tokens(model, prompt(), 5, vocab_size=30)
@@ -247,7 +247,7 @@ def test_the_likeliest_next_tokens_are_those_of_the_softmax(model):
     assert top_next_tokens(model, prompt(), 1, suppress=[likeliest])[0] != likeliest
 
 
-def test_the_table_shows_each_token_and_keeps_its_columns_even():
+def test_table_columns_are_aligned():
     tokenizer = CharTokenizer("a 语\n\u0301\u200b'")
     ids = torch.arange(7)
     assert as_table(ids, torch.tensor([1.0, 0.5, 0.25, 0.125, 0.1, 0.001, 0]), tokenizer) == (
@@ -263,7 +263,7 @@ def test_the_table_shows_each_token_and_keeps_its_columns_even():
     assert ten[0] == r" 1  b'\xe8'    0.00%" and ten[9].startswith(r"10  b'\xf1'")
 
 
-def test_a_finished_sample_repeats_its_stop_id_and_the_others_are_not_moved(model):
+def test_finished_sample_repeats_its_stop_id(model):
     free = generate(model, prompt(6), 40, temperature=2.0, seed=0)
     stops = {7, 8, 9}
     stopped = generate(model, prompt(6), 40, temperature=2.0, seed=0, stop_ids=stops)
@@ -280,7 +280,7 @@ def test_a_finished_sample_repeats_its_stop_id_and_the_others_are_not_moved(mode
     assert greedy.shape == (2, 4)  # a stop id in the prompt does not count
 
 
-def test_on_token_sees_every_draw_and_may_end_it(model):
+def test_on_token_sees_every_id_and_can_stop(model):
     seen = []
 
     def on_token(step, ids):
@@ -292,15 +292,48 @@ def test_on_token_sees_every_draw_and_may_end_it(model):
     assert torch.stack(seen, dim=1).equal(ids[:, 5:])
 
 
+@pytest.mark.parametrize("window", ["half", "exact"])
+def test_finished_samples_leave_the_batch_and_move_no_other(model, monkeypatch, window):
+    computed = []
+
+    def counting(model, ids, *args, **options):
+        computed.append(len(ids))
+        return decode_step(model, ids, *args, **options)
+
+    monkeypatch.setattr("brisk.generation.generate.decode_step", counting)
+    ends = [3, 40, 5, 1, 30, 2, 3, 12]
+    prompts = [[1 + i] * (1 + 3 * i) for i in range(len(ends))]  # the last ones fill their window
+    settings = {
+        "temperature": [0, 1, 2, 1, 1, 1, 0, 1],
+        "seed": 0,
+        "exact_window": window == "exact",
+    }
+    alone = generate(model, prompts, 40, **settings)
+    computed.clear()
+    seen = []
+
+    def on_token(step, ids):
+        seen.append(ids)
+        return [end <= step + 1 for end in ends]
+
+    found = generate(model, prompts, 40, **settings, on_token=on_token)
+    for row, expected, end, given_ids in zip(found, alone, ends, prompts, strict=True):
+        length = len(given_ids) + end
+        assert row[:length].equal(expected[:length])
+        assert (row[length:] == row[length - 1]).all()  # it repeats its last token
+    assert [len(ids) for ids in seen] == [8] * 40
+    assert computed == [8] * 3 + [4] * 9 + [2] * 18 + [1] * 10  # out as soon as half have finished
+
+
 @pytest.mark.parametrize(
     "options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}, {"max_new_tokens": -1}]
 )
-def test_senseless_settings_raise(model, options):
+def test_invalid_settings_raise(model, options):
     with pytest.raises(ValueError):
         generate(model, prompt(), **{"max_new_tokens": 1, **options})
 
 
-def test_an_empty_prompt_raises(model):
+def test_empty_prompt_raises(model):
     with pytest.raises(ValueError, match="empty"):
         generate(model, prompt()[:, :0], 1)
 
@@ -311,7 +344,7 @@ def streamed(text, **stop):
     return [stream.feed(byte) for byte in text.encode()], stream.finish(), stream
 
 
-def test_streams_never_split_a_character():
+def test_stream_never_splits_a_character():
     text = "naïve 语言模型 👩‍💻 done"
     pieces, rest, _ = streamed(text)
     assert "".join(pieces) == text and rest == ""
@@ -319,7 +352,7 @@ def test_streams_never_split_a_character():
     assert pieces[7:10] == ["", "", "语"]  # shown with its last byte, not later
 
 
-def test_a_stream_cut_within_a_character_ends_in_a_replacement_character():
+def test_incomplete_character_becomes_u_fffd():
     stream = TextStream(ByteTokenizer())
     pieces = [stream.feed(byte) for byte in "ab语".encode()[:-1]]
     assert "".join(pieces) == "ab" and stream.finish() == "\ufffd"
@@ -340,13 +373,13 @@ def test_a_stream_cut_within_a_character_ends_in_a_replacement_character():
         ("text", [], "text"),
     ],
 )
-def test_a_stop_text_is_cut_before_it_is_shown(text, stop, shown):
+def test_stop_text_is_never_shown(text, stop, shown):
     pieces, rest, stream = streamed(text, stop_text=stop)
     assert "".join(pieces) + rest == shown
     assert stream.stopped
 
 
-def test_a_stop_id_ends_a_stream():
+def test_stop_id_ends_a_stream():
     stream = TextStream(ByteTokenizer(), stop_ids=[256])
     assert [stream.feed(token) for token in (97, 256, 98)] == ["a", "", ""]
     assert stream.stopped
@@ -362,7 +395,7 @@ def whole_words(text, n, ends=False):
 
 
 @given(st.text("ab. \n'é", max_size=40), st.integers(1, 6), st.integers(1, 5))
-def test_words_are_counted_and_shown_whole(text, n, size):
+def test_only_complete_words_are_shown(text, n, size):
     """However the text is cut into tokens, at every moment."""
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     tokenizer = ByteTokenizer()
@@ -375,7 +408,7 @@ def test_words_are_counted_and_shown_whole(text, n, size):
     assert stream.finish() == ""  # half a word at the end is not shown
 
 
-def test_the_last_word_of_a_text_that_ended_is_whole():
+def test_last_word_of_a_finished_text():
     pieces, rest, stream = streamed("one two.END", stop_text="END", max_words=5)
     assert "".join(pieces) == "one two." and rest == "" and stream.stopped
     pieces, rest, _ = streamed("one two.END", stop_text="END", max_words=1)
@@ -395,6 +428,6 @@ def test_the_last_word_of_a_text_that_ended_is_whole():
         ("한국어 문장 하나", 2, "한국어 문장"),  # Korean has spaces
     ],
 )
-def test_a_script_without_spaces_has_a_word_in_each_character(text, n, shown):
+def test_words_in_scripts_without_spaces(text, n, shown):
     pieces, rest, stream = streamed(text, max_words=n)
     assert "".join(pieces) == shown and rest == "" and stream.stopped

@@ -40,7 +40,7 @@ def poison(cache, rows, value):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 @VARIANT
 @BOTH
-def test_recycled_row_knows_nothing_of_the_request_before(variant, decoding, value):
+def test_recycled_row_is_independent(variant, decoding, value):
     """The new prompt has as many tokens as the row held; beside it another row goes on."""
     model = random_model(**variant)
     decoder = Decoder.of(model) if decoding else None
@@ -64,7 +64,7 @@ def test_recycled_row_knows_nothing_of_the_request_before(variant, decoding, val
         torch.testing.assert_close(row, logits_after(model, text), **CLOSE)
 
 
-def test_prefill_window_forgets_the_sequence_before():
+def test_prefill_window_resets_used_rows():
     """Equal lengths say nothing about equal texts."""
     model = random_model(ngrams=3, ngram_rows=50)
     cache, (old, new) = KVCache(model, 1, 24), texts(9, 10)
@@ -79,7 +79,7 @@ def test_prefill_window_forgets_the_sequence_before():
 
 @pytest.mark.parametrize("parts", [[8, 8, 4], [1] * 20, [19, 1], [1, 19], [3, 0, 17]], ids=str)
 @VARIANT
-def test_prompt_is_prefilled_in_parts(variant, parts):
+def test_prefill_in_parts(variant, parts):
     """Between the parts another row is stepped."""
     model = random_model(**variant)
     cache, (long, other) = KVCache(model, 3, 24), texts(21, 24)
@@ -94,7 +94,7 @@ def test_prompt_is_prefilled_in_parts(variant, parts):
 
 
 @VARIANT
-def test_rows_of_unlike_length_are_prefilled_in_one_call(variant):
+def test_prefill_rows_of_different_lengths(variant):
     model, prompts = random_model(**variant), texts(20, 5, 1, 24, 13)
     cache = KVCache(model, 5, 24)
     first = [7, 0, 0, 7, 12]  # what they hold before
@@ -114,7 +114,7 @@ LIVE = [[0], [3], [1, 2], [0, 3], [3, 1, 0], [2, 3, 0, 1]]
 @pytest.mark.parametrize("lengths", [(9, 9, 9, 9), (3, 12, 7, 20)], ids=["equal", "ragged"])
 @pytest.mark.parametrize("variant", [{}, {**MODERN, "n_kv_head": 2, "ngrams": 3}], ids=str)
 @BOTH
-def test_only_live_rows_are_computed_and_advanced(variant, lengths, rows, decoding):
+def test_only_given_rows_advance(variant, lengths, rows, decoding):
     model, prompts = random_model(**variant), texts(*lengths)
     decoder = Decoder.of(model) if decoding else None
     cache = KVCache(model, 4, 24)
@@ -141,7 +141,7 @@ def test_only_live_rows_are_computed_and_advanced(variant, lengths, rows, decodi
 
 
 @BOTH
-def test_full_row_is_refilled_while_others_go_on(decoding):
+def test_full_row_is_refilled(decoding):
     model, (full, other) = random_model(), texts(40, 40)
     decoder = Decoder.of(model) if decoding else None
     cache = KVCache(model, 2, 99)
@@ -159,7 +159,7 @@ def test_full_row_is_refilled_while_others_go_on(decoding):
 
 
 @VARIANT
-def test_static_step_is_one_graph_for_all_positions(variant):
+def test_static_step_is_one_graph(variant):
     """Positions are tensors: no shape and no constant of the graph depends on them."""
     model, idx = random_model(**variant), random_ids()
     cache, graphs = KVCache(model, 2, 24), []
@@ -190,7 +190,7 @@ SETTINGS = [(0, None, None), (0.8, 5, None), (1.5, None, 0.7), (1.0, None, None)
 
 
 @pytest.mark.parametrize("variant", [{}, {**MODERN, "n_kv_head": 2, "ngrams": 3}], ids=str)
-def test_each_row_has_settings_and_a_seed_of_its_own(variant):
+def test_settings_and_seed_per_row(variant):
     """For 40 tokens into a window of 24, beside neighbours of all kinds and alone."""
     model, prompts = random_model(**variant), texts(3, 24, 1, 30, 3)
     temperature, top_k, top_p = map(list, zip(*SETTINGS, strict=True))
@@ -259,7 +259,7 @@ def serve(model, requests, rows, rng, decoder):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("variant", [{}, {**MODERN, "n_kv_head": 2}, {"ngrams": 3}], ids=str)
 @BOTH
-def test_served_text_is_that_of_the_request_alone(variant, decoding, seed):
+def test_served_text_matches_a_single_request(variant, decoding, seed):
     model, rng = random_model(**variant), random.Random(seed)
     requests = []
     for prompt in texts(*(rng.randint(1, 30) for _ in range(12))):
@@ -271,7 +271,7 @@ def test_served_text_is_that_of_the_request_alone(variant, decoding, seed):
         assert text.equal(alone)
 
 
-def test_sampling_settings_are_one_for_all_or_one_a_row():
+def test_settings_are_scalars_or_lists():
     assert sampling_settings(2, 0.5, [1, 2]) == [(0.5, 1, None), (0.5, 2, None)]
     with pytest.raises(ValueError, match="3 settings for 2 rows"):
         sampling_settings(2, 0.5, [1, 2, 3])

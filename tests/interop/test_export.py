@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import export
 import sample
 from brisk.checkpoint import save_checkpoint
 from brisk.data.bpe import train_bpe
+from brisk.data.dataset import write_dataset
 from brisk.data.saved_tokenizer import from_dict
 from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
@@ -213,6 +215,20 @@ def test_a_directory_writes_the_checkpoints_text(tmp_path, capsys, name):
     assert texts[0] == texts[1] and len(texts[0]) > 60
 
 
+@pytest.mark.parametrize("kind", ["char without end", "byte", "bpe"])
+def test_an_export_is_evaluated_on_its_own_data(tmp_path, capsys, kind):
+    tokenizer, text = make_tokenizer(kind), "".join(TEXTS.values())
+    write_dataset(tmp_path / "data", tokenizer, {"train": [text], "val": [text]}, "texts")
+    run_export(tmp_path, make_model(tokenizer, rows=0), tokenizer, to=tmp_path / "to")
+    results = []
+    for init_from in (tmp_path / "ckpt.pt", tmp_path / "to"):
+        argv = [f"--init_from={init_from}", f"--data_dir={tmp_path / 'data'}", "--device=cpu"]
+        capsys.readouterr()
+        evaluate.main(configure(evaluate.EvaluateConfig, [*argv, "--json"]))
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "reviews.csv"])
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
 def test_ids_of_real_text(request, name, kind):
@@ -389,3 +405,12 @@ def test_as_a_person_runs_it(tmp_path, script, quick_script):
     for argv in ([], ["--to=b"], ["--to=c", "--out_dir=none"]):
         done = quick_script("export.py", *argv, cwd=tmp_path)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_run_from_a_directory_wants_its_tokenizer(tmp_path, settings, script):
+    """Other ids would mean other tokens to the network."""
+    tokenizer = make_tokenizer("bpe")
+    run_export(tmp_path / "run", make_model(tokenizer), tokenizer, to=tmp_path / "to")
+    argv = settings(tmp_path / "out", init_from=tmp_path / "to", block_size=8)
+    result = script("train.py", *argv)
+    assert result.returncode == 2 and "has another tokenizer" in result.stderr

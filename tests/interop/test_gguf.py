@@ -1,16 +1,29 @@
 """A GGUF file read back: tensors, sizes and tokenizer are the model's."""
 
+import codecs
 import sys
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from test_export import CHARACTERS, MODELS, TEXTS, make_model, make_tokenizer, run_export
+from conftest import TEXT
+from test_export import (
+    CHARACTERS,
+    MODELS,
+    MODERN,
+    SIZES,
+    TEXTS,
+    make_model,
+    make_tokenizer,
+    run_export,
+)
 
-from brisk.data.bpe import byte_alphabet
+from brisk.data.bpe import byte_alphabet, train_bpe
 from brisk.data.tokenizer import EOT, ByteTokenizer, CharTokenizer, WordTokenizer
 from brisk.errors import UserError
+from model import GPT, GPTConfig
 
 gguf = pytest.importorskip("gguf")
 
@@ -131,14 +144,65 @@ def test_the_tokenizer_is_inside(read_back, kind):
             assert merged(word, values) == tokenizer.encode(word).tolist()
 
 
+def test_characters_without_an_end_of_text(read_back):
+    """As RWKV's tokens: the byte-pair encodings of llama.cpp cannot do without an end of text."""
+    tokenizer = CharTokenizer(CHARACTERS)
+    values, _ = read_back(make_model(tokenizer), tokenizer)
+    tokens = [codecs.escape_decode(token)[0].decode() for token in values["tokenizer.ggml.tokens"]]
+    assert tokens == CHARACTERS
+    assert values["tokenizer.ggml.model"] == "rwkv"
+    assert not [key for key in values if key.endswith("token_id")]
+
+
+@pytest.mark.parametrize("name", ["classic", "wide", "shared keys"])
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+def test_smaller_types_are_near(tmp_path, dtype, name):
+    tokenizer = ByteTokenizer()
+    model = make_model(tokenizer, **MODELS[name])
+    tensors = {}
+    for kind in ("float32", dtype):
+        path = tmp_path / f"{kind}.gguf"
+        run_export(tmp_path / "out", model, tokenizer, gguf=path, gguf_dtype=kind)
+        tensors[kind] = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    file_type = gguf.GGUFReader(path).fields["general.file_type"].contents()
+    assert file_type == gguf.LlamaFileType[{"float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[dtype]]
+    types = set()
+    for key, exact in tensors["float32"].items():
+        found = tensors[dtype][key]
+        kind, exact = found.tensor_type.name, np.array(exact.data)
+        value = gguf.quants.dequantize(np.array(found.data), found.tensor_type)
+        assert value.shape == exact.shape
+        if exact.ndim == 1 or key.startswith("position"):
+            assert kind == "F32" and (value == exact).all()
+        else:
+            types.add(kind)
+            divisible = dtype == "q8_0" and exact.shape[1] % 32 == 0
+            assert kind == ("Q8_0" if divisible else "F16")
+            # half a step: of 127 to the largest of 32, its scale in float16; of float16's 11 bits
+            largest = np.abs(exact.reshape(-1, 32) if divisible else exact).max()
+            assert np.abs(value - exact).max() <= largest * (0.51 / 127 if divisible else 2**-11)
+    uneven = {"wide", "shared keys"} if dtype == "q8_0" else ()
+    assert types == {{"float16": "F16", "q8_0": "Q8_0"}[dtype]} | (
+        {"F16"} if name in uneven else set()
+    )
+
+
 def test_what_cannot_be_carried_is_refused(tmp_path):
-    for tokenizer, words in {
-        CharTokenizer(CHARACTERS): "id 11 for the end of text",
-        WordTokenizer(["a", "b"], eot=True): "word tokenizer",
-    }.items():
-        with pytest.raises(UserError, match=words):
-            run_export(tmp_path, make_model(tokenizer), tokenizer, gguf=tmp_path / "model.gguf")
+    """Nothing is written then, the directory neither."""
+    known, words = ByteTokenizer(), WordTokenizer(["a", "b"], eot=True)
+    large = make_model(known)
+    with torch.no_grad():
+        large.transformer.h[1].mlp.c_fc.weight[0, 0] = 1e5
+    for model, tokenizer, message, dtype in [
+        (make_model(words), words, "word tokenizer", "float32"),
+        (large, known, "h.1.mlp.c_fc.weight has a weight beyond float16", "q8_0"),
+    ]:
+        paths = dict(to=tmp_path / "new" / "to", gguf=tmp_path / "newer" / "model.gguf")
+        with pytest.raises(UserError, match=message):
+            run_export(tmp_path, model, tokenizer, gguf_dtype=dtype, **paths)
         assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    with pytest.raises(UserError, match="both name"):
+        run_export(tmp_path, large, known, to=tmp_path / "a", gguf=tmp_path / "b" / ".." / "a")
 
 
 def test_only_an_earlier_export_is_replaced(tmp_path):
@@ -165,4 +229,50 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
 def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="pip install gguf"):
-        run_export(tmp_path, make_model(ByteTokenizer()), ByteTokenizer(), gguf=tmp_path / "a")
+        paths = dict(to=tmp_path / "to", gguf=tmp_path / "a")
+        run_export(tmp_path, make_model(ByteTokenizer()), ByteTokenizer(), **paths)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@cache
+def trained(network, kind):
+    """(model, tokenizer) of a small model that has nearly learned two sonnets by heart."""
+    torch.manual_seed(0)
+    tokenizer = {
+        "bpe": lambda: train_bpe([TEXT], 400),
+        "byte": ByteTokenizer,
+        "char": lambda: CharTokenizer(sorted(set(TEXT)), eot=True),
+        "char without end": lambda: CharTokenizer(sorted(set(TEXT))),
+    }[kind]()
+    fields = MODERN if network == "modern" else dict(gelu="tanh")
+    sizes = {**SIZES, "n_embd": 64, "vocab_size": tokenizer.vocab_size}
+    model = GPT(GPTConfig(**{**sizes, **fields}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    windows = torch.tensor(tokenizer.encode(TEXT).tolist()).unfold(0, 65, 1)
+    for _ in range(150):
+        batch = windows[torch.randint(len(windows), (8,))]
+        model(batch[:, :-1], batch[:, 1:])[1].backward()
+        optimizer.step(), optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])
+@pytest.mark.parametrize("kind", ["bpe", "byte", "char", "char without end"])
+@pytest.mark.parametrize("network", ["classic", "modern"])
+def test_llama_cpp_writes_the_same_text(tmp_path, network, kind, dtype):
+    reason = "needs llama.cpp's library: pip install xllamacpp"
+    xllamacpp = pytest.importorskip("xllamacpp", reason=reason)
+    model, tokenizer = trained(network, kind)
+    run_export(tmp_path, model, tokenizer, gguf=tmp_path / "model.gguf", gguf_dtype=dtype)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(tmp_path / "model.gguf"), 64, 1
+    params.cpuparams.n_threads, params.n_gpu_layers, params.warmup = 1, 0, False
+    server, equal = xllamacpp.Server(params), []
+    for prompt in ("Shall I compare", "Let me not to", "And summer's"):
+        asked = {"prompt": prompt, "max_tokens": 30, "temperature": 0}
+        theirs = server.handle_completions(asked)["choices"][0]["text"]
+        idx = torch.tensor([tokenizer.encode(prompt).tolist()])
+        ids = model.generate(idx, 30, temperature=0, vocab_size=tokenizer.vocab_size)
+        equal.append(theirs == tokenizer.decode(ids[0, idx.size(1) :]))
+    assert all(equal) if dtype != "q8_0" else any(equal)

@@ -14,7 +14,7 @@ from conftest import a_checkpoint, same
 
 from brisk.checkpoint import load_checkpoint, save_checkpoint
 from brisk.errors import RunError, UserError
-from brisk.training.async_checkpoint import Saver, on_host
+from brisk.training.async_checkpoint import Saver, copy_to_host
 
 
 def no_space(*_):
@@ -52,7 +52,7 @@ def held(monkeypatch):
 # ----------------------------------------------------------------------------- on a thread
 
 
-def test_a_save_does_not_wait_and_is_of_the_state_it_was_given(saver, held, tmp_path):
+def test_save_is_async_and_copies_the_state(saver, held, tmp_path):
     checkpoint = a_checkpoint(10)
     expected = copy.deepcopy(checkpoint | {"model": dict(checkpoint["model"])})
     saver.save(checkpoint, as_best=True)
@@ -67,11 +67,13 @@ def test_a_save_does_not_wait_and_is_of_the_state_it_was_given(saver, held, tmp_
         assert same(load_checkpoint(tmp_path / "out" / name), expected)
 
 
-def test_the_copy_keeps_a_tied_weight_one(tmp_path):
-    copied = on_host(a_checkpoint())
+def test_copy_keeps_tied_weights_tied(tmp_path):
+    copied = copy_to_host(a_checkpoint())
     tied = [copied["model"][name] for name in ("lm_head.weight", "transformer.wte.weight")]
     assert tied[0].data_ptr() == tied[1].data_ptr()
-    assert same(copied, on_host(copied)) and same(dict(a_checkpoint()["model"]), copied["model"])
+    assert same(copied, copy_to_host(copied)) and same(
+        dict(a_checkpoint()["model"]), copied["model"]
+    )
 
 
 def test_one_write_at_a_time(saver, held, tmp_path):
@@ -86,14 +88,14 @@ def test_one_write_at_a_time(saver, held, tmp_path):
     assert held.most == 1 and load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 20
 
 
-def test_leaving_waits_for_the_write(tmp_path, held):
+def test_exit_waits_for_the_save(tmp_path, held):
     with Saver(tmp_path / "out") as saver:
         saver.save(a_checkpoint(10), as_best=False)
         threading.Timer(0.2, held.let.set).start()
     assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 10
 
 
-def test_a_mistake_on_the_thread_is_not_lost(saver, monkeypatch):
+def test_error_on_the_thread_is_raised(saver, monkeypatch):
     monkeypatch.setattr("brisk.training.async_checkpoint.save_checkpoint", lambda *_: 1 / 0)
     saver.save(a_checkpoint(10), as_best=False)
     with pytest.raises(ZeroDivisionError):
@@ -104,7 +106,7 @@ def test_a_mistake_on_the_thread_is_not_lost(saver, monkeypatch):
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["the last one", "one amid the run"])
-def test_a_run_outlives_a_save_that_fails(train_tiny, tmp_path, monkeypatch, capsys, last):
+def test_run_survives_a_failed_save(train_tiny, tmp_path, monkeypatch, capsys, last):
     """The disk is full at one save of the three. The run goes on, and at the end it is a failure
     only if the last save was one."""
     original = torch.save
@@ -128,7 +130,7 @@ def test_a_run_outlives_a_save_that_fails(train_tiny, tmp_path, monkeypatch, cap
     assert not list(out.glob("*.writing"))
 
 
-def test_a_failed_last_save_is_one_line_and_status_1(settings, script, tmp_path, monkeypatch):
+def test_failed_last_save_is_status_1(settings, script, tmp_path, monkeypatch):
     code = "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
     if os.name != "posix":
         pytest.skip("limits of a process are POSIX's")
@@ -141,7 +143,7 @@ def test_a_failed_last_save_is_one_line_and_status_1(settings, script, tmp_path,
 
 
 @pytest.mark.parametrize("instead", ["nothing", "a file"])
-def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, capsys, instead):
+def test_folder_removed_during_a_run(train_tiny, tmp_path, monkeypatch, capsys, instead):
     """Nothing there: it is made again. A file in its place: the run goes on without, and saves when
     the way is free."""
     import train
@@ -170,7 +172,7 @@ def test_a_folder_that_vanishes_amid_a_run(train_tiny, tmp_path, monkeypatch, ca
     assert (out / "metrics.jsonl").exists()
 
 
-def test_a_small_disk(tmp_path, said):
+def test_small_disk(tmp_path, said):
     """A real one, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -196,7 +198,7 @@ def test_a_small_disk(tmp_path, said):
         os.system(f"umount {disk}")
 
 
-def test_a_full_disk_costs_lines_of_metrics_not_the_run(train_tiny, tmp_path, monkeypatch):
+def test_full_disk_loses_only_metrics(train_tiny, tmp_path, monkeypatch):
     import brisk.reporting.run_log
 
     class Full:
@@ -216,7 +218,7 @@ def test_a_full_disk_costs_lines_of_metrics_not_the_run(train_tiny, tmp_path, mo
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    original = brisk.reporting.run_log.cut_metrics
+    original = brisk.reporting.run_log.truncate_metrics
 
     def cut(path, step):
         monkeypatch.setattr(
@@ -224,9 +226,9 @@ def test_a_full_disk_costs_lines_of_metrics_not_the_run(train_tiny, tmp_path, mo
         )
         return original(path, step)
 
-    monkeypatch.setattr(brisk.reporting.run_log, "cut_metrics", cut)
+    monkeypatch.setattr(brisk.reporting.run_log, "truncate_metrics", cut)
     run = train_tiny(tmp_path / "out")
-    assert run.console.count("metrics.jsonl cannot be written: No space left") == 1
+    assert run.console.count("cannot write metrics.jsonl: No space left") == 1
     assert len(run.metrics) == 11 - 3 and run.checkpoint()["iter_num"] == 8
 
 
@@ -234,7 +236,7 @@ def test_a_full_disk_costs_lines_of_metrics_not_the_run(train_tiny, tmp_path, mo
 
 
 @pytest.mark.parametrize("what", ["weight", "moment", "loss"])
-def test_what_is_no_number_is_not_saved(saver, said, tmp_path, what):
+def test_nonfinite_state_is_not_saved(saver, said, tmp_path, what):
     saver.save(a_checkpoint(10), as_best=True)
     bad, losses = a_checkpoint(20), (1.0, 2.0)
     if what == "weight":
@@ -274,11 +276,11 @@ def test_keep_last(train_tiny, resume, tmp_path):
     assert not list(out.glob("step-*")) and len(list(out.glob("earlier/step-*"))) == 3
 
 
-def test_no_history_unless_asked(train_tiny, tmp_path):
+def test_no_step_files_by_default(train_tiny, tmp_path):
     assert not list(train_tiny(tmp_path / "out").out_dir.glob("step-*"))
 
 
-def test_the_error_of_a_save_is_a_persons(tmp_path):
+def test_failed_save_is_a_user_error(tmp_path):
     """`save_checkpoint` by itself, as other scripts call it, says it as wrong input is said."""
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError):
@@ -286,7 +288,7 @@ def test_the_error_of_a_save_is_a_persons(tmp_path):
 
 
 @pytest.mark.parametrize("max_iters", [3, 5])
-def test_resume_removes_half_written_files(train_tiny, resume, tmp_path, max_iters):
+def test_resume_removes_partial_files(train_tiny, resume, tmp_path, max_iters):
     """Also where the run turns out to be at its end, and does nothing else."""
     out = train_tiny(tmp_path / "out", max_iters=3).out_dir
     (out / "last.pt.writing").write_bytes(b"a process killed in a save leaves this")

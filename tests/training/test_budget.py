@@ -19,13 +19,13 @@ def fitted(*argv, step_seconds=0.1, first_step=0, micro_batches=(0,)):
 
 @pytest.mark.parametrize("minutes", [0.5, 5, 60])
 @pytest.mark.parametrize("step_seconds", [0.001, 0.1, 2.0])
-def test_steps_and_evaluations_take_the_minutes(minutes, step_seconds):
+def test_steps_and_evaluations_fill_the_minutes(minutes, step_seconds):
     values = fitted(f"--minutes={minutes}", step_seconds=step_seconds)
     steps = values["max_iters"] + 1
     evaluations = steps / values["eval_interval"]
     seconds = steps * step_seconds
     seconds += evaluations * 2 * values["eval_iters"] * step_seconds / 3
-    if steps > 40:
+    if steps > 10:
         assert seconds == pytest.approx(60 * minutes, rel=0.12)
     assert values["lr_decay_iters"] == values["max_iters"]
 
@@ -35,7 +35,7 @@ def test_keys_given_after_minutes_stay(tmp_path):
     assert "max_iters" in values and not values.keys() & {"eval_iters", "lr_decay_iters"}
 
 
-def test_a_run_takes_its_minutes_and_records_them_as_given(train_tiny, carry_on, tmp_path):
+def test_run_takes_and_records_its_minutes(train_tiny, carry_on, tmp_path):
     began = time.perf_counter()
     run = train_tiny(tmp_path / "out", minutes=0.05, max_iters=10**6)
     assert time.perf_counter() - began < 60
@@ -57,7 +57,7 @@ def test_throwaway_steps_change_nothing(train_tiny, tmp_path):
 PATIENT = {"eval_interval": 1, "learning_rate": 0.5, "min_lr": 0.5, "max_iters": 60, "patience": 3}
 
 
-def test_patience_ends_a_run_that_no_longer_learns(train_tiny, carry_on, tmp_path):
+def test_patience_ends_the_run(train_tiny, carry_on, tmp_path):
     run = train_tiny(tmp_path / "out", **PATIENT)
     losses = run.series("val_loss")
     steps = sorted(losses)
@@ -66,10 +66,13 @@ def test_patience_ends_a_run_that_no_longer_learns(train_tiny, carry_on, tmp_pat
     assert "stopped early: 3 evaluations without a lower val loss" in run.console
     assert "at its end" in carry_on(tmp_path / "out").console
     longer = carry_on(tmp_path / "out", patience=5)
-    assert max(longer.series("val_loss")) > steps[-1]
+    longer = max(longer.series("val_loss"))
+    assert longer > steps[-1]
+    again = carry_on(tmp_path / "out", max_iters=70)  # a new length: patience starts anew
+    assert max(again.series("val_loss")) > longer
 
 
-def test_patience_is_counted_over_starts(train_tiny, train_until, carry_on, tmp_path):
+def test_patience_counts_over_resumes(train_tiny, train_until, carry_on, tmp_path):
     whole = train_tiny(tmp_path / "whole", **PATIENT)
     last = max(whole.series("val_loss"))
     for stop in (1, last - 1):

@@ -81,7 +81,7 @@ def run_through(argv, out, draw, kills):
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_run_killed_at_any_moment_loses_nothing(settings, train_tiny, tmp_path, kills):
+def test_killed_run_loses_nothing(settings, train_tiny, tmp_path, kills):
     whole = train_tiny(tmp_path / "whole", **SAVING)
     draw, killed, cut_short, runs = random.Random(kills), 0, 0, 0
     while killed < kills:

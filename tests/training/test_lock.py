@@ -30,9 +30,7 @@ def running(settings, tmp_path):
     process.wait()
 
 
-def test_the_second_run_is_refused_and_told_of_the_first(
-    running, settings, resume, quick_script, tmp_path
-):
+def test_second_run_in_a_folder_is_refused(running, settings, resume, quick_script, tmp_path):
     before = (tmp_path / "out" / "metrics.jsonl").stat().st_ino
     for start in ("scratch", "auto"):
         second = quick_script("train.py", *settings(tmp_path / "out", init_from=start))
@@ -56,46 +54,44 @@ def test_the_second_run_is_refused_and_told_of_the_first(
     assert "Resuming" in step  # the lock died with its process
 
 
-def test_a_lock_leaves_its_empty_file_and_can_be_had_again(tmp_path):
+def test_lock_can_be_acquired_again(tmp_path):
     first, second = (FolderLock(tmp_path, Ranks()) for _ in range(2))
     for _ in range(3):
         with first:
-            first.take()
-            first.take()
+            first.acquire()
+            first.acquire()
             with second, pytest.raises(UserError, match=f"process {os.getpid()} "):
-                second.take()
+                second.acquire()
         assert os.listdir(tmp_path) == [".lock"] and not (tmp_path / ".lock").stat().st_size
         with second:
-            second.take()
+            second.acquire()
 
 
-def test_the_file_of_the_lock_stays_the_same_one(tmp_path):
+def test_lock_file_is_never_replaced(tmp_path):
     """One who has opened it while another leaves would else hold a lock on a file that is gone,
     which keeps nobody out."""
     with FolderLock(tmp_path, Ranks()) as first:
-        first.take()
+        first.acquire()
         about_to_ask = open(tmp_path / ".lock", "rb")
     with about_to_ask, FolderLock(tmp_path, Ranks()) as third:
-        third.take()
+        third.acquire()
         assert os.path.samestat(os.fstat(about_to_ask.fileno()), os.stat(third.path))
 
 
-def test_a_folder_is_made_only_when_it_is_wanted(tmp_path):
+def test_folder_is_created_only_on_request(tmp_path):
     with FolderLock(tmp_path / "a" / "out", Ranks()) as lock:
-        lock.take()
+        lock.acquire()
         assert not (tmp_path / "a").exists()
-        lock.take(make=True)
+        lock.acquire(create=True)
         with pytest.raises(UserError):
-            FolderLock(tmp_path / "a" / "out", Ranks()).take()
+            FolderLock(tmp_path / "a" / "out", Ranks()).acquire()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to the folder --out_dir=.*file"):
-        FolderLock(tmp_path / "file", Ranks()).take(make=True)
+        FolderLock(tmp_path / "file", Ranks()).acquire(create=True)
 
 
 @pytest.mark.parametrize("instead", ["nothing", "another run's"])
-def test_a_run_whose_lock_was_removed_stops_at_its_next_save(
-    train_tiny, tmp_path, monkeypatch, instead
-):
+def test_run_stops_if_its_lock_is_removed(train_tiny, tmp_path, monkeypatch, instead):
     """It does not write over what another run, which could get in, has saved."""
     out, original = tmp_path / "out", train.get_lr
 

@@ -41,7 +41,7 @@ def with_singular_values(values, rows, columns):
 
 @pytest.mark.parametrize("rows, columns", [(24, 24), (16, 64), (1, 8)])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
-def test_singular_values_come_near_one_and_directions_stay(rows, columns, size):
+def test_orthogonalize_keeps_singular_vectors(rows, columns, size):
     """Those of at least a thousandth of the norm come to within 0.12, at every size."""
     matrix, factor = with_singular_values(torch.logspace(0, -2.5, rows), rows, columns)
     assert torch.linalg.svdvals(matrix).min() > 1.1e-3 * matrix.norm()
@@ -51,7 +51,7 @@ def test_singular_values_come_near_one_and_directions_stay(rows, columns, size):
     assert (result - factor).norm() < 0.12 * factor.norm()
 
 
-def test_small_singular_values_grow_but_not_past_one():
+def test_small_singular_values_stay_below_one():
     matrix, _ = with_singular_values(torch.logspace(0, -7, 24), 24, 24)
     before, after = torch.linalg.svdvals(matrix)[0], torch.linalg.svdvals(orthogonalize(matrix))[0]
     assert after.max() < 1.12
@@ -67,7 +67,7 @@ def test_bfloat16_is_enough():
     assert (result - factor).norm() < 0.2 * factor.norm()
 
 
-def test_a_stack_is_its_matrices_one_at_a_time():
+def test_batch_matches_single_matrices():
     stack = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(0))
     stack[2] *= 1e5  # the norm is each matrix's own
     stack[3] = 0
@@ -80,7 +80,7 @@ def test_a_stack_is_its_matrices_one_at_a_time():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_blocks_matrices_get_muon_and_the_rest_adamw(bias):
+def test_muon_parameter_groups(bias):
     model = a_model(bias=bias)
     groups = model.configure_optimizers(**RATES, muon=(0.02, 0.95)).param_groups
     names = {id(weight): name for name, weight in model.named_parameters()}
@@ -93,13 +93,13 @@ def test_the_blocks_matrices_get_muon_and_the_rest_adamw(bias):
 
 
 @pytest.mark.parametrize("n_kv_head, rows", [(0, [16, 16, 16]), (1, [16, 8, 8])])
-def test_queries_keys_and_values_are_maps_of_their_own(n_kv_head, rows):
+def test_q_k_v_are_orthogonalized_separately(n_kv_head, rows):
     optimizer = a_model(n_kv_head=n_kv_head).configure_optimizers(**RATES, muon=(0.02, 0.95))
     first_block = optimizer.param_groups[0]["rows"][:4]
     assert first_block == [rows, [16], [64], [16]]
 
 
-def test_every_map_moves_by_its_own_orthogonal_factor():
+def test_update_is_the_orthogonal_factor():
     """Without momentum and decay: queries, keys and values each by theirs, and a map with more rows
     than columns by as much more as keeps the change of its outputs."""
     model = a_model()
@@ -121,7 +121,7 @@ def test_every_map_moves_by_its_own_orthogonal_factor():
                 assert (part * gradient).sum() > 0.85 * 0.02 * torch.linalg.svdvals(gradient).sum()
 
 
-def test_momentum_is_nesterovs():
+def test_momentum_is_nesterov():
     """Two steps by hand, from the mean of the gradients and the newest of them."""
     model = a_model()
     optimizer = model.configure_optimizers(**{**RATES, "weight_decay": 0.0}, muon=(0.02, 0.9))
@@ -135,7 +135,7 @@ def test_momentum_is_nesterovs():
     torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=0)
 
 
-def test_the_matrices_decay_by_their_own_rate():
+def test_matrices_decay_with_the_muon_rate():
     model = a_model()
     optimizer = model.configure_optimizers(**RATES, muon=(0.02, 0.95))
     set_gradients(model)
@@ -147,7 +147,7 @@ def test_the_matrices_decay_by_their_own_rate():
     torch.testing.assert_close(weight.detach(), before * (1 - 0.02 * 0.1))
 
 
-def test_the_rest_takes_adamws_steps_to_the_bit():
+def test_other_parameters_match_adamw_exactly():
     one, other = a_model(), a_model()
     ours = one.configure_optimizers(**RATES, muon=(0.02, 0.95))
     theirs = other.configure_optimizers(**RATES)
@@ -159,7 +159,7 @@ def test_the_rest_takes_adamws_steps_to_the_bit():
         assert torch.equal(a, b) != name.endswith(HIDDEN)
 
 
-def test_weights_without_a_gradient_stay():
+def test_weights_without_gradient_are_unchanged():
     model = a_model()
     optimizer = model.configure_optimizers(**RATES, muon=(0.02, 0.95))
     before = [weight.detach().clone() for weight in model.parameters()]
@@ -173,7 +173,7 @@ def test_weights_without_a_gradient_stay():
     assert torch.equal(weight, kept) and not torch.equal(before[0], next(model.parameters()))
 
 
-def test_a_step_that_overflowed_is_left_out():
+def test_overflowed_step_is_skipped():
     """float16's gradient scaler looks for infinite gradients in all groups."""
     model = a_model()
     optimizer = model.configure_optimizers(**RATES, muon=(0.02, 0.95))
@@ -194,7 +194,7 @@ def test_a_step_that_overflowed_is_left_out():
 # ----------------------------------------------------------------------------- kept and taken up
 
 
-def test_a_saved_state_goes_on_to_the_bit():
+def test_saved_state_resumes_bit_exact():
     """AdamW's part too, and with the rates of the one that takes it up."""
     one = a_model()
     first = one.configure_optimizers(**RATES, muon=(0.02, 0.95))
@@ -221,9 +221,11 @@ def test_a_saved_state_goes_on_to_the_bit():
 
 
 @pytest.mark.parametrize("saved, now", [("adamw", "muon"), ("muon", "adamw")])
-def test_another_optimizer_cannot_go_on(train_tiny, resume, tmp_path, saved, now):
+def test_state_of_another_optimizer_is_refused(train_tiny, resume, tmp_path, saved, now):
     train_tiny(tmp_path / "out", optimizer=saved)
-    with pytest.raises(UserError, match=f"optimizer is {saved}, .*{now} .*--init_from=") as caught:
+    with pytest.raises(
+        UserError, match=f"optimizer is {saved}, not .*{now}.*--init_from="
+    ) as caught:
         resume(tmp_path / "out", optimizer=now, max_iters=9)
     assert "\n" not in str(caught.value)
     start = tmp_path / "out" / "last.pt"
@@ -233,7 +235,7 @@ def test_another_optimizer_cannot_go_on(train_tiny, resume, tmp_path, saved, now
     assert run.checkpoint()["config"]["optimizer"] == saved
 
 
-def test_a_checkpoint_from_before_there_was_muon_goes_on(train_tiny, resume, tmp_path):
+def test_checkpoint_from_before_muon_resumes(train_tiny, resume, tmp_path):
     whole = train_tiny(tmp_path / "whole")
     run = train_tiny(tmp_path / "out", max_iters=3)
     checkpoint = torch.load(run.out_dir / "last.pt")
@@ -250,7 +252,7 @@ def test_a_checkpoint_from_before_there_was_muon_goes_on(train_tiny, resume, tmp
 # ----------------------------------------------------------------------------- in a run
 
 
-def test_a_run_with_muon_learns_and_both_rates_follow_the_schedule(train_tiny, tmp_path):
+def test_muon_run_learns_and_follows_schedule(train_tiny, tmp_path):
     run = train_tiny(tmp_path / "out", optimizer="muon", max_iters=60, lr_decay_iters=90)
     losses = run.series("loss")
     assert losses[60] < losses[0] - 0.8
@@ -259,12 +261,12 @@ def test_a_run_with_muon_learns_and_both_rates_follow_the_schedule(train_tiny, t
     assert hidden["lr"] == pytest.approx(0.02 * embeddings["lr"] / 1e-2)
 
 
-def test_a_learning_rate_of_zero_stops_all(train_tiny, tmp_path):
+def test_zero_learning_rate_changes_nothing(train_tiny, tmp_path):
     run = train_tiny(tmp_path / "out", optimizer="muon", learning_rate=0, min_lr=0)
     assert len(set(run.series("val_loss").values())) == 1
 
 
-def test_wsd_is_level_until_its_last_share():
+def test_wsd_is_constant_then_linear():
     class Settings:
         learning_rate, min_lr, warmup_iters, decay_lr = 1.0, 0.2, 9, True
         schedule, decay_frac = "wsd", 0.4

@@ -36,7 +36,7 @@ def run_on(main):
     return run
 
 
-def test_a_text_is_trained_on_in_one_command(own_text, run_on):
+def test_one_command_trains_on_a_text(own_text, run_on):
     run = run_on("out-my", "--input=my.txt", *SMALL)
     assert (own_text / "data" / "my" / "train.bin").exists()
     saved = load_checkpoint(own_text / "out-my" / "last.pt")
@@ -45,7 +45,7 @@ def test_a_text_is_trained_on_in_one_command(own_text, run_on):
     assert config["max_iters"] == saved["iter_num"] - 1
     assert {"max_iters", "data_dir", "block_size"} <= {*saved["given"]}
 
-    command = re.search(r"with every setting given: python train.py (.*)", run.console)[1]
+    command = re.search(r"with every setting explicit: python train.py (.*)", run.console)[1]
     again = run_on("again", *shlex.split(command), "--out_dir=again")
     assert again.series("val_loss") == run.series("val_loss")
 
@@ -53,21 +53,21 @@ def test_a_text_is_trained_on_in_one_command(own_text, run_on):
     assert "using it as it is" in second.console and "at its end" in second.console
 
 
-def test_a_run_on_a_text_ends_with_a_sample(own_text, script):
+def test_run_ends_with_a_sample(own_text, script):
     result = script("train.py", "--input=my.txt", *SMALL, cwd=own_text)
     assert result.returncode == 0, result.stderr
     assert result.stdout.rstrip().endswith("---------------")
     assert len(result.stdout.split("python sample.py --out_dir=out-my")[1]) > 200
 
 
-def test_what_is_given_stays(own_text, run_on):
+def test_given_settings_are_kept(own_text, run_on):
     run = run_on("o", "--input=my.txt", *SMALL[1:], "--max_iters=3", "--out_dir=o")
     assert max(run.series("loss")) == 3 and "for 5 minutes" not in run.console
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("tokens", [20, 1000, 10**5, 10**6, 10**7, 10**8, 10**10])
-def test_every_size_of_text_has_a_network(tokens, device_type):
+def test_network_for_every_text_size(tokens, device_type):
     values = choose_settings(tokens, shortest=max(2, tokens // 10), device_type=device_type)
     fields = {key: values[key] for key in values if key in GPTConfig.__dataclass_fields__}
     assert GPTConfig(**fields).block_size < max(2, tokens // 10)
@@ -75,7 +75,7 @@ def test_every_size_of_text_has_a_network(tokens, device_type):
     configure(train.TrainConfig, argv)
 
 
-def test_larger_texts_have_no_smaller_networks():
+def test_network_grows_with_the_text():
     sizes = []
     for tokens in (10**4, 10**5, 10**6, 10**7, 10**8, 10**9):
         values = choose_settings(tokens, tokens // 10, "cpu")
@@ -84,7 +84,7 @@ def test_larger_texts_have_no_smaller_networks():
 
 
 @pytest.mark.parametrize("content", [b"", b"a", b"ab"])
-def test_a_text_too_short_is_one_line(own_text, content):
+def test_too_short_text_is_one_line(own_text, content):
     (own_text / "my.txt").write_bytes(content)
     with pytest.raises(train.UserError) as caught:
         train.main(configure(train.TrainConfig, ["--input=my.txt", *SMALL]))

@@ -56,14 +56,14 @@ def test_epochs_resume_to_the_bit(train_tiny, train_until, carry_on, tmp_path, d
     assert len(whole.series("lr")) > 10  # it did go past the stop
 
 
-def test_settings_are_saved_as_they_were_given(train_tiny, tmp_path):
+def test_settings_are_saved_as_given(train_tiny, tmp_path):
     run = train_tiny(tmp_path / "out", **{**EPOCHS, "max_epochs": 0.3})
     config = run.checkpoint()["config"]
     assert (config["max_iters"], config["lr_decay_iters"]) == (600000, 600000)  # the defaults
     assert run.checkpoint()["resolved"]["last_step"] == run.checkpoint()["iter_num"] - 1
 
 
-def test_lr_decay_iters_first_given_at_a_resume(train_until, carry_on, tmp_path):
+def test_lr_decay_iters_given_at_resume(train_until, carry_on, tmp_path):
     train_until(tmp_path / "out", 5, **{**EPOCHS, "max_epochs": 0.7})
     run = carry_on(tmp_path / "out", lr_decay_iters=100)
     assert run.series("lr")[10] > 0.0098  # near the maximum of 0.01: 100 steps are far
@@ -88,14 +88,14 @@ def test_epochs_are_counted_by_position(train_until, carry_on, char_data, tmp_pa
     assert "at its end" in again.console
 
 
-def test_another_block_size_moves_the_position(train_until, carry_on, tmp_path):
+def test_new_block_size_converts_the_position(train_until, carry_on, tmp_path):
     train_until(tmp_path / "out", 4)
     before = torch.load(tmp_path / "out" / "last.pt")["position"]
     run = carry_on(tmp_path / "out", block_size=8, max_iters=4)
     assert run.checkpoint()["position"] == before * 16 // 8 + 4
 
 
-def test_max_iters_after_max_epochs_wins(train_tiny, main, settings, tmp_path):
+def test_max_iters_given_later_wins(train_tiny, main, settings, tmp_path):
     argv = settings(tmp_path / "out", **EPOCHS)
     (tmp_path / "epochs.py").write_text("max_epochs = 2.0\n")
     run = main([*argv, str(tmp_path / "epochs.py"), "--max_iters=3"])
@@ -105,9 +105,7 @@ def test_max_iters_after_max_epochs_wins(train_tiny, main, settings, tmp_path):
     assert len(run.series("loss")) > 4
 
 
-def test_the_later_of_max_iters_and_max_epochs_wins_over_starts(
-    train_until, carry_on, char_data, tmp_path
-):
+def test_later_length_key_wins_over_resumes(train_until, carry_on, char_data, tmp_path):
     out = tmp_path / "out"
     train_until(out, 3, **{**EPOCHS, "max_epochs": 2.0})
     assert carry_on(out, max_iters=5).checkpoint()["iter_num"] == 6
@@ -116,7 +114,7 @@ def test_the_later_of_max_iters_and_max_epochs_wins_over_starts(
     assert run.checkpoint()["position"] == pytest.approx(0.5 * windows(char_data), abs=2)
 
 
-def test_max_iters_and_max_epochs_in_one_file(main, settings, tmp_path):
+def test_two_length_keys_in_one_file(main, settings, tmp_path):
     (tmp_path / "both.py").write_text("max_iters = 9\nmax_epochs = 2.0\n")
     with pytest.raises(UserError, match=r"both\.py sets max_iters and max_epochs"):
         main([*settings(tmp_path / "out"), str(tmp_path / "both.py")])
@@ -125,7 +123,7 @@ def test_max_iters_and_max_epochs_in_one_file(main, settings, tmp_path):
 # ----------------------------------------------------------------------------- evaluations
 
 
-def test_an_evaluation_of_a_resume_changes_nothing(
+def test_evaluation_at_resume_changes_nothing(
     train_tiny, train_until, carry_on, tmp_path, monkeypatch
 ):
     """Stopped between two evaluations and resumed, each evaluation that the run makes by itself
@@ -158,12 +156,10 @@ def resume_argv(out, *more):
     return ["--init_from=resume", f"--out_dir={out}", "--device=cpu", *more]
 
 
-def test_an_evaluation_that_was_cut_short_is_made_up_for(
-    train_tiny, settings, carry_on, tmp_path, monkeypatch
-):
+def test_interrupted_evaluation_is_repeated(train_tiny, settings, carry_on, tmp_path, monkeypatch):
     """A stop amid an evaluation saves without it; the resume evaluates, and saves the best."""
     changes = {"always_save_checkpoint": False, "max_iters": 6}
-    stop, estimate = StopRequest(speaks=False), train.estimate_loss
+    stop, estimate = StopRequest(prints=False), train.estimate_loss
 
     def stopped_at_the_second(model, *rest):
         calls.append(1)
@@ -190,7 +186,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(
 
 def test_compile_stays_as_resolved(train_until, carry_on, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(train, "compile_model", lambda model, *_: compiled.append(model))
     monkeypatch.setattr("brisk.device.why_not_compile", lambda device: None)
     train_until(tmp_path / "out", 3, compile=True, max_iters=9)
     assert len(compiled) == 1
@@ -213,7 +209,7 @@ def test_dtype_stays_as_resolved(train_until, carry_on, tmp_path, monkeypatch):
     assert run.checkpoint()["resolved"]["dtype"] == "bfloat16"
 
 
-def test_another_kind_of_device_derives_dtype_and_compile_anew(train_until, carry_on, tmp_path):
+def test_other_device_resolves_dtype_again(train_until, carry_on, tmp_path):
     train_until(tmp_path / "out", 2, dtype="auto", compile="auto")
     checkpoint = torch.load(tmp_path / "out" / "last.pt")
     checkpoint["resolved"] |= {"device": "cuda", "dtype": "bfloat16", "compile": True}
@@ -224,7 +220,7 @@ def test_another_kind_of_device_derives_dtype_and_compile_anew(train_until, carr
     assert run.checkpoint()["resolved"]["device"] == "cpu"
 
 
-def test_parallel_stays_the_run_s_in_one_process_too(train_until, carry_on, tmp_path):
+def test_parallel_is_kept_in_one_process(train_until, carry_on, tmp_path):
     """What a dry run says of 8 ranks is of the FSDP that the run was started with."""
 
     def memory(**changes):
@@ -244,7 +240,7 @@ def test_parallel_stays_the_run_s_in_one_process_too(train_until, carry_on, tmp_
 # ----------------------------------------------------------------------------- other data
 
 
-def test_other_data_begins_at_its_start(train_until, carry_on, char_data, text, tmp_path):
+def test_other_data_starts_at_its_beginning(train_until, carry_on, char_data, text, tmp_path):
     """Another text, under whatever path: position 0. The same text elsewhere: no change."""
     moved = shutil.copytree(char_data, tmp_path / "moved")
     train_until(tmp_path / "a", 4)
@@ -255,7 +251,7 @@ def test_other_data_begins_at_its_start(train_until, carry_on, char_data, text, 
     train_until(tmp_path / "b", 4)
     run = carry_on(tmp_path / "b", data_dir=tmp_path / "other", max_iters=4)
     assert run.checkpoint()["position"] == 4 and run.checkpoint()["iter_num"] == 5
-    assert "note: other data than before" in run.console
+    assert "note: the training data has changed" in run.console
 
 
 # ----------------------------------------------------------------------------- older checkpoints
@@ -266,7 +262,7 @@ def as_nanogpt_saves(checkpoint):
     return {key: checkpoint[key] for key in keys}
 
 
-def test_a_nanogpt_checkpoint_has_its_own_position(train_until, carry_on, tmp_path):
+def test_position_of_a_nanogpt_checkpoint(train_until, carry_on, tmp_path):
     """Steps done, times the batch that it was trained with, not with today's."""
     out = tmp_path / "out"
     train_until(out, 4, batch_size=3, gradient_accumulation_steps=2)
@@ -275,7 +271,7 @@ def test_a_nanogpt_checkpoint_has_its_own_position(train_until, carry_on, tmp_pa
     assert run.checkpoint()["position"] == 4 * 3 * 2 + 5 * 2
 
 
-def test_a_checkpoint_of_the_version_before(train_tiny, train_until, carry_on, tmp_path):
+def test_checkpoint_of_version_0_1(train_tiny, train_until, carry_on, tmp_path):
     """It had derived values in the place of the settings; they are derived again."""
     out, changes = tmp_path / "out", {**EPOCHS, "max_epochs": 0.7}
     train_until(out, 5, **changes)
@@ -361,7 +357,7 @@ AT_A_RESUME = st.fixed_dictionaries(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(length=LENGTHS, changes=AT_A_RESUME, longer=st.none() | LENGTHS, data=st.data())
-def test_a_resume_with_other_settings_follows_them(
+def test_resume_with_other_settings(
     train_until, carry_on, char_data, tmp_path_factory, length, changes, longer, data
 ):
     """What is given stays, what is derived follows: length, decay and position, by the formulas."""
@@ -399,7 +395,7 @@ def test_a_resume_with_other_settings_follows_them(
     assert run.checkpoint()["resolved"]["dtype"] == changes.get("dtype", "float32")
 
 
-def test_settings_under_old_names_are_resumed(train_until, carry_on, tmp_path):
+def test_resume_with_renamed_keys(train_until, carry_on, tmp_path):
     train_until(tmp_path / "out", 4, keep_last=2, schedule="wsd", decay_frac=0.5)
     path = tmp_path / "out" / "last.pt"
     checkpoint = torch.load(path)
@@ -411,7 +407,7 @@ def test_settings_under_old_names_are_resumed(train_until, carry_on, tmp_path):
     assert (config["keep_last"], config["decay_frac"]) == (2, 0.5)
 
 
-def test_vocab_size_given_at_a_resume_is_noted(train_until, carry_on, tmp_path):
+def test_vocab_size_given_at_resume_is_noted(train_until, carry_on, tmp_path):
     train_until(tmp_path / "out", 4)
     assert re.search(
         r"the checkpoint's vocab_size=\d+ stays", carry_on(tmp_path / "out", vocab_size=999).console
@@ -419,7 +415,7 @@ def test_vocab_size_given_at_a_resume_is_noted(train_until, carry_on, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="paths are bytes on POSIX only")
-def test_a_folder_whose_name_is_not_utf8_is_resumed(train_until, carry_on, tmp_path):
+def test_resume_from_a_non_utf8_folder(train_until, carry_on, tmp_path):
     out = tmp_path / os.fsdecode(b"out-\xff")
     try:
         out.mkdir()

@@ -29,7 +29,7 @@ def whole(char_data, tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_run_goes_on_to_the_bit(settings, whole, resume, tmp_path, number):
+def test_stopped_run_resumes_bit_exact(settings, whole, resume, tmp_path, number):
     argv = settings(tmp_path / "stopped", log_interval=1, **LONG)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -51,7 +51,7 @@ def test_a_stopped_run_goes_on_to_the_bit(settings, whole, resume, tmp_path, num
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
 @pytest.mark.parametrize("whom, number", [("torchrun", signal.SIGTERM), ("rank 1", signal.SIGUSR1)])
-def test_all_processes_stop_after_the_same_step(
+def test_all_ranks_stop_after_the_same_step(
     settings, resumed_settings, torchrun, tmp_path, whom, number
 ):
     """Told by torchrun, or one of them alone, they stop together, and go on together."""
@@ -78,19 +78,17 @@ def test_all_processes_stop_after_the_same_step(
     assert f"at step {step}" in again.stdout and f"iter {step + 5}:" in again.stdout
 
 
-def test_the_second_ctrl_c_stops_at_once(capfd):
+def test_second_ctrl_c_stops_at_once(capfd):
     request = StopRequest()
-    request.note(signal.SIGINT, None)
+    request.handle(signal.SIGINT, None)
     assert request.number == signal.SIGINT and "saving" in capfd.readouterr().out
-    request.note(signal.SIGTERM, None)  # a scheduler that says it twice has to wait all the same
+    request.handle(signal.SIGTERM, None)  # a scheduler that says it twice has to wait all the same
     assert request.number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
-        request.note(signal.SIGINT, None)
+        request.handle(signal.SIGINT, None)
 
 
-def test_a_stop_amid_an_evaluation_need_not_wait_for_its_end(
-    settings, resume, train_tiny, tmp_path, monkeypatch
-):
+def test_stop_interrupts_an_evaluation(settings, resume, train_tiny, tmp_path, monkeypatch):
     """The step before it is saved, and the run goes on with that evaluation, to the bit."""
     whole = train_tiny(tmp_path / "whole", dropout=0.1)
     stop, batches, original = StopRequest(), [], train.to_device
@@ -113,14 +111,14 @@ def test_a_stop_amid_an_evaluation_need_not_wait_for_its_end(
         assert torch.equal(weight, again.checkpoint()["model"][name])
 
 
-def test_the_handlers_before_come_back():
+def test_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGINT)
     with stop_requests():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_stop_before_the_first_step_saves_nothing(settings, tmp_path, capsys):
+def test_stop_before_the_first_step_saves_nothing(settings, tmp_path, capsys):
     stop = StopRequest()
     stop.number = signal.SIGTERM
     with pytest.raises(SystemExit) as left:

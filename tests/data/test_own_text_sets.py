@@ -35,16 +35,28 @@ def test_stats_of_a_text():
 
 
 def test_stats_of_a_long_text_are_estimated():
-    stats = measure_text(["ä" * 1000] * 100, size=200_000, limit=10_000)
-    assert (stats.bytes, stats.characters, stats.is_whole) == (200_000, 100_000, False)
+    stats = measure_text(["ä" * 10**6] * 20, size=40_000_000, limit=10_000)
+    assert (stats.bytes, stats.characters, stats.is_whole) == (40_000_000, 20_000_000, False)
 
 
-def test_tokenizer_by_size():
-    english = TextStats(10**6, 10**6, True, 90, 0.0, 0.8)
-    assert choose_tokenizer(english)[0] in ("char", "bpe")
-    sizes = [choose_tokenizer(TextStats(10**n, 10**n, n < 8, 90, 0.0, 0.8)) for n in range(2, 12)]
-    numbers = [size for _, size in sizes]
-    assert numbers == sorted(numbers) and sizes[-1] == ("bpe", 8192)
+def stats(size, distinct=90, cjk=0.0):
+    return TextStats(size, size, True, distinct, cjk, 0.8)
+
+
+def test_tokenizer_by_size_and_script():
+    assert choose_tokenizer(stats(10**4)) == ("char", 0)
+    assert choose_tokenizer(stats(10**9, distinct=13)) == ("char", 0)  # sums
+    assert choose_tokenizer(stats(10**6, distinct=3000, cjk=0.8)) == ("char", 0)
+    assert choose_tokenizer(stats(10**7, distinct=3000, cjk=0.8)) == ("bpe", 8192)
+    sizes = [choose_tokenizer(stats(size)) for size in (10**5, 10**6, 4 * 10**6, 10**7, 10**11)]
+    assert sizes == [("bpe", size) for size in (1024, 2048, 4096, 8192, 8192)]
+
+
+def test_without_the_tokenizers_package_characters_are_taken(monkeypatch, capsys):
+    monkeypatch.setattr("brisk.data.prepare.find_spec", lambda name: None)
+    Path("long.txt").write_text("".join(f"sentence {i}, Öl\n" for i in range(3000)))
+    assert load_tokenizer(prepare("long.txt")).kind == "char"
+    assert "pip install tokenizers" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------- folders
@@ -115,3 +127,54 @@ def test_a_fifo_is_refused_at_once():
     for name in ("pipe.txt", "/dev/null"):
         with pytest.raises(UserError, match="is not a regular file"):
             prepare(name)
+
+
+# ----------------------------------------------------------------------------- tokens
+
+
+def test_a_vocabulary_shrinks_to_what_the_text_gives(capsys):
+    pytest.importorskip("tokenizers")
+    folder = prepare("my.txt", tokenizer="bpe", vocab_size=8192)
+    made = load_tokenizer(folder)
+    assert 257 < made.vocab_size < 400
+    assert f"taking {made.vocab_size}" in capsys.readouterr().out
+    folder = prepare("my.txt", "words", tokenizer="word", vocab_size=8192)
+    assert len(load_tokenizer(folder).words) == 12
+    assert ": 12 words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("!!! … ???\n" * 20, "has no words"), ("no word of it twice", "lower --min_count")],
+)
+def test_a_text_without_words_is_one_line(text, message):
+    Path("my.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        prepare("my.txt", tokenizer="word")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("the of and to in the the of\n", "no words besides stop words"),
+        ("apples and pears\n" * 9 + "the of and the of\n" * 3, "has no words to keep"),
+    ],
+)
+def test_a_text_of_stop_words_is_one_line(prepare_here, text, message):
+    Path("my.txt").write_text(text)
+    assert message in prepare_here("words", fails=True, input="my.txt")
+
+
+def test_names_that_are_no_text(script, tmp_path):
+    """File names on Linux are bytes; these are not UTF-8."""
+    name, folder = (os.fsdecode(os.fsencode(tmp_path) + end) for end in (b"/t\xfe.txt", b"/d\xff"))
+    try:
+        Path("my.txt").rename(name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for _ in range(2):
+        done = script("data/custom/prepare.py", f"--input={name}", f"--data_dir={folder}")
+        assert done.returncode == 0, done.stderr
+    assert load_tokenizer(folder).characters == sorted(set(TEXT))
+    made = prepare(name)
+    assert made == Path("data/t") == prepare(name)
