@@ -1,4 +1,4 @@
-"""A checkpoint behind an OpenAI-compatible endpoint, and a page that shows what it thinks.
+r"""A checkpoint behind an OpenAI-compatible endpoint, and a page that shows what it thinks.
 
     $ python serve.py out-shakespeare-char
     $ python serve.py --init_from=gpt2 --port=8001
