@@ -36,7 +36,7 @@ from model import GPT
 @dataclass
 class ExportConfig:
     init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
-    out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
+    out_dir: str = "out"  # the run whose ckpt.pt is read, else last.pt, with init_from=resume
     to: str = ""  # write a Hugging Face directory here
     gguf: str = ""  # write a GGUF file here
     gguf_dtype: Literal["float32", "float16", "q8_0"] = "float32"  # type of the matrices in it

@@ -32,7 +32,7 @@ CACHE_BYTES = 4 * 2**30  # of keys and values, in float32; fewer rows where they
 class ServeConfig:
     # model
     init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
-    out_dir: str = "out"  # the run whose best checkpoint is taken, with init_from=resume
+    out_dir: str = "out"  # the run whose ckpt.pt is read, else last.pt, with init_from=resume
     # access
     host: str = "127.0.0.1"  # another address than this machine's own needs api_key
     port: Annotated[int, (0, 65535)] = 8000  # 0 takes a free one
