@@ -52,6 +52,8 @@ ALIASES |= {"temp": "temperature", "n": "num_samples", "prompt": "start", "resum
 ALIASES |= {"length": "max_new_tokens", "model": "init_from", "output_dir": "out_dir"}
 ALIASES |= {"max_tokens": "max_new_tokens", "data": "dataset", "text": "input"}
 
+PATH_KEYS = ("out_dir", "data_dir", "input", "init_from", "out", "prompts", "to", "gguf")
+
 IN_SCOPE = {
     "os": "os",
     "time": "time",
@@ -95,6 +97,8 @@ def configure(Config, argv):
                 text = "True"
             elif not equals:
                 raise UserError(f"--{key} needs a value, as in --{key}={values[key]}")
+            if key in PATH_KEYS and text.startswith("~"):  # which the shell leaves after a "="
+                text = os.path.expanduser(text)
             set_key(key, parsed(text, types[key]), "on the command line")
         elif "=" in argument and not os.path.exists(argument):
             raise UserError(f"'{argument}' should start with dashes: --{argument}")
@@ -161,7 +165,7 @@ def run_config_file(path, values, types):
     """Run one config file with the current `values` in scope. Returns {key: value} of the keys of
     this script that it assigned."""
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors write the mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an invalid path
         reason = f"{getattr(error, 'strerror', None) or error}{nearest_config(path)}"
         raise UserError(f"cannot read the config file {path}: {reason}") from error
@@ -171,7 +175,9 @@ def run_config_file(path, values, types):
     scope = {**before, "__file__": str(path), "__name__": "config"}
     try:
         exec(compile(source, str(path), "exec"), scope)  # config files are Python, by design
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", "?")

@@ -26,6 +26,9 @@ class RunError(Exception):
 def one_line_errors():
     """A context for a script's `main` that turns exceptions into one line on standard error and an
     exit status: 2 for a `UserError` or OSError, 1 for a `RunError`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be valid text
     try:
@@ -37,13 +40,18 @@ def one_line_errors():
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
     except OSError as error:
         exit_with(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         exit_with(f"not enough memory; use smaller sizes ({error})")
+
+
+def discard_stdout():
+    """Send what is printed from here on, and what is still buffered, to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_with(text, prints=True, status=2):

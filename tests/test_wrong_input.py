@@ -4,12 +4,17 @@ Each mistake is made in a process of its own, as a person makes it. Where a syst
 of them have PyTorch loaded already.
 """
 
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from brisk.distributed.process_group import Ranks
 from brisk.errors import UserError, one_line_errors
@@ -149,3 +154,30 @@ def test_under_torchrun_one_process_of_a_machine_speaks(capsys, monkeypatch):
     with pytest.raises(SystemExit), one_line_errors():
         raise UserError("told once is enough")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
+@pytest.mark.parametrize("end", ["| head -3", ">&-", "2>&-", ">&- 2>&- <&-", "> /dev/full"])
+def test_training_outlives_its_console(settings, tmp_path, end):
+    """A reader that is gone, a closed stream or a full disk costs the console only."""
+    if end == "> /dev/full" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *settings(tmp_path / "out")]
+    subprocess.run(["bash", "-c", f"{shlex.join(command)} {end}"], timeout=120)
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["iter_num"] == 8
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+    ],
+    ids=str,
+)
+def test_ranks_that_cannot_be_are_one_line(settings, tmp_path, variables):
+    command = [sys.executable, str(ROOT / "train.py"), *settings(tmp_path / "out")]
+    env = os.environ | variables
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "describe no rank" in result.stderr

@@ -31,8 +31,11 @@ class Ranks:
     def from_environment(cls, parallel="ddp"):
         """The `Ranks` that torchrun's environment variables describe."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        numbers = (int(os.environ.get(n, d)) for n, d in zip(names, (0, 0, 1), strict=True))
-        return cls(*numbers, parallel, launched="RANK" in os.environ)
+        texts = [os.environ.get(n, d) for n, d in zip(names, ("0", "0", "1"), strict=True)]
+        if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[2]):
+            found = ", ".join(f"{n}={t}" for n, t in zip(names, texts, strict=True))
+            raise UserError(f"{found} in the environment describe no rank; use torchrun")
+        return cls(*map(int, texts), parallel, launched="RANK" in os.environ)
 
     @property
     def is_main(self):
@@ -143,7 +146,7 @@ def clean_end():
     With DDP, gloo's threads outlive `destroy_process_group` (PyTorch 2.13), and sometimes one of
     them aborts the process during shutdown.
     """
-    status, alone = 0, Ranks.from_environment().is_alone
+    status, alone = 0, "RANK" not in os.environ
     try:
         yield
     except SystemExit as end:

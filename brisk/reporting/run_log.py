@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from brisk.errors import without_controls
+from brisk.errors import discard_stdout, without_controls
 from brisk.reporting.curves import leave_picture
 
 
@@ -38,8 +38,13 @@ class RunLog:
         """Print a line above the progress bar."""
         if self.active:
             encoding = sys.stdout.encoding or "utf-8"  # Windows consoles lack many characters
-            tqdm.write(text.encode(encoding, "replace").decode(encoding))
-            sys.stdout.flush()
+            try:
+                tqdm.write(text.encode(encoding, "replace").decode(encoding))
+                sys.stdout.flush()
+            except OSError as error:  # the reader is gone, or the disk of a redirected log is full
+                discard_stdout()
+                with suppress(OSError):
+                    print(f"note: no console output any more ({error.strerror})", file=sys.stderr)
 
     def open(self, out_dir, step, last_step, settings, tensorboard=False, wandb=None):
         """Start recording at `step`. Existing lines of this step and later ones are removed.

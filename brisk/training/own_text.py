@@ -8,6 +8,7 @@ from pathlib import Path
 
 from brisk.data.dataset import read_meta
 from brisk.data.prepare import first_name, prepare
+from brisk.errors import UserError
 
 # The network by the size of the training text, on a CPU and on an accelerator. Rows are
 # (maximum number of tokens, n_layer, n_head, n_embd, block_size, dropout).
@@ -50,6 +51,8 @@ SAMPLE_TOKENS = 300
 
 def with_out_dir(given):
     """`given` with a default `out_dir` for a run on `given.input`."""
+    if "input" in given.given and not given.input:
+        raise UserError("--input= is empty; name a file or a folder")
     if not given.input or "out_dir" in given.given:
         return given
     return replace(given, out_dir=f"out-{first_name(given.input)}")

@@ -1,4 +1,4 @@
-"""Graceful shutdown on SIGINT, SIGTERM and SIGUSR1: finish the step, save, exit."""
+"""Graceful shutdown on SIGINT, SIGTERM, SIGHUP and SIGUSR1: finish the step, save, exit."""
 
 import os
 import signal
@@ -30,12 +30,13 @@ class StopRequest:
 
 @contextmanager
 def stop_requests():
-    """A context that handles SIGINT, SIGTERM and SIGUSR1 with a `StopRequest`. Only rank 0
-    prints."""
+    """A context that handles these signals with a `StopRequest`. Only rank 0 prints. A SIGHUP that
+    is ignored, as under nohup, stays ignored."""
     request, before = StopRequest(prints=Ranks.from_environment().is_main), {}
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            number = getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows does not have them all
+        ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+        if number and not ignored:
             before[number] = signal.signal(number, request.handle)
     try:
         yield request
