@@ -48,6 +48,16 @@ class Page:
         self["generate"].click()
         self.wait(lambda: self["status"].text not in ("Ready.", "Generating…"))
 
+    def open_choices(self, number):
+        """Click a token until its choices are open: a page that is still being laid out may not
+        get the first click."""
+
+        def clicked():
+            self.all(".token")[number].click()
+            return self["choices"].is_displayed()
+
+        self.wait(clicked)
+
     def logged(self):
         return [line for line in self.browser.get_log("browser") if line["level"] == "SEVERE"]
 
@@ -98,8 +108,9 @@ def test_text_is_shaded_and_another_choice_goes_on_from_there(page):
     shades = [float(t.get_attribute("style").split(":")[1].strip(" ;")) for t in tokens]
     assert shades == pytest.approx([min(-logprob / 8, 1) for logprob in logprobs], abs=1e-3)
     ActionChains(shown.browser).move_to_element(tokens[7]).perform()
+    shown.wait(lambda: len(shown.all("#choices button")) == 10)
     choices = shown.all("#choices button")
-    assert len(choices) == 10 and shown.all("#choices [aria-current]")
+    assert shown.all("#choices [aria-current]")
     other = next(c for c in choices if c.get_attribute("aria-current") is None)
     name = other.find_element(By.CSS_SELECTOR, ".name").text
     other.click()
@@ -139,8 +150,7 @@ def test_it_fits_every_width_in_both_schemes(page, width, scheme):
     shown.generate("HELLO")
     shown.wait(lambda: shown["curves"].is_displayed())
     assert shown["curves"].get_attribute("alt") == "Loss curves of tiny"
-    shown.all(".token")[3].click()
-    assert shown["choices"].is_displayed()
+    shown.open_choices(3)
     assert shown.js("return document.documentElement.scrollWidth <= innerWidth")
     if folder := os.environ.get("SCREENSHOTS"):
         shown.browser.save_screenshot(str(Path(folder, f"page-{scheme}-{width}.png")))
