@@ -46,7 +46,8 @@ def load(name, **options):
         if "data_files" in options:
             raise UserError(f"cannot read {where}: {error.__cause__ or error}") from error
         needs = "this needs the package datasets, and the network or files of yours"
-        raise UserError(f"no {where}: {error.__cause__ or error} ({needs})") from error
+        here = f"no file or folder {name} here, and no such data set on the hub"
+        raise UserError(f"{here}: {error.__cause__ or error} ({needs})") from error
     if not columns:
         raise UserError(f"{where} is empty")
     return dataset
