@@ -63,9 +63,7 @@ class SampleConfig:
     prompts: str = ""  # instead of start: a file of prompts, one a line; blank lines are skipped
     interactive: bool = False  # type prompts and read the text as it is drawn; see /help there
     # sampling
-    num_samples: Annotated[int, (1, 100_000)] = (
-        10  # samples of each prompt; default with interactive: 1
-    )
+    num_samples: PositiveInt = 10  # samples of each prompt; default with interactive: 1
     max_new_tokens: Annotated[int, (0, MOST_TOKENS)] = 500  # length of a sample at most
     max_words: NonNegativeInt = 0  # length in whole words at most; 0: no limit
     temperature: NonNegativeFloat = 0.8  # divides the logits; 0: the most likely token
