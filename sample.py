@@ -33,6 +33,7 @@ from brisk.training.compilation import compile_model
 from configurator import (
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveInt,
     Seed,
     UnitFloat,
     checked,
