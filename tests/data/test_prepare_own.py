@@ -178,7 +178,7 @@ def test_a_name_on_the_hub_without_a_network_is_one_line(script, tmp_path):
         "data/custom/prepare.py", "--input=someone/texts", f"--data_dir={tmp_path}", env=offline
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "no someone/texts" in done.stderr and time.monotonic() - start < 30
+    assert "no file or folder someone/texts here" in done.stderr and time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
