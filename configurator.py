@@ -209,9 +209,7 @@ def checked(value, kind, key, where):
         raise UserError(f"{key} {where} is {type(value).__name__}; it takes {describe(kind)}")
 
     for option in options(kind):
-        low, high = -math.inf, math.inf
-        if get_origin(option) is Annotated:
-            option, (low, high) = get_args(option)
+        option, low, high = with_bounds(option)
         if get_origin(option) is Literal:
             matches = plain in get_args(option) and not isinstance(plain, bool)
         elif option is float:
@@ -255,6 +253,14 @@ def options(kind):
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
+def with_bounds(option):
+    """(type, lowest, highest) of a member of a union; without bounds they are infinite."""
+    if get_origin(option) is Annotated:
+        option, (low, high) = get_args(option)
+        return option, low, high
+    return option, -math.inf, math.inf
+
+
 def choices(kind):
     """The words that the type `kind` allows: those of a Literal, True and False of a bool."""
     words = []
@@ -268,9 +274,7 @@ def describe(kind):
     """The legal values of the type `kind` in words, for error messages."""
     words = choices(kind)
     for option in options(kind):
-        low, high = -math.inf, math.inf
-        if get_origin(option) is Annotated:
-            option, (low, high) = get_args(option)
+        option, low, high = with_bounds(option)
         if name := {int: "a whole number", float: "a number", str: "text"}.get(option):
             if high < math.inf:
                 name += f" from {low} to {high}"
@@ -312,9 +316,7 @@ def legal_values(kind):
     """The legal values of the type `kind` for --help, such as "int >= 1" or "adamw|muon"."""
     words = choices(kind)
     for option in options(kind):
-        low, high = -math.inf, math.inf
-        if get_origin(option) is Annotated:
-            option, (low, high) = get_args(option)
+        option, low, high = with_bounds(option)
         if option in (int, float, str):
             bounds = f" in [{low}, {high}]" if high < 2**62 else f" >= {low}"
             words.append(option.__name__ + (bounds if low > -math.inf else ""))

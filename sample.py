@@ -24,6 +24,7 @@ import torch
 from brisk.data.tokenizer import EOT, Tokenizer, knows_documents
 from brisk.device import Device, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors, without_controls
+from brisk.generation.kv_cache import row_bytes
 from brisk.generation.prompt import encode_prompt, encode_text
 from brisk.generation.repl import converse, open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.text_stream import TextStream
@@ -228,8 +229,7 @@ def draw(source, samples, config, out):
 def batches(samples, budget, sizes):
     """Lists of consecutive `samples` to draw as one batch, `budget` tokens each, by a model with
     the config `sizes`: as many as have room if all are as long as the longest."""
-    cached = 8 * sizes.n_layer * sizes.kv_heads * sizes.head_dim  # bytes: a key and a value a layer
-    room = min(TOKENS_AT_ONCE, CACHE_BYTES // cached)
+    room = min(TOKENS_AT_ONCE, CACHE_BYTES * sizes.block_size // row_bytes(sizes))
     batch, longest = [], 0
     for sample in samples:
         window = min(len(sample.prompt.ids) + budget, sizes.block_size)

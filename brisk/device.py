@@ -149,8 +149,8 @@ def check_device(device, name):
     available = {"cpu": True, "cuda": torch.cuda.is_available()}
     available["mps"] = torch.backends.mps.is_available()
     if not available.get(device.type, can_compute(device)):
-        mend = f"leave --device out (auto takes {best_device()})"
-        raise UserError(f"--device={name}: PyTorch finds none on this machine; {mend}")
+        remedy = f"leave --device out (auto takes {best_device()})"
+        raise UserError(f"--device={name}: PyTorch finds none on this machine; {remedy}")
 
 
 def can_compute(device):

@@ -83,5 +83,5 @@ def ask_hub(failure, question):
         return question(huggingface_hub)
     except Exception as error:  # no network, no room, no such file, no such package
         reason = f"{type(error).__name__}: {error}"
-        mend = "run this again when there is a network, or give files of your own"
-        raise UserError(f"{failure} ({reason}); {mend}") from error
+        remedy = "run this again when there is a network, or give files of your own"
+        raise UserError(f"{failure} ({reason}); {remedy}") from error

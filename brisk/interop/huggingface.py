@@ -178,5 +178,7 @@ def hub_file(name, file):
         except LocalEntryNotFoundError:
             return Path(hf_hub_download(name, file))
     except Exception as error:  # each of the hub's transports has errors of its own
-        mend = "connect to the network, or name a directory that holds the model's files"
-        raise UserError(f"{file} of {name} is not on this machine nor to be had: {mend}") from error
+        remedy = "connect to the network, or name a directory that holds the model's files"
+        raise UserError(
+            f"{file} of {name} is not on this machine nor to be had: {remedy}"
+        ) from error

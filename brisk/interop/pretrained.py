@@ -48,8 +48,8 @@ def read_pretrained(init_from, out_dir):
     rows = checkpoint["model_args"]["vocab_size"]
     if tokenizer.vocab_size > rows:
         sizes = f"{tokenizer.vocab_size} tokens, the model {rows}"
-        mend = "put the data set's meta.json or meta.pkl in its folder"
-        raise UserError(f"the tokenizer has {sizes}: they do not belong together; {mend}")
+        remedy = "put the data set's meta.json or meta.pkl in its folder"
+        raise UserError(f"the tokenizer has {sizes}: they do not belong together; {remedy}")
     return Pretrained(checkpoint, tokenizer, checkpoint.get("config", {}))
 
 
