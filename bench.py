@@ -1,16 +1,18 @@
-"""How fast this machine trains a GPT, beside what it could do at best.
+"""Training speed and memory of this machine, next to its measured ceilings.
 
     $ python bench.py
+    $ python bench.py config/train_shakespeare_char.py
     $ python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64
+    $ torchrun --standalone --nproc_per_node=8 bench.py
     $ python bench.py --profile=True
 
-Needs no data. First the ceilings: a large matrix product in the precision in use and a copy of
-memory. Then training steps; MFU is their share of the measured product.
+It times train.py's own steps, one micro-batch each, on prepared data or random ids. The ceilings
+are a large matrix product in the precision of training, and a copy of memory.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -19,96 +21,120 @@ import torch
 from tqdm import tqdm
 
 from brisk.data.dataset import read_meta
-from brisk.data.loader import TokenFile, to_device
-from brisk.device import (
-    cpu_training_dtype,
-    matmul_flops,
-    open_device,
-    resolve_compile,
-)
-from brisk.errors import UserError, format_bytes, one_line_errors
-from brisk.training.compilation import compile_model
-from brisk.training.memory import check_fits, peak_memory
+from brisk.data.loader import TokenFile
+from brisk.device import matmul_flops
+from brisk.distributed.process_group import clean_end
+from brisk.errors import format_bytes, one_line_errors
+from brisk.training.inputs import without_tokens
+from brisk.training.memory import peak_memory
+from brisk.training.resume import Start
+from brisk.training.run import open_run
 from configurator import PositiveInt, Seed, configure
-from model import GPT, GPTConfig
+from model import GPTConfig
+from train import TrainConfig, throwaway_step
 
 
 @dataclass(frozen=True)
 class BenchConfig(GPTConfig):
     batch_size: PositiveInt | Literal["auto"] = "auto"  # sequences in a step: 12, on a CPU 1
     bias: bool = False  # biases in linear layers and layer norms
-    real_data: bool = True  # batches of data/<dataset> where it is prepared, else random ids
-    dataset: str = "openwebtext"  # which
+    real_data: bool = True  # batches of data/<dataset> if it is prepared, else random ids
+    dataset: str = "openwebtext"  # the data set of real_data
     steps: PositiveInt | Literal["auto"] = "auto"  # timed steps: 20, on a CPU 3
     seed: Seed = 1337  # of weights and data
-    device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
-    compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the model
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicate the state, or shard it
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
     profile: bool = False  # write a trace of two steps to bench_log/
+
+    given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
+
+
+class RandomTokens:
+    """Random ids, in place of a `TokenFile`."""
+
+    rows, tokens = 0, ()
+
+    def __init__(self, batch_size, block_size, vocab_size):
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, batch_size, block_size)
+        self.ids = torch.randint(vocab_size, shape, generator=generator)
+
+    def batch(self, position, count):
+        return tuple(self.ids)
+
+    def targets(self, position, count):
+        return self.ids[0].numel()
 
 
 def main(config):
-    device = open_device(config.device, config.dtype)
-    on_cpu = device.type == "cpu"
-    batch_size = (1 if on_cpu else 12) if config.batch_size == "auto" else config.batch_size
-    steps = (3 if on_cpu else 20) if config.steps == "auto" else config.steps
-    torch.manual_seed(config.seed)
-    try:
-        sizes = GPTConfig.from_settings(config)
-    except ValueError as error:
-        raise UserError(f"cannot build the model: {error}") from error
-    check_fits(sizes)
-    model = GPT(sizes)
-    if on_cpu and config.dtype == "auto":
-        device.dtype_name = cpu_training_dtype(batch_size, config.block_size, config.n_embd)
-    print(f"device        {device}, PyTorch {torch.__version__}")
+    values = {
+        f.name: getattr(config, f.name) for f in fields(TrainConfig) if hasattr(config, f.name)
+    }
+    one_step = {"gradient_accumulation_steps": 1, "eval_only": True, "out_dir": "bench_log"}
+    settings = TrainConfig(**{**values, **one_step, "batch_size": 1})
+    with open_run(settings) as run:  # eval_only: it locks no folder and writes no file
+        on_cpu, ranks = run.device.type == "cpu", run.ranks
+        batch_size = (1 if on_cpu else 12) if config.batch_size == "auto" else config.batch_size
+        steps = (3 if on_cpu else 20) if config.steps == "auto" else config.steps
+        global_batch = batch_size * ranks.world_size
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": ranks.world_size}
+        settings = replace(settings, **sizes)
+        data = replace(without_tokens(settings, Start()), train=open_tokens(config, batch_size))
+        plan, state, train_step = throwaway_step(settings, Start(), run, data)
+        device = plan.device
+        run.say(f"device        {device}, PyTorch {torch.__version__}")
+        count = f"{state.model.get_num_params() / 1e6:.1f}M parameters"
+        shape = f"{global_batch}x{config.block_size} tokens a step"
+        run.say(f"model         {count}, {shape}, {'' if plan.compile else 'not '}compiled")
+        seconds = time_steps(train_step, device, warm_up=2 if on_cpu else 5, steps=steps)
+        peak = peak_memory(device)  # before the ceilings, whose tensors are larger than most models
+        step = median(seconds)
+        spread = f"{seconds[0] * 1000:.4g} to {seconds[-1] * 1000:.4g} over {steps} steps"
+        run.say(f"step          {step * 1000:.4g} ms ({spread})")
+        run.say(f"speed         {global_batch * config.block_size / step:,.0f} tokens/s")
+        if peak:
+            run.say(f"peak memory   {format_bytes(peak)}")
+        report_ceilings(state.model, batch_size, step, device, run.say)
+        if config.profile:
+            path = write_trace(train_step, device, ranks.rank)
+            run.say(f"trace         {path} (open in ui.perfetto.dev)")
 
-    ceiling = matmul_flops(device, size=2048 if on_cpu else 8192, seconds=1.0)
-    print(f"products      {ceiling / 1e12:.3g} TFLOP/s, a large {device.dtype_name} product")
-    print(f"memory        {copy_bandwidth(device) / 1e9:.3g} GB/s read and written by a copy")
 
-    model.to(device.device)
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    scaler = device.scaler()
-    if compiling := resolve_compile(config.compile, device):
-        compile_model(model, config.batch_size * config.block_size, print)
-    sizes = f"{model.get_num_params() / 1e6:.1f}M parameters, {batch_size}x{config.block_size}"
-    print(f"model         {sizes} tokens a step, {'compiled' if compiling else 'not compiled'}")
-    batches = batch_source(config, batch_size, device)
+def open_tokens(config, batch_size):
+    """Prepared training tokens if there are any and `real_data` asks for them, else random ids."""
+    path = Path(__file__).parent / "data" / config.dataset / "train.bin"
+    if not (config.real_data and path.exists()):
+        return RandomTokens(batch_size, config.block_size, config.vocab_size)
+    meta = read_meta(path.parent) or {"dtype": "uint16"}
+    return TokenFile(path, config.block_size, config.vocab_size, meta["dtype"], config.seed)
 
-    def train_step(number):
-        batch = batches(number)
-        with device.autocast():
-            _, loss = model(*batch, return_logits=False)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
-    warm_up = 2 if on_cpu else 5
+def time_steps(train_step, device, warm_up, steps):
+    """Sorted seconds of `steps` training steps, after `warm_up` others."""
     seconds = []
-    for number in tqdm(range(warm_up + steps), unit="step", leave=False, disable=None):
+    for _ in tqdm(range(warm_up + steps), unit="step", leave=False, disable=None):
+        t0 = time.perf_counter()
+        train_step()
         device.synchronize()
-        start = time.perf_counter()
-        train_step(number)
-        device.synchronize()
-        seconds.append(time.perf_counter() - start)
-    seconds = sorted(seconds[warm_up:])
-    step, tokens = median(seconds), batch_size * config.block_size
-    spread = f"{seconds[0] * 1000:.4g} to {seconds[-1] * 1000:.4g} over {steps} steps"
-    print(f"step          {step * 1000:.4g} ms ({spread})")
-    print(f"speed         {tokens / step:,.0f} tokens/s")
-    mfu = model.estimate_mfu(batch_size, step, ceiling)
-    print(f"MFU           {mfu:.1%} of the measured product")
-    if not on_cpu and device.peak_flops()[0] != ceiling:
+        seconds.append(time.perf_counter() - t0)
+    return sorted(seconds[warm_up:])
+
+
+def report_ceilings(model, batch_size, step, device, say):
+    """Print the speed of a matrix product and of a copy, and the MFU of `step` seconds for
+    `batch_size` sequences on one device."""
+    on_cpu = device.type == "cpu"
+    ceiling = matmul_flops(device, size=2048 if on_cpu else 8192, seconds=1.0)
+    say(f"products      {ceiling / 1e12:.3g} TFLOP/s, a large {device.dtype_name} product")
+    say(f"copy          {copy_bandwidth(device) / 1e9:.3g} GB/s read and written by a copy")
+    say(f"MFU           {model.estimate_mfu(batch_size, step, ceiling):.1%} of the product")
+    if not on_cpu:
         peak, name = device.peak_flops()
-        print(f"MFU           {model.estimate_mfu(batch_size, step, peak):.1%} of {name}")
-    if peak := peak_memory(device):
-        print(f"peak memory   {format_bytes(peak)}")
-    if config.profile:
-        print(f"trace         {write_trace(train_step, device)} (open in ui.perfetto.dev)")
+        say(f"MFU           {model.estimate_mfu(batch_size, step, peak):.1%} of {name}")
 
 
 def copy_bandwidth(device):
@@ -117,41 +143,28 @@ def copy_bandwidth(device):
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
         device.synchronize()
-        start = time.perf_counter()
+        t0 = time.perf_counter()
         target.copy_(source)
         device.synchronize()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.perf_counter() - t0)
     return 2 * source.nbytes / best
 
 
-def batch_source(config, batch_size, device):
-    """A function of the step's number that gives (x, y) on the device."""
-    path = Path(__file__).parent / "data" / config.dataset / "train.bin"
-    if config.real_data and path.exists():
-        meta = read_meta(path.parent) or {"dtype": "uint16"}
-        sizes = (config.block_size, config.vocab_size, meta["dtype"])
-        data = TokenFile(path, *sizes, config.seed)
-        return lambda number: to_device(data.batch(number * batch_size, batch_size), device)
-    shape = (batch_size, config.block_size)
-    x, y = (torch.randint(config.vocab_size, shape, device=device.device) for _ in "xy")
-    return lambda number: (x, y)
-
-
-def write_trace(train_step, device):
-    """Path of a Chrome trace of two training steps."""
-    folder = Path("bench_log")
-    folder.mkdir(exist_ok=True)
+def write_trace(train_step, device, rank):
+    """Write a Chrome trace of two training steps. Returns its path."""
+    path = Path("bench_log", f"trace-{rank}.json" if rank else "trace.json")
+    path.parent.mkdir(exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        for number in range(2):
-            train_step(number)
+        for _ in range(2):
+            train_step()
         device.synchronize()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    return folder / "trace.json"
+    profiler.export_chrome_trace(str(path))
+    return path
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with clean_end(), one_line_errors():
         main(configure(BenchConfig, sys.argv[1:]))

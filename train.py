@@ -4,8 +4,6 @@ On one device:           python train.py config/train_shakespeare_char.py
 With keys overridden:    python train.py config/train_shakespeare_char.py --batch_size=32
 On your own text:        python train.py --input=my.txt
 On the GPUs of a node:   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-On two nodes, on each:   torchrun --nnodes=2 --node_rank=<0 or 1> --master_addr=<address of node 0>
-                         --master_port=1234 --nproc_per_node=8 train.py config/train_gpt2.py
 The plan of a run:       python train.py config/train_gpt2.py --dry_run=True
 """
 
@@ -205,12 +203,9 @@ def parallelize(state, config, plan, run):
         compile_model(state.model, config.batch_size * config.block_size, run.say, blocks_only)
     state.ddp_model = wrap_model(state.model, run.ranks, plan.device, config.cpu_offload)
     muon = (config.muon_learning_rate, config.muon_momentum, run.ranks)
+    adamw = (config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
     state.optimizer = state.model.configure_optimizers(
-        config.weight_decay,
-        config.learning_rate,
-        (config.beta1, config.beta2),
-        plan.device.type,
-        muon if config.optimizer == "muon" else None,
+        *adamw, plan.device.type, muon if config.optimizer == "muon" else None
     )
     state.scaler = plan.device.scaler()
     scaled = state.scaler.is_enabled()
@@ -220,13 +215,17 @@ def parallelize(state, config, plan, run):
 def fit_length(config, start, run):
     """`config` with the number of steps that fit into `minutes`, measured on a throwaway model."""
     data = open_data(config, start, run)
+    plan, _, step = throwaway_step(config, start, run, data)
+    seconds = seconds_per_step(step, plan.device, run.ranks)
+    return with_values(config, fit_to_minutes(config, plan, seconds, run.say))
+
+
+def throwaway_step(config, start, run, data):
+    """For measurements: the plan of a run, a state, and a function that trains it by one step."""
     state = initial_state(config, start, data, run)
     plan = make_plan(config, start, state, data, run)
     parallelize(state, config, plan, run)
-    silent = Forecast(lambda line: None, plan.device, 0, 1, 0, 0)
-    step = partial(train_step, config, plan, state, data, run, silent)
-    seconds = seconds_per_step(step, plan.device, run.ranks)
-    return with_values(config, fit_to_minutes(config, plan, seconds, run.say))
+    return plan, state, partial(train_step, config, plan, state, data, run, Forecast.off(plan))
 
 
 def train(config, plan, state, data, run):

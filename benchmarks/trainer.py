@@ -10,9 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402 (found by the line above)
-from brisk.reporting.forecast import Forecast  # noqa: E402
 from brisk.training.inputs import open_data  # noqa: E402
-from brisk.training.plan import make_plan  # noqa: E402
 from brisk.training.resume import load_start, resolve  # noqa: E402
 from brisk.training.run import open_run  # noqa: E402
 from configurator import configure  # noqa: E402
@@ -20,14 +18,13 @@ from configurator import configure  # noqa: E402
 
 @dataclass
 class Trainer:
-    """A run that is ready for its first step."""
+    """A run that is ready for its first step. `step()` trains it by one step at the peak learning
+    rate and returns loss and gradient norm, tensors () on the device."""
 
     config: Any
     plan: Any
     state: Any
-    data: Any
-    run: Any
-    forecast: Forecast
+    step: Any
 
     @property
     def device(self):
@@ -35,27 +32,16 @@ class Trainer:
 
     @property
     def tokens(self):
-        """Tokens in a step, in all processes together."""
+        """Tokens in a step, over all processes."""
         return self.plan.global_batch * self.config.block_size
-
-    def step(self):
-        """One training step at the largest learning rate: its loss and gradient norm, tensors ()
-        on the device."""
-        parts = (self.config, self.plan, self.state, self.data, self.run, self.forecast)
-        return train.train_step(*parts)
 
 
 @contextmanager
 def open_trainer(argv):
-    """The `Trainer` of a command line of train.py, closed at the end. It leaves no files."""
+    """The `Trainer` of a command line of train.py. It writes no files."""
     given = configure(train.TrainConfig, argv)
     with open_run(given) as run:
         start = load_start(given, run.ranks)
         config = resolve(given, start, train.SHAPE_KEYS, run.log)
         data = open_data(config, start, run)
-        state = train.initial_state(config, start, data, run)
-        plan = make_plan(config, start, state, data, run)
-        train.parallelize(state, config, plan, run)
-        forecast = Forecast.of(config, plan, run)
-        forecast.reported.add("micro-batch")  # until it has spoken every micro-batch is waited for
-        yield Trainer(config, plan, state, data, run, forecast)
+        yield Trainer(config, *train.throwaway_step(config, start, run, data))
