@@ -161,6 +161,15 @@ class Dropout(nn.Dropout):
         return super().forward(x)
 
 
+def has_grouped_kernel(q, mask):
+    """Whether PyTorch has a fused attention kernel for fewer key/value than query heads. On CUDA
+    only flash attention is one; the others need as many, or all scores are kept in memory."""
+    if q.device.type != "cuda":
+        return True
+    is_flash = mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.size(-1) <= 256
+    return is_flash and torch.cuda.get_device_properties(q.device).major >= 8  # Ampere
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention.
 
@@ -208,6 +217,9 @@ class CausalSelfAttention(nn.Module):
 
             y = attention(q, k, v, dropout)
         else:
+            group = q.size(1) // k.size(1)
+            if group > 1 and not has_grouped_kernel(q, mask):
+                k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
             gqa = q.size(1) > k.size(1)
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout_p=dropout, is_causal=causal, enable_gqa=gqa

@@ -1,12 +1,12 @@
 """Train a GPT: from scratch, from a checkpoint, or from pretrained weights.
 
 On one device:           python train.py config/train_shakespeare_char.py
-With keys overridden:    python train.py config/train_shakespeare_char.py --batch_size=32
 On your own text:        python train.py --input=my.txt
 On the GPUs of a node:   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 The plan of a run:       python train.py config/train_gpt2.py --dry_run=True
 """
 
+import gc
 import math
 import sys
 import time
@@ -123,8 +123,7 @@ class TrainConfig(GPTConfig):
 
     given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 
-    # Of a start or of this machine: a resume does not take these from its checkpoint. All other
-    # keys are the run's; dtype and compile stay as they were resolved.
+    # Of a start or of this machine: a resume does not take these from its checkpoint.
     start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_world_size")
     start_keys += ("input", "minutes", "verify_data", "device", "backend", "timeout", "cpu_offload")
     exclusive = (("max_iters", "max_epochs"),)  # in one config file
@@ -146,6 +145,7 @@ def main(given, stop=None):
         check_values(config, "in the checkpoint")
         if config.minutes:
             config = fit_length(config, start, run)
+            gc.collect()  # a compiled model is in a reference cycle
         data = open_data(config, start, run)
         state = initial_state(config, start, data, run)
         plan = make_plan(config, start, state, data, run)

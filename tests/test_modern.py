@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import fields
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from brisk.generation.generate import generate
 from brisk.generation.kv_cache import KVCache, decode_step, prefill
 from brisk.training.memory import expected_memory
 from configurator import configure
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, has_grouped_kernel
 
 # ----------------------------------------------------------------------------- the definitions
 
@@ -158,6 +159,49 @@ def test_unseen_ngrams_add_nothing():
     table = model.transformer.ngrams
     assert (table(idx)[:, 1:].abs() > 0).all()
     assert not table(torch.tensor([[4, 3, 2, 1]]))[:, 1:].any()
+
+
+class Query:
+    """The attributes of queries (B, heads, T, head_dim) that choose a kernel."""
+
+    def __init__(self, dtype=torch.bfloat16, head_dim=64, device="cuda"):
+        self.dtype, self.head_dim, self.device = dtype, head_dim, torch.device(device)
+
+    def size(self, dim):
+        return self.head_dim
+
+
+@pytest.mark.parametrize(
+    "query, mask, major, grouped",
+    [
+        (Query(), None, 8, True),
+        (Query(torch.float16), None, 9, True),
+        (Query(), None, 7, False),  # before Ampere
+        (Query(torch.float32), None, 9, False),
+        (Query(), torch.zeros(1), 9, False),  # ragged prompts
+        (Query(head_dim=320), None, 9, False),
+        (Query(torch.float32, device="cpu"), torch.zeros(1), 0, True),
+    ],
+)
+def test_grouped_kernel(monkeypatch, query, mask, major, grouped):
+    """Elsewhere PyTorch would compute grouped attention without a fused kernel."""
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert has_grouped_kernel(query, mask) == grouped
+
+
+@pytest.mark.parametrize("n_kv_head", [2, 1])
+def test_expanded_heads_equal_grouped(monkeypatch, n_kv_head):
+    """Attention with every key/value head repeated for its group, as where no fused kernel groups
+    heads: the same logits and gradients."""
+    network, idx = random_model(**MODERN, n_kv_head=n_kv_head), random_ids()
+    found = []
+    for grouped in (True, False):
+        monkeypatch.setattr("model.has_grouped_kernel", lambda *_, grouped=grouped: grouped)
+        logits, loss = network(idx, idx)
+        found.append((logits, *torch.autograd.grad(loss, list(network.parameters()))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("field", [{"n_kv_head": 4}, {"rope_theta": 100.0}, {"mlp_width": 128}])
