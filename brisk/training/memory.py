@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from brisk.errors import UserError, format_bytes
-from brisk.training.loss import CHUNK
+from brisk.training.loss import chunk_size
 
 OF_A_BLOCK = 50_000  # bytes that its Python objects take, whatever its size
 
@@ -61,7 +61,8 @@ def expected_memory(
     if recomputed:
         blocks = learning * (once + batch_size * x) + batch_size * each
     around_head = 4 * batch_size * x
-    logits = min(CHUNK, batch_size * config.block_size * config.vocab_size)
+    chunk = chunk_size(device.type, compiled=False)  # compiled: twice as many, of half the bytes
+    logits = min(chunk, batch_size * config.block_size * config.vocab_size)
     state = state_memory(model, ranks, accumulates, offload, 2 if low else 4)
     return state + blocks + around_head + 8 * logits
 
