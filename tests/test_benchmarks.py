@@ -409,3 +409,12 @@ def test_a_worker_that_fails_ends_the_others(measure, monkeypatch):
     (row,) = measure("gpt2", "--parts=ddp")
     assert "no train.bin" in row["failed"]
     assert [worker.process.poll() is not None for worker in made] == [True, True]
+
+
+def test_estimate_follows_from_the_peak(capsys):
+    script = load("estimate")
+    script.main(configure(script.EstimateConfig, ["--mfu=0.5", "--recipe=config/model/gpt2.py"]))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    rates = {name.strip("| "): float(rate.replace(",", "")) for name, _, rate, _ in rows[2:]}
+    flops = 6 * 124.4e6 + 12 * 12 * 768 * 1024  # PaLM, appendix B
+    assert rates["A100"] == pytest.approx(0.5 * 312e12 / flops, rel=0.01)
