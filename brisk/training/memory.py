@@ -1,4 +1,4 @@
-"""Memory of a training run: what it will need, and what it took."""
+"""Expected and peak memory of training."""
 
 import copy
 import os
@@ -10,26 +10,26 @@ from torch import nn
 from brisk.errors import UserError, format_bytes
 from brisk.training.loss import chunk_size
 
-OF_A_BLOCK = 50_000  # bytes that its Python objects take, whatever its size
+BLOCK_OVERHEAD = 50_000  # bytes of the Python objects of a block of any size
 
 
 def check_fits(config):
-    """Raise `UserError` where the float32 weights of a model of these sizes (a `GPTConfig`) take
-    more than this machine's memory, before an attempt to build it takes all there is."""
+    """Raise `UserError` if the float32 weights of a model (its `GPTConfig`) exceed this machine's
+    memory. Call it before building the model."""
     C, kv = config.n_embd, config.kv_heads * config.head_dim
     matrices = 3 if config.mlp == "swiglu" else 2
     block = C * (2 * C + 2 * kv + matrices * config.hidden_width)
     rows = config.vocab_size * (1 if config.tied else 2)
     rows += config.block_size if config.position == "learned" else 0
     rows += (config.ngrams - 1) * config.ngram_rows
-    needed = config.n_layer * (4 * block + OF_A_BLOCK) + 4 * C * rows
+    needed = config.n_layer * (4 * block + BLOCK_OVERHEAD) + 4 * C * rows
     if needed > machine_memory():
         has = f"this machine has {format_bytes(machine_memory())}"
         raise UserError(f"the weights of this model take {format_bytes(needed)} of memory, {has}")
 
 
 def machine_memory():
-    """Bytes of this machine's memory; where that is unknown (Windows), of the largest machines."""
+    """Bytes of this machine's memory, or 2^45 where it is unknown (Windows)."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):
@@ -39,20 +39,20 @@ def machine_memory():
 def expected_memory(
     model, batch_size, device, recomputed=False, ranks=None, accumulates=False, offload=False
 ):
-    """Bytes that training `model`, which is on the CPU still, takes at its peak on `device`.
+    """Expected peak memory in bytes of training `model`, which is still on the CPU, on `device`.
 
-    All blocks that learn keep for the backward pass what one does (`kept_by_block`), or,
-    `recomputed` there, their input, and one of them the rest. Around the head come the logits that
-    are in memory at a time, twice, and four tensors as large as its input. And there is the state
-    (`state_memory`). What PyTorch itself occupies, and what the allocator loses between tensors, is
-    not counted.
+    It is the sum of the state (`state_memory`), the activations that the backward pass needs
+    (`kept_by_block`, for every block that learns), a chunk of logits with its gradient, and four
+    tensors of the size of the head's input. Activation checkpointing keeps only the input of each
+    block, and the activations of one block at a time. Memory of PyTorch itself and fragmentation
+    are not included.
 
     Args:
-        batch_size: sequences in a micro-batch, on this device.
-        recomputed: whether with activation checkpointing.
-        ranks: the processes that train together, a `Ranks`; None for one.
-        accumulates: whether a step is of several micro-batches in a process.
-        offload: whether under FSDP the state is on the host.
+        batch_size: sequences in a micro-batch on this device.
+        recomputed: whether activation checkpointing is on.
+        ranks: the `Ranks` that train together; None for a single process.
+        accumulates: whether a rank accumulates gradients over several micro-batches.
+        offload: whether FSDP keeps the state in host memory.
     """
     config, learning = model.config, sum(map(learns, model.transformer.h))
     low = torch.bfloat16 if ranks and ranks.shards and device.dtype is torch.bfloat16 else None
@@ -68,14 +68,15 @@ def expected_memory(
 
 
 def state_memory(model, ranks, accumulates, offload, width):
-    """Bytes on a device of weights, gradients and AdamW's two moments: 16 a parameter, or 4 where
-    it is frozen.
+    """Bytes on a device of weights, gradients and AdamW's two moments: 16 for each parameter, 4 for
+    a frozen one.
 
-    DDP holds the gradients of several micro-batches beside the buckets in which they meet. Under
-    FSDP a device has its share; of whole tensors, in `width` bytes, what is around the blocks, a
-    block at work, the next one, and that one again as it arrives; gradients on their way of two
-    blocks, or of what is around them, in `width` bytes and in float32; and, of several
-    micro-batches, the sum of all gradients, which are shared out with the last.
+    With several micro-batches, DDP holds accumulated gradients in addition to its buckets. With
+    FSDP, a device holds its share of the state, and unsharded tensors of `width` bytes per
+    parameter: the parts around the blocks, and three blocks (in use, prefetched, and its copy in
+    the all-gather). Gradients in reduction, of two blocks or of the parts around them, are held in
+    `width` bytes and in float32. With several micro-batches it also accumulates all gradients
+    unsharded, which are reduced after the last one.
     """
     parameters = sum(weight.numel() for weight in model.parameters())
     learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -85,14 +86,14 @@ def state_memory(model, ranks, accumulates, offload, width):
         return 4 * parameters + (16 if accumulates else 12) * learned
     block = sum(weight.numel() for weight in model.transformer.h[0].parameters())
     around = parameters - model.config.n_layer * block
-    on_their_way = (width + 4) * max(2 * block, around)
+    in_reduction = (width + 4) * max(2 * block, around)
     share = 0 if offload else shared_state(model, ranks)
     summed = 4 * learned if accumulates else 0
-    return share + width * (around + 3 * block) + on_their_way + summed
+    return share + width * (around + 3 * block) + in_reduction + summed
 
 
 def shared_state(model, ranks):
-    """Bytes of the part of the state that a process has under FSDP."""
+    """Bytes of the state in one rank's FSDP shard."""
     return state_memory(model, None, False, False, 4) / ranks.world_size
 
 
@@ -101,13 +102,18 @@ def learns(block):
 
 
 def kept_by_block(model, device, low=None):
-    """(bytes for each sequence, bytes whatever their number, bytes of a sequence going in): what
-    autograd keeps of a block of `model` from the forward pass for the backward pass, added up while
-    it runs on one sequence of zeros, and on two. What is there once is copies of its weights in
-    autocast's precision. With `low` weights and what goes in are of that type.
+    """Measure the activations that autograd keeps for the backward pass of one block.
 
-    Autocast runs norms in float32 on a GPU, but not on a CPU; a CPU, which `low` is seldom for, is
-    reckoned with as if it did: a dry run there is about GPUs elsewhere."""
+    The block runs on one sequence of zeros, then on two, and the bytes of all saved tensors are
+    added up. `low` is the dtype of weights and inputs under FSDP with mixed precision, else None.
+
+    Autocast computes norms in float32 on a GPU, but not on a CPU. With `low`, a CPU is treated like
+    a GPU: a dry run on a CPU plans for GPUs elsewhere.
+
+    Returns:
+        (each, once, x): bytes for each sequence, bytes for any number of sequences (weights cast by
+        autocast), and bytes of the block's input for one sequence.
+    """
     block = copy.deepcopy(model.transformer.h[-1]).to(device.device, low).train()
     if low and device.type == "cpu":
         for norm in [
@@ -130,9 +136,9 @@ def kept_by_block(model, device, low=None):
             x, cos_sin = model.embed(idx)
         x = x.to(device.device, low).requires_grad_()
         cos_sin = cos_sin and tuple(t.to(device.device) for t in cos_sin)
-        with torch.random.fork_rng(devices):  # dropout draws here must not move the run's
+        with torch.random.fork_rng(devices):  # keeps the state of the run's generator
             with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), device.autocast():
-                _graph = block(x, None, cos_sin)  # while it lives what it keeps stays apart
+                _graph = block(x, None, cos_sin)  # keeps the saved tensors alive
         return sum(size for key, size in kept.items() if key not in mine), x.nbytes
 
     (one, x), (two, _) = kept_of(1), kept_of(2)
@@ -140,7 +146,7 @@ def kept_by_block(model, device, low=None):
 
 
 def peak_memory(device):
-    """Bytes at the peak so far: of the GPU's memory, or of the process (None where unknown)."""
+    """Peak memory in bytes so far, of the GPU or of the process; None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device.device)
     if device.type == "mps":
