@@ -280,6 +280,10 @@ def embedding(rows, channels):
     return nn.Embedding.from_pretrained(torch.empty(rows, channels), freeze=False)
 
 
+def on_mps(x):
+    return x.device.type == "mps"
+
+
 class NgramEmbedding(nn.Module):
     """Hashed embeddings of the n-grams of 2 to `ngrams` tokens that end at each position, summed.
 
@@ -304,7 +308,10 @@ class NgramEmbedding(nn.Module):
         scale = self.weight.new_full(rows.shape, self.lengths**-0.5)
         if self.training and self.dropout:
             scale = F.dropout(scale, self.dropout)
-        x = F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=scale)
+        if on_mps(idx):  # no embedding_bag before PyTorch 2.10
+            x = (F.embedding(rows, self.weight) * scale[..., None]).sum(1)
+        else:
+            x = F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=scale)
         return x.view(*idx.shape, -1)
 
     def hash_rows(self, idx, before=None):
@@ -312,13 +319,16 @@ class NgramEmbedding(nn.Module):
         hash modulo a prime, small enough not to overflow int64."""
         if before is None:
             before = idx.new_full((len(idx), self.lengths), -1)
+        device = idx.device
+        if on_mps(idx):  # its int64 remainder was rounded to float32 (pytorch issue 154171)
+            idx, before = idx.cpu(), before.cpu()
         ids = torch.cat((before, idx), dim=1) + 1
         T, key, rows = idx.size(1), idx + 1, []
         for length in range(self.lengths):
             earlier = ids.narrow(1, self.lengths - 1 - length, T)
             key = (key * 1_103_515_245 + earlier) % (2**31 - 1)
             rows.append(key % self.rows + length * self.rows)
-        return torch.stack(rows, dim=-1)
+        return torch.stack(rows, dim=-1).to(device)
 
 
 class GPT(nn.Module):

@@ -149,6 +149,17 @@ def test_ngram_dropout():
     assert drawn.mean().item() == pytest.approx(1, abs=0.05)
 
 
+def test_ngrams_on_mps_are_equal(monkeypatch):
+    """MPS gets other operations, with the same values and gradients."""
+    table, idx = ngrams_model(n_layer=1).transformer.ngrams.train(), random_ids()
+    expected = table(idx)
+    expected_grad = torch.autograd.grad(expected.square().sum(), table.weight)
+    monkeypatch.setattr("model.on_mps", lambda x: True)
+    found = table(idx)
+    grad = torch.autograd.grad(found.square().sum(), table.weight)
+    torch.testing.assert_close((found, grad), (expected, expected_grad))
+
+
 def test_unseen_ngrams_add_nothing():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES, ngrams=3, ngram_rows=2**20))
