@@ -1,11 +1,11 @@
-"""How fast this machine trains a GPT, beside what it could do at best.
+"""Benchmark training, relative to the measured limits of this machine.
 
     $ python bench.py
     $ python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64
     $ python bench.py --profile=True
 
-Needs no data. First the ceilings: a large matrix product in the precision in use and a copy of
-memory. Then training steps; MFU is their share of the measured product.
+Needs no data. Measures the limits first: the speed of a large matrix product in the same precision,
+and the memory bandwidth. Then times training steps; MFU is relative to the matrix product.
 """
 
 import sys
@@ -35,16 +35,16 @@ from model import GPT, GPTConfig
 
 @dataclass(frozen=True)
 class BenchConfig(GPTConfig):
-    batch_size: PositiveInt | Literal["auto"] = "auto"  # sequences in a step: 12, on a CPU 1
+    batch_size: PositiveInt | Literal["auto"] = "auto"  # sequences in a step; auto: 12, on a CPU 1
     bias: bool = False  # biases in linear layers and layer norms
-    real_data: bool = True  # batches of data/<dataset> where it is prepared, else random ids
-    dataset: str = "openwebtext"  # which
-    steps: PositiveInt | Literal["auto"] = "auto"  # timed steps: 20, on a CPU 3
-    seed: Seed = 1337  # of weights and data
+    real_data: bool = True  # use data/<dataset> if it is prepared, else random tokens
+    dataset: str = "openwebtext"  # data set for real_data
+    steps: PositiveInt | Literal["auto"] = "auto"  # timed steps; auto: 20, on a CPU 3
+    seed: Seed = 1337  # seed of weights and data
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
     compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile
-    profile: bool = False  # write a trace of two steps to bench_log/
+    profile: bool = False  # write a profiler trace of two steps to bench_log/
 
 
 def main(config):
@@ -112,7 +112,7 @@ def main(config):
 
 
 def copy_bandwidth(device):
-    """Bytes a second that a copy of a tensor much larger than any cache reads and writes."""
+    """Memory bandwidth in bytes/s, read and written, of copying a tensor larger than any cache."""
     source = torch.ones(2**26 if device.type == "cpu" else 2**29, device=device.device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
@@ -125,7 +125,7 @@ def copy_bandwidth(device):
 
 
 def batch_source(config, batch_size, device):
-    """A function of the step's number that gives (x, y) on the device."""
+    """Return a function from the step to a batch (x, y) on the device."""
     path = Path(__file__).parent / "data" / config.dataset / "train.bin"
     if config.real_data and path.exists():
         meta = read_meta(path.parent) or {"dtype": "uint16"}
@@ -138,7 +138,7 @@ def batch_source(config, batch_size, device):
 
 
 def write_trace(train_step, device):
-    """Path of a Chrome trace of two training steps."""
+    """Write a Chrome trace of two training steps. Returns its path."""
     folder = Path("bench_log")
     folder.mkdir(exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -182,7 +182,7 @@ def test_documents_need_an_end_of_text(write):
     path = write(range(50))
     with pytest.raises(UserError, match="end-of-text"):
         TokenFile(path, 8, 100, rows="documents", eot=None)
-    with pytest.raises(UserError, match="no document"):
+    with pytest.raises(UserError, match="no end-of-text after a document"):
         TokenFile(path, 8, 100, rows="documents", eot=EOT)
 
 
@@ -199,7 +199,7 @@ def test_too_short_a_file(write):
 def test_a_file_cut_in_the_middle_of_an_id(write):
     path = write(range(100))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         TokenFile(path, 8, 100)
 
 
@@ -302,7 +302,7 @@ def test_a_missing_data_set_of_an_installed_package(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_no_data_set(tmp_path):
-    with pytest.raises(UserError, match=r"data sets that can be made here: none$"):
+    with pytest.raises(UserError, match=r"known data sets: none$"):
         find_data_dir(str(tmp_path / "empty"), "openwebtext")
 
 

@@ -70,7 +70,7 @@ def test_same_text_is_not_made_again(capsys):
     Path("my.txt").rename("other.txt")
     assert prepare("other.txt", folder) == folder
     assert modified(folder) == before
-    assert "using it as it is" in capsys.readouterr().out
+    assert "using it" in capsys.readouterr().out
 
 
 def test_other_text_and_other_choices_get_a_folder_of_their_own(capsys):
@@ -79,9 +79,9 @@ def test_other_text_and_other_choices_get_a_folder_of_their_own(capsys):
     Path("my.txt").write_text(TEXT[::-1], encoding="utf-8")
     third = prepare("my.txt", tokenizer="char")
     assert [path.name for path in (first, second, third)] == ["my", "my-2", "my-3"]
-    assert "this one is in data/my-3" in capsys.readouterr().out
+    assert "using data/my-3" in capsys.readouterr().out
     assert prepare("my.txt", tokenizer="byte") == Path("data/my-4")
-    with pytest.raises(UserError, match="data/my has another text"):
+    with pytest.raises(UserError, match="data/my was made from another text"):
         prepare("my.txt", "data/my", tokenizer="char")
     assert load_tokenizer(first).characters == sorted(set(TEXT))
 
@@ -90,7 +90,7 @@ def test_a_folder_of_another_origin_is_left_alone():
     Path("data/my").mkdir(parents=True)
     Path("data/my/prepare.py").write_text("")
     assert prepare("my.txt", tokenizer="char") == Path("data/my-2")
-    with pytest.raises(UserError, match="data/my has another text"):
+    with pytest.raises(UserError, match="data/my was made from another text"):
         prepare("my.txt", "data/my", tokenizer="char")
 
 
@@ -117,7 +117,7 @@ def test_a_file_that_grows_while_it_is_read_is_one_line(monkeypatch):
         return measure_text(corpus)
 
     monkeypatch.setattr("brisk.data.prepare.measure_text", growing)
-    with pytest.raises(UserError, match=r"my\.txt changed while it was read"):
+    with pytest.raises(UserError, match=r"my\.txt changed during reading"):
         prepare("my.txt")
     assert not Path("data/my/train.bin").exists()
 
@@ -137,15 +137,15 @@ def test_a_vocabulary_shrinks_to_what_the_text_gives(capsys):
     folder = prepare("my.txt", tokenizer="bpe", vocab_size=8192)
     made = load_tokenizer(folder)
     assert 257 < made.vocab_size < 400
-    assert f"taking {made.vocab_size}" in capsys.readouterr().out
+    assert f"using {made.vocab_size}" in capsys.readouterr().out
     folder = prepare("my.txt", "words", tokenizer="word", vocab_size=8192)
     assert len(load_tokenizer(folder).words) == 12
-    assert ": 12 words" in capsys.readouterr().out
+    assert "only 12 words" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("!!! … ???\n" * 20, "has no words"), ("no word of it twice", "lower --min_count")],
+    [("!!! … ???\n" * 20, "has no words"), ("no word of it twice", "use a smaller --min_count")],
 )
 def test_a_text_without_words_is_one_line(text, message):
     Path("my.txt").write_text(text, encoding="utf-8")
@@ -156,8 +156,8 @@ def test_a_text_without_words_is_one_line(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("the of and to in the the of\n", "no words besides stop words"),
-        ("apples and pears\n" * 9 + "the of and the of\n" * 3, "has no words to keep"),
+        ("the of and to in the the of\n", "no words except stop words"),
+        ("apples and pears\n" * 9 + "the of and the of\n" * 3, "has only stop words"),
     ],
 )
 def test_a_text_of_stop_words_is_one_line(prepare_here, text, message):

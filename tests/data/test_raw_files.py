@@ -1,4 +1,4 @@
-"""Zip archives are read like folders, and files that are no text say what they are."""
+"""Zip archives are read like folders, and files that are not text say what they are."""
 
 import gzip
 import io
@@ -53,7 +53,7 @@ def test_a_zip_is_read_like_a_folder(capsys):
     }
     expected = ["text a", "text b", "row c", "row d", "text e"]
     assert sorted(texts(zipped("all.zip", members))) == sorted(expected)
-    assert "left out 1 file that is no text: picture.png" in capsys.readouterr().err
+    assert "skipped 1 file that is not text: picture.png" in capsys.readouterr().err
     Path("in").mkdir()
     Path("all.zip").rename("in/all.zip")
     Path("in/f.txt").write_text("text f")
@@ -93,9 +93,12 @@ def test_names_that_lead_elsewhere_are_names_only(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: zipped("a.zip", {}), "is an archive without files"),
-        (lambda: zipped("a.zip", {"folder/": "", "__MACOSX/x": "x"}), "an archive without files"),
-        (lambda: zipped("a.zip", {"in.zip": Path(zipped("in", {"a": "b"})).read_bytes()}), "in an"),
+        (lambda: zipped("a.zip", {}), "is an empty archive"),
+        (lambda: zipped("a.zip", {"folder/": "", "__MACOSX/x": "x"}), "is an empty archive"),
+        (
+            lambda: zipped("a.zip", {"in.zip": Path(zipped("in", {"a": "b"})).read_bytes()}),
+            "inside an",
+        ),
         (lambda: Path("a.zip").write_bytes(b"PK\x03\x04 and no more"), "cannot read a.zip"),
         (lambda: Path("a.zip").write_bytes(b"text"), "cannot read a.zip: File is not a zip file"),
         (lambda: Path("a.zip").write_bytes(b""), "cannot read a.zip|is empty"),
@@ -122,7 +125,7 @@ def test_a_damaged_member_is_named(capsys):
     raw[45:50] = b"?????"
     Path("a.zip").write_bytes(raw)
     assert texts("a.zip") == ["b"]
-    assert "left out: cannot read a.zip/a.txt: it is damaged" in capsys.readouterr().err
+    assert "skipped: cannot read a.zip/a.txt: it is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end", ["zip", "gz"])
@@ -133,7 +136,7 @@ def test_a_bomb_is_stopped(monkeypatch, end):
         zipped("a.zip", {"a.txt": bomb})
     else:
         Path("a.gz").write_bytes(gzip.compress(bomb))
-    with pytest.raises(UserError, match="grows to more than 300 times its size"):
+    with pytest.raises(UserError, match="expands to more than 300 times its size"):
         texts(f"a.{end}")
 
 
@@ -215,9 +218,9 @@ def test_files_that_are_no_text_say_what_they_are(name, renamed):
         Path(name).rename("a.txt")
         name, message = "a.txt", message.split("; convert")[0].split(r"\.")[0].rstrip("$")
     for encoding in ("auto", "utf-8"):
-        with pytest.raises(UserError, match=f"{name} is no text: it is .*{message}"):
+        with pytest.raises(UserError, match=f"{name} is not text: it is .*{message}"):
             texts(name, encoding=encoding)
-    with pytest.raises(UserError, match="is no text"):
+    with pytest.raises(UserError, match="is not text"):
         read_text(name)
 
 
@@ -229,9 +232,9 @@ def test_a_folder_says_what_could_be_converted(capsys):
     Path("in/empty.txt").write_text("")
     assert texts("in") == ["text"]
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "left out 1 file that is no text: g.png"
-    assert told[1] == "left out 1 file that is empty: empty.txt"
-    assert "left out: in/a.pdf is no text: it is a PDF; convert it: pdftotext in/a.pdf" in told
+    assert told[0] == "skipped 1 file that is not text: g.png"
+    assert told[1] == "skipped 1 file that is empty: empty.txt"
+    assert "skipped: in/a.pdf is not text: it is a PDF; convert it: pdftotext in/a.pdf" in told
     assert len(told) == 5
 
 

@@ -257,7 +257,7 @@ def test_workers_that_die_are_told_and_gone_on_from(shared_memory, tmp_path, mon
         def __iter__(self):
             return texts()
 
-    with pytest.raises(UserError, match="it goes on from here"):
+    with pytest.raises(UserError, match="it continues from here"):
         write(tmp_path / "data", small_bpe(), Deadly(), workers=2)
     noted = json.loads((tmp_path / "data" / ".writing" / "train.progress").read_text())
     assert noted["batches"] > 0
@@ -271,7 +271,7 @@ def test_a_second_process_is_refused(tmp_path):
     (tmp_path / ".writing").mkdir()
     (tmp_path / ".writing" / "train.progress").write_text("of the first")
     with FileLock(tmp_path / ".writing" / "lock"):
-        with pytest.raises(UserError, match="another process is preparing"):
+        with pytest.raises(UserError, match="another process is writing to"):
             write(tmp_path, ByteTokenizer())
         assert (tmp_path / ".writing" / "train.progress").read_text() == "of the first"
 
@@ -338,7 +338,7 @@ def test_a_process_killed_again_and_again_gets_there(tmp_path, big_text):
                 break  # the first was done before the second asked
             assert status == 2
             refusal = second.stderr.read().splitlines()
-            assert len(refusal) == 1 and "another process is preparing" in refusal[0]
+            assert len(refusal) == 1 and "another process is writing to" in refusal[0]
         time.sleep(random.random() / 2)
         group = os.getpgid(process.pid)  # Ctrl-C reaches all processes of the terminal
         os.killpg(group, sent)

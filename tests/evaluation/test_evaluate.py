@@ -229,11 +229,11 @@ def test_text_and_json_have_the_same_numbers(train_tiny, evaluated, tmp_path, ca
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stride": 17}, ["stride=17", "block_size is 16"]),
+        ({"stride": 17}, ["stride=17", "block_size=16"]),
         ({"rows": "documents"}, ["no end-of-text"]),
         ({"task": "hellaswag"}, ["task=hellaswag", "--file"]),
         ({"task": "lambada", "file": "missing.jsonl"}, ["cannot read missing.jsonl"]),
-        ({"file": "text.txt"}, ["--file goes with --task=hellaswag or --task=lambada"]),
+        ({"file": "text.txt"}, ["--file is for --task=hellaswag or --task=lambada"]),
     ],
 )
 def test_what_cannot_be_is_said(train_tiny, evaluated, tmp_path, changes, words):
@@ -249,7 +249,7 @@ def test_broken_items_are_one_line_and_status_2(train_tiny, quick_script, tmp_pa
     argv = [f"--out_dir={tmp_path / 'out'}", "--task=lambada", f"--file={tmp_path}/items.jsonl"]
     run = quick_script("evaluate.py", *argv, "--device=cpu")
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/items.jsonl, line 2: no JSON")
+    assert run.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/items.jsonl, line 2: not JSON")
     assert "Traceback" not in run.stderr
 
 
@@ -272,7 +272,7 @@ def test_a_run_is_evaluated_on_what_it_was_trained_on(train_tiny, evaluated, cha
 
 def test_data_of_another_tokenizer_is_refused(train_tiny, evaluated, lines_data, tmp_path):
     train_tiny(tmp_path / "out", max_iters=0)
-    with pytest.raises(UserError, match="tokenized otherwise"):
+    with pytest.raises(UserError, match="different tokenizer"):
         evaluated(out_dir=tmp_path / "out", data_dir=lines_data)
 
 

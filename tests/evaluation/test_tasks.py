@@ -220,7 +220,7 @@ def test_an_item_is_cut_where_a_token_would_not_be_seen(capsys):
     assert tasks.count_cut(pairs, BLOCK_SIZE, "words") == (1, 0)
     assert "1 of 3 items" in capsys.readouterr().err
     assert tasks.count_cut([*pairs, (range(1), range(49))], BLOCK_SIZE, "words") == (2, 1)
-    assert "they lost their beginning, 1 a part of their words too" in capsys.readouterr().err
+    assert "their beginnings are truncated, and the words of 1 of them" in capsys.readouterr().err
 
 
 def test_an_ending_longer_than_the_context_is_cut_and_counted(models, write_items, capsys):
@@ -260,8 +260,8 @@ GOOD = json.dumps({"ctx": "a b", "endings": ["a", "b"], "label": 1, "text": "a b
 @pytest.mark.parametrize(
     ("task", "line", "words"),
     [
-        ("hellaswag", '{"ctx": "a", "endings": ["a"', ["line 3", "no JSON"]),
-        ("hellaswag", "[" * 100_000, ["line 3", "no JSON"]),
+        ("hellaswag", '{"ctx": "a", "endings": ["a"', ["line 3", "not JSON"]),
+        ("hellaswag", "[" * 100_000, ["line 3", "not JSON"]),
         ("hellaswag", "[1, 2]", ["line 3", "ctx"]),
         ("hellaswag", '{"endings": ["a", "b"], "label": 0}', ["line 3", "ctx"]),
         ("hellaswag", '{"ctx": 7, "endings": ["a", "b"], "label": 0}', ["line 3", "ctx"]),
@@ -279,7 +279,7 @@ GOOD = json.dumps({"ctx": "a b", "endings": ["a", "b"], "label": 1, "text": "a b
         ("hellaswag", '{"ctx": "a", "endings": ["a", "x"], "label": 0}', ["line 3", "'x'"]),
         ("lambada", '{"ctx": "a b"}', ["line 3", "text"]),
         ("lambada", '{"text": null}', ["line 3", "text"]),
-        ("lambada", '{"text": " \\n"}', ["line 3", "no word"]),
+        ("lambada", '{"text": " \\n"}', ["line 3", "no words"]),
         ("lambada", '{"text": "ab"}', ["line 3", "end-of-text"]),
         ("lambada", '{"text": "a b xyz"}', ["line 3", "'x', 'y', 'z'"]),
     ],
@@ -297,7 +297,7 @@ def test_an_ending_without_a_token_is_refused(models, write_items):
     tokenizer = learn_words(["she reads a book"], eot=True)  # signs are no words
     _, ours = models(tokenizer.vocab_size)
     path = write_items([{"ctx": "she reads", "endings": ["a book", "…"], "label": 0}])
-    with pytest.raises(UserError, match="line 1: the tokenizer finds no token in '…'"):
+    with pytest.raises(UserError, match="line 1: the tokenizer returns no tokens for '…'"):
         tasks.hellaswag(ours, tokenizer, path, 4, CPU)
 
 

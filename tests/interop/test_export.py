@@ -260,7 +260,7 @@ def test_merges_are_those_that_made_the_tokens():
     ranks = {bytes([b]): b for b in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258}
     assert last_merge(b"abc", ranks) == (b"a", b"bc")  # bc is merged before ab
     assert last_merge(b"a", ranks) is None
-    with pytest.raises(UserError, match="no merge makes"):
+    with pytest.raises(UserError, match="no merge produces"):
         last_merge(b"xyz", {**ranks, b"xyz": 259})
 
 
@@ -314,10 +314,10 @@ def test_a_tokenizer_that_others_do_not_have_is_refused(tmp_path):
     description = train_bpe(["some text"], 257).to_dict()
     for tokenizer, words in {
         WordTokenizer(["a", "b"]): "--tokenizer=bpe",
-        CharTokenizer("aba"): "twice",
+        CharTokenizer("aba"): "duplicate",
         CharTokenizer("a\ud800"): "surrogate",
-        from_dict({**description, "pattern": r"\w+|\W+"}): "cuts text otherwise",
-        from_dict({**description, "special_tokens": {EOT: 256, "<|x|>": 257}}): "other special",
+        from_dict({**description, "pattern": r"\w+|\W+"}): "pattern other than",
+        from_dict({**description, "special_tokens": {EOT: 256, "<|x|>": 257}}): "special tokens other",
     }.items():
         with pytest.raises(UserError, match=words):
             run_export(tmp_path, make_model(tokenizer), tokenizer, to=tmp_path / "to")
@@ -334,9 +334,9 @@ def test_nothing_of_others_is_replaced(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="mine is there and is no export"):
+        with pytest.raises(UserError, match="mine exists and is not an unchanged export"):
             to(tmp_path / "mine", overwrite=overwrite)
-        with pytest.raises(UserError, match=r"thesis\.txt is there and is no export"):
+        with pytest.raises(UserError, match=r"thesis\.txt exists and is not an unchanged export"):
             to(tmp_path / "mine" / "thesis.txt", overwrite=overwrite)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
@@ -344,7 +344,7 @@ def test_nothing_of_others_is_replaced(tmp_path, capsys):
     to(tmp_path / "empty")
     wte = "transformer.wte.weight"
     before = load_file(tmp_path / "empty" / "model.safetensors")[wte]
-    with pytest.raises(UserError, match="earlier export; --overwrite"):
+    with pytest.raises(UserError, match="earlier export; replace it with --overwrite"):
         to(tmp_path / "empty")
     with torch.no_grad():
         model.lm_head.weight[0] += 1

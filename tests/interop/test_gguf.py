@@ -195,7 +195,7 @@ def test_what_cannot_be_carried_is_refused(tmp_path):
         large.transformer.h[1].mlp.c_fc.weight[0, 0] = 1e5
     for model, tokenizer, message, dtype in [
         (make_model(words), words, "word tokenizer", "float32"),
-        (large, known, "h.1.mlp.c_fc.weight has a weight beyond float16", "q8_0"),
+        (large, known, "h.1.mlp.c_fc.weight overflows float16", "q8_0"),
     ]:
         paths = dict(to=tmp_path / "new" / "to", gguf=tmp_path / "newer" / "model.gguf")
         with pytest.raises(UserError, match=message):
@@ -214,12 +214,12 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
 
     for text in (b"", b"GGUF", b"my thesis"):
         path.write_bytes(text)
-        with pytest.raises(UserError, match=r"model\.gguf is there and is no export"):
+        with pytest.raises(UserError, match=r"model\.gguf exists and is not an unchanged export"):
             to(make_model(tokenizer), overwrite=True)
         assert path.read_bytes() == text
     path.unlink()
     to(make_model(tokenizer))
-    with pytest.raises(UserError, match="earlier export; --overwrite"):
+    with pytest.raises(UserError, match="earlier export; replace it with --overwrite"):
         to(make_model(tokenizer))
     before = path.read_bytes()
     to(make_model(tokenizer, n_layer=1), overwrite=True)
