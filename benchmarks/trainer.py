@@ -1,4 +1,4 @@
-"""train.py up to its loop, for a measurement: what is measured is what is shipped."""
+"""Run train.py up to its loop, so that benchmarks measure the real training step."""
 
 import sys
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from configurator import configure  # noqa: E402
 
 @dataclass
 class Trainer:
-    """A run that is ready for its first step."""
+    """A run before its first step."""
 
     config: Any
     plan: Any
@@ -35,19 +35,19 @@ class Trainer:
 
     @property
     def tokens(self):
-        """Tokens in a step, in all processes together."""
+        """Tokens in a step, over all ranks."""
         return self.plan.global_batch * self.config.block_size
 
     def step(self):
-        """One training step at the largest learning rate: its loss and gradient norm, tensors ()
-        on the device."""
+        """Do one training step at the maximum learning rate. Returns loss and gradient norm, scalar
+        tensors on the device."""
         parts = (self.config, self.plan, self.state, self.data, self.run, self.forecast)
         return train.train_step(*parts)
 
 
 @contextmanager
 def open_trainer(argv):
-    """The `Trainer` of a command line of train.py, closed at the end. It leaves no files."""
+    """A context with the `Trainer` for arguments of train.py. It leaves no files."""
     given = configure(train.TrainConfig, argv)
     with open_run(given) as run:
         start = load_start(given, run.ranks)
@@ -57,5 +57,5 @@ def open_trainer(argv):
         plan = make_plan(config, start, state, data, run)
         train.parallelize(state, config, plan, run)
         forecast = Forecast.of(config, plan, run)
-        forecast.reported.add("micro-batch")  # until it has spoken every micro-batch is waited for
+        forecast.reported.add("micro-batch")  # until reported, it synchronizes every micro-batch
         yield Trainer(config, plan, state, data, run, forecast)

@@ -119,7 +119,7 @@ def test_a_row_of_two_seeds():
 def test_knowing_frequencies_is_worth_their_entropy(letters):
     # a and b as often in training, and the c of the rest seen once, by the one that is added
     expected = -np.log(1 / (2 * 1001 + 1))
-    assert stability.loss_of_letters(letters) == pytest.approx(expected)
+    assert stability.unigram_loss(letters) == pytest.approx(expected)
 
 
 @pytest.fixture

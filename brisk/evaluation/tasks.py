@@ -42,7 +42,7 @@ def hellaswag(model, tokenizer, path, batch_size, device, documents=False):
         if not isinstance(endings, list) or not endings:
             raise UserError("the key endings is not a list of texts")
         if not all(isinstance(ending, str) and ending for ending in endings):
-            raise UserError("an ending is empty or not a text")
+            raise UserError("one of the endings is empty or not a text")
         if str(label) not in (labels := [str(number) for number in range(len(endings))]):
             raise UserError(
                 f"label={json.dumps(label)} is not the index of an ending, 0 to {len(labels) - 1}"

@@ -249,7 +249,9 @@ def test_broken_items_are_one_line_and_status_2(train_tiny, quick_script, tmp_pa
     argv = [f"--out_dir={tmp_path / 'out'}", "--task=lambada", f"--file={tmp_path}/items.jsonl"]
     run = quick_script("evaluate.py", *argv, "--device=cpu")
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/items.jsonl, line 2: not JSON")
+    assert run.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path}/items.jsonl, line 2: not JSON"
+    )
     assert "Traceback" not in run.stderr
 
 

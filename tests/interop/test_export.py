@@ -317,7 +317,9 @@ def test_a_tokenizer_that_others_do_not_have_is_refused(tmp_path):
         CharTokenizer("aba"): "duplicate",
         CharTokenizer("a\ud800"): "surrogate",
         from_dict({**description, "pattern": r"\w+|\W+"}): "pattern other than",
-        from_dict({**description, "special_tokens": {EOT: 256, "<|x|>": 257}}): "special tokens other",
+        from_dict(
+            {**description, "special_tokens": {EOT: 256, "<|x|>": 257}}
+        ): "special tokens other",
     }.items():
         with pytest.raises(UserError, match=words):
             run_export(tmp_path, make_model(tokenizer), tokenizer, to=tmp_path / "to")
@@ -354,7 +356,7 @@ def test_nothing_of_others_is_replaced(tmp_path, capsys):
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "empty")
     theirs.save_pretrained(tmp_path / "empty")  # finetuned there, say: no longer ours
-    with pytest.raises(UserError, match="no export as it was written"):
+    with pytest.raises(UserError, match="not an unchanged export"):
         to(tmp_path / "empty", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "mine", "empty"}
 
