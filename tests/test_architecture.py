@@ -40,7 +40,7 @@ def test_no_script_imports_another(path):
     assert imported & FRONT <= {"model", "configurator"}
 
 
-def test_every_file_has_its_line():
+def test_every_file_is_listed():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = page[: page.index("## The way of a run")]
     named = set(re.findall(r"`(\w+)`", table))

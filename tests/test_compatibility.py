@@ -190,7 +190,7 @@ def test_prepared_data_is_the_same(name, tmp_path):
     assert found["meta"].items() >= recorded["meta"].items()
 
 
-def test_recorded_data_sets_are_made_again(char_data, lines_data):
+def test_recorded_data_sets_are_reproduced(char_data, lines_data):
     for name, folder in (("sonnets", char_data), ("lines", lines_data)):
         found, recorded = observe.read_data(folder), observe.read_data(Path("data", name))
         assert found["files"] == recorded["files"]

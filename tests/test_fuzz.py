@@ -89,7 +89,7 @@ def check_command_line(Config, argv):
 
 
 @pytest.mark.parametrize("script", CONFIGS)
-def test_a_command_line_is_understood_or_refused(script):
+def test_command_line_is_valid_or_refused(script):
     @settings(max_examples=20, suppress_health_check=SLOW, derandomize=True)
     @given(argv=command_lines(CONFIGS[script]))
     def check(argv):
@@ -110,7 +110,7 @@ def test_two_thousand_command_lines(script):
 
 
 @pytest.mark.parametrize("script", CONFIGS)
-def test_every_key_with_every_hostile_value(script):
+def test_hostile_values_of_every_key(script):
     """All at once: 70 keys of 60 values."""
     Config = CONFIGS[script]
     short = [value for value in HOSTILE if len(value) < 1000]
@@ -119,7 +119,7 @@ def test_every_key_with_every_hostile_value(script):
             check_command_line(Config, [f"--{key}={value}"])
 
 
-def test_a_long_value_is_told_in_a_short_line():
+def test_error_about_a_long_value_is_short():
     for argument in ("--batch_size=" + "x" * 10**6, "--" + "x" * 10**6 + "=1", "x" * 10**6):
         assert len(ending(lambda a=argument: configure(train.TrainConfig, [a]))) < 1200
 
@@ -163,7 +163,7 @@ def trained(folder, data):
 
 
 @pytest.mark.parametrize("script", STRINGS)
-def test_no_path_is_too_odd(script, run, char_data, tmp_path, monkeypatch):
+def test_unusual_paths(script, run, char_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     module, keys = STRINGS[script]
@@ -188,7 +188,7 @@ def test_no_path_is_too_odd(script, run, char_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", PATHS + READ_ONLY)
-def test_no_run_is_too_odd_to_be_plotted(path, tmp_path, monkeypatch):
+def test_unusual_runs_are_plotted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert ending(plot.main, [path])
     if path in READ_ONLY:
@@ -200,7 +200,7 @@ def test_no_run_is_too_odd_to_be_plotted(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "device", ["meta", "cuda:-1", "cpu:99", "xla", "\ud800", "cpu\0", "fpga:0"]
 )
-def test_a_device_that_is_none(char_data, tmp_path, device):
+def test_invalid_device_is_refused(char_data, tmp_path, device):
     argv = {**TINY, "device": device, "data_dir": char_data, "out_dir": tmp_path / "out"}
     argv = [f"--{key}={value}" for key, value in argv.items()]
     assert "device" in (ending(lambda: train.main(configure(train.TrainConfig, argv))) or "device")
@@ -210,7 +210,7 @@ LARGE = [("n_layer", 10**9), ("n_embd", 2**40), ("n_embd", 2**62), ("mlp_width",
 
 
 @pytest.mark.parametrize(("key", "value"), [*LARGE, ("batch_size", 10**9)])
-def test_a_model_that_no_machine_holds_is_not_begun(char_data, forked, tmp_path, key, value):
+def test_huge_model_is_refused(char_data, forked, tmp_path, key, value):
     for script in ("train.py", "bench.py"):
         small = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "dtype")
         given = {name: TINY[name] for name in small} | {key: value}
@@ -279,7 +279,7 @@ def test_two_thousand_prompts(model_of, prompt, stop):
 
 
 @pytest.mark.parametrize("piece", ["a", " ", "\n", EOT, "Shall I "])
-def test_a_prompt_of_a_megabyte(model_of, tmp_path, piece):
+def test_prompt_of_a_megabyte(model_of, tmp_path, piece):
     path = tmp_path / "prompt.txt"
     path.write_text(piece * (2**20 // len(piece)))
     error = sampled(model_of, start=f"FILE:{path}")

@@ -248,7 +248,7 @@ def in_processes(files, forked, kind, seeds):
 
 # In the slow variant 2,000 of each kind; drawing takes a tenth of a second.
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_refused_or_read_right(files, kind):
+def test_damaged_file_is_refused_or_read_right(files, kind):
     few = {"metrics": 10, "ckpt.pt": 25}.get(kind, 100)
     read, refused = counted(files, kind, range(few))
     assert read > 0 or kind == "train.bin"  # some damage changes nothing that counts
@@ -263,20 +263,20 @@ def test_two_thousand_damaged_files(files, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_met_by_a_script(files, forked, kind):
+def test_damaged_file_in_a_script(files, forked, kind):
     in_processes(files, forked, kind, range(2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_fifty_damaged_files_met_by_a_script(files, forked, kind):
+def test_fifty_damaged_files_in_a_script(files, forked, kind):
     in_processes(files, forked, kind, range(1000, 1050))
 
 
 # ----------------------------------------------------------------------------- of another set
 
 
-def test_bins_of_another_set_are_noticed(files, tmp_path):
+def test_bins_of_another_set_are_detected(files, tmp_path):
     """By their sizes always; those of equal sizes by --verify_data."""
     for change, noticed in (
         (lambda ids: ids[:-1], "does not match meta.json"),
@@ -295,14 +295,14 @@ def test_whole_data_is_verified_and_trained_on(files, tmp_path, main, settings):
     assert 1 in run.series("loss")
 
 
-def test_without_a_meta_json_there_is_nothing_to_verify_by(files, tmp_path, settings):
+def test_verify_needs_a_meta_json(files, tmp_path, settings):
     data = shutil.copytree(files.data, tmp_path / "data")
     (data / "meta.json").unlink()
     argv = settings(tmp_path / "out", data_dir=data, verify_data=True)
     assert "no meta.json" in ending(lambda: train.main(configure(train.TrainConfig, argv)))
 
 
-def test_train_and_val_swapped_are_noticed(files, tmp_path):
+def test_swapped_train_and_val_are_detected(files, tmp_path):
     data = shutil.copytree(files.data, tmp_path / "data")
     shutil.move(data / "train.bin", data / "kept")
     shutil.move(data / "val.bin", data / "train.bin")
@@ -310,7 +310,7 @@ def test_train_and_val_swapped_are_noticed(files, tmp_path):
     assert "does not match meta.json" in ending(read_meta, data)
 
 
-def test_a_vocabulary_of_another_size_is_noticed(files, tmp_path):
+def test_other_vocab_size_is_detected(files, tmp_path):
     data = shutil.copytree(files.data, tmp_path / "data")
     meta = json.loads((data / "meta.json").read_text())
     meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"][:-1]
@@ -321,7 +321,7 @@ def test_a_vocabulary_of_another_size_is_noticed(files, tmp_path):
 # ----------------------------------------------------------------------------- byte pairs
 
 
-def test_byte_pairs_in_a_checkpoint_without_all_bytes(trained_pairs):
+def test_bpe_without_all_bytes_is_refused(trained_pairs):
     """tiktoken would take them, and end the process at the first text with such a byte."""
     tokens = trained_pairs["tokens"].split(" ")
     for odd in (tokens[1:], [*tokens, tokens[5]], tokens[256:], ["", *tokens[1:]]):
@@ -335,7 +335,7 @@ def trained_pairs():
     return train_bpe([TEXT], 300).to_dict()
 
 
-def test_two_hundred_damaged_descriptions_of_byte_pairs(trained_pairs):
+def test_two_hundred_damaged_bpe_dicts(trained_pairs):
     for seed in range(200):
         rng = random.Random(seed)
         description = change_value(rng, trained_pairs)

@@ -27,14 +27,14 @@ def modified(folder):
 # ----------------------------------------------------------------------------- statistics
 
 
-def test_stats_of_a_text():
+def test_text_stats():
     Path("my.txt").write_text("ab 你好!\n", encoding="utf-8")
     stats = measure_text(Corpus("my.txt"))
     assert stats == TextStats(11, 7, True, 7, 2 / 7, 4 / 7)
     assert measure_text([]) == TextStats(0, 0, True, 0, 0, 0)
 
 
-def test_stats_of_a_long_text_are_estimated():
+def test_text_stats_of_a_long_text():
     stats = measure_text(["ä" * 10**6] * 20, size=40_000_000, limit=10_000)
     assert (stats.bytes, stats.characters, stats.is_whole) == (40_000_000, 20_000_000, False)
 
@@ -52,7 +52,7 @@ def test_tokenizer_by_size_and_script():
     assert sizes == [("bpe", size) for size in (1024, 2048, 4096, 8192, 8192)]
 
 
-def test_without_the_tokenizers_package_characters_are_taken(monkeypatch, capsys):
+def test_characters_without_the_tokenizers_package(monkeypatch, capsys):
     monkeypatch.setattr("brisk.data.prepare.find_spec", lambda name: None)
     Path("long.txt").write_text("".join(f"sentence {i}, Öl\n" for i in range(3000)))
     assert load_tokenizer(prepare("long.txt")).kind == "char"
@@ -62,7 +62,7 @@ def test_without_the_tokenizers_package_characters_are_taken(monkeypatch, capsys
 # ----------------------------------------------------------------------------- folders
 
 
-def test_same_text_is_not_made_again(capsys):
+def test_same_text_is_reused(capsys):
     folder = prepare("my.txt")
     assert folder == Path("data/my") and read_meta(folder)["source"] == "my.txt"
     before = modified(folder)
@@ -73,7 +73,7 @@ def test_same_text_is_not_made_again(capsys):
     assert "using it" in capsys.readouterr().out
 
 
-def test_other_text_and_other_choices_get_a_folder_of_their_own(capsys):
+def test_other_text_gets_another_folder(capsys):
     first = prepare("my.txt", tokenizer="char")
     second = prepare("my.txt", tokenizer="byte")
     Path("my.txt").write_text(TEXT[::-1], encoding="utf-8")
@@ -86,7 +86,7 @@ def test_other_text_and_other_choices_get_a_folder_of_their_own(capsys):
     assert load_tokenizer(first).characters == sorted(set(TEXT))
 
 
-def test_a_folder_of_another_origin_is_left_alone():
+def test_foreign_folder_is_unchanged():
     Path("data/my").mkdir(parents=True)
     Path("data/my/prepare.py").write_text("")
     assert prepare("my.txt", tokenizer="char") == Path("data/my-2")
@@ -95,7 +95,7 @@ def test_a_folder_of_another_origin_is_left_alone():
 
 
 @pytest.mark.parametrize("lost", ["val.bin", "train.bin"])
-def test_a_damaged_set_is_made_again(lost):
+def test_damaged_set_is_remade(lost):
     folder = prepare("my.txt", tokenizer="char")
     whole = (folder / lost).read_bytes()
     (folder / lost).unlink()
@@ -105,12 +105,12 @@ def test_a_damaged_set_is_made_again(lost):
     assert (folder / lost).read_bytes() == whole
 
 
-def test_meta_names_no_path_of_the_machine(tmp_path):
+def test_meta_has_no_local_paths(tmp_path):
     folder = prepare(str(tmp_path / "my.txt"))
     assert str(tmp_path) not in json.dumps(read_meta(folder))
 
 
-def test_a_file_that_grows_while_it_is_read_is_one_line(monkeypatch):
+def test_file_changed_during_reading_is_one_line(monkeypatch):
     def growing(corpus, size):
         with open("my.txt", "a") as file:
             file.write("more")
@@ -122,7 +122,7 @@ def test_a_file_that_grows_while_it_is_read_is_one_line(monkeypatch):
     assert not Path("data/my/train.bin").exists()
 
 
-def test_a_fifo_is_refused_at_once():
+def test_fifo_is_refused():
     os.mkfifo("pipe.txt")
     for name in ("pipe.txt", "/dev/null"):
         with pytest.raises(UserError, match="is not a regular file"):
@@ -132,7 +132,7 @@ def test_a_fifo_is_refused_at_once():
 # ----------------------------------------------------------------------------- tokens
 
 
-def test_a_vocabulary_shrinks_to_what_the_text_gives(capsys):
+def test_vocabulary_is_limited_by_the_text(capsys):
     pytest.importorskip("tokenizers")
     folder = prepare("my.txt", tokenizer="bpe", vocab_size=8192)
     made = load_tokenizer(folder)
@@ -147,7 +147,7 @@ def test_a_vocabulary_shrinks_to_what_the_text_gives(capsys):
     ("text", "message"),
     [("!!! … ???\n" * 20, "has no words"), ("no word of it twice", "use a smaller --min_count")],
 )
-def test_a_text_without_words_is_one_line(text, message):
+def test_text_without_words_is_one_line(text, message):
     Path("my.txt").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         prepare("my.txt", tokenizer="word")
@@ -160,12 +160,12 @@ def test_a_text_without_words_is_one_line(text, message):
         ("apples and pears\n" * 9 + "the of and the of\n" * 3, "has only stop words"),
     ],
 )
-def test_a_text_of_stop_words_is_one_line(prepare_here, text, message):
+def test_text_of_stop_words_is_one_line(prepare_here, text, message):
     Path("my.txt").write_text(text)
     assert message in prepare_here("words", fails=True, input="my.txt")
 
 
-def test_names_that_are_no_text(script, tmp_path):
+def test_names_that_are_not_utf8(script, tmp_path):
     """File names on Linux are bytes; these are not UTF-8."""
     name, folder = (os.fsdecode(os.fsencode(tmp_path) + end) for end in (b"/t\xfe.txt", b"/d\xff"))
     try:

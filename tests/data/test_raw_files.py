@@ -39,7 +39,7 @@ def texts(sources, **options):
 # ----------------------------------------------------------------------------- zip archives
 
 
-def test_a_zip_is_read_like_a_folder(capsys):
+def test_zip_is_read_like_a_folder(capsys):
     members = {
         "b.txt": "text b",
         "a.md": "text a".encode("utf-16"),
@@ -63,7 +63,7 @@ def test_a_zip_is_read_like_a_folder(capsys):
     assert os.listdir() == ["in"]
 
 
-def test_a_zip_of_one_file_is_that_file():
+def test_zip_of_one_file_is_that_file():
     assert texts(zipped("one.zip", {"a.txt": "alone"})) == ["alone"]
     assert read_text("one.zip") == "alone"
     zipped("two.zip", {"a.txt": "alone", "b.txt": "not alone"})
@@ -71,7 +71,7 @@ def test_a_zip_of_one_file_is_that_file():
         read_text("two.zip")
 
 
-def test_a_parquet_file_in_a_zip():
+def test_parquet_in_a_zip():
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -84,7 +84,7 @@ def test_a_parquet_file_in_a_zip():
     ]
 
 
-def test_names_that_lead_elsewhere_are_names_only(tmp_path):
+def test_member_paths_are_only_names(tmp_path):
     zipped("evil.zip", {"../../out.txt": "one", "/etc/out.txt": "two", "C:\\out.txt": "three"})
     assert sorted(texts("evil.zip")) == ["one", "three", "two"]
     assert os.listdir() == ["evil.zip"] and not Path("../out.txt").exists()
@@ -104,13 +104,13 @@ def test_names_that_lead_elsewhere_are_names_only(tmp_path):
         (lambda: Path("a.zip").write_bytes(b""), "cannot read a.zip|is empty"),
     ],
 )
-def test_a_zip_that_cannot_be_used_is_one_line(make, message):
+def test_unusable_zip_is_one_line(make, message):
     make()
     with pytest.raises(UserError, match=message):
         texts("a.zip")
 
 
-def test_an_encrypted_zip_is_one_line():
+def test_encrypted_zip_is_one_line():
     zipped("a.zip", {"a.txt": "secret", "b.txt": "secret"})
     raw = bytearray(Path("a.zip").read_bytes())
     raw[raw.index(b"PK\x01\x02") + 8] |= 1  # the flag of the first member, in the directory
@@ -119,7 +119,7 @@ def test_an_encrypted_zip_is_one_line():
         texts("a.zip")
 
 
-def test_a_damaged_member_is_named(capsys):
+def test_damaged_member_is_named(capsys):
     zipped("a.zip", {"a.txt": "text " * 1000, "b.txt": "b"})
     raw = bytearray(Path("a.zip").read_bytes())
     raw[45:50] = b"?????"
@@ -129,7 +129,7 @@ def test_a_damaged_member_is_named(capsys):
 
 
 @pytest.mark.parametrize("end", ["zip", "gz"])
-def test_a_bomb_is_stopped(monkeypatch, end):
+def test_decompression_bomb_is_stopped(monkeypatch, end):
     monkeypatch.setattr("brisk.data.raw_files.HARMLESS", 2**20)
     bomb = b"0" * 2**23
     if end == "zip":
@@ -140,7 +140,7 @@ def test_a_bomb_is_stopped(monkeypatch, end):
         texts(f"a.{end}")
 
 
-def test_many_members_are_read_in_one_opening(monkeypatch):
+def test_archive_is_opened_once(monkeypatch):
     opened = []
     real = zipfile.ZipFile
     zipped("many.zip", {f"{i}.txt": f"text {i}" for i in range(500)})
@@ -149,7 +149,7 @@ def test_many_members_are_read_in_one_opening(monkeypatch):
     assert len(opened) == 1
 
 
-def test_compressed_text_is_known_by_its_bytes():
+def test_compression_is_detected_by_bytes():
     Path("a.txt").write_bytes(gzip.compress("grün".encode()))
     assert texts("a.txt") == ["grün"]
 
@@ -211,7 +211,7 @@ NO_TEXT = {
 
 @pytest.mark.parametrize("name", NO_TEXT)
 @pytest.mark.parametrize("renamed", [False, True])
-def test_files_that_are_no_text_say_what_they_are(name, renamed):
+def test_binary_files_are_named_by_kind(name, renamed):
     make, message = NO_TEXT[name]
     make(name)
     if renamed:  # the bytes count, not the name
@@ -224,7 +224,7 @@ def test_files_that_are_no_text_say_what_they_are(name, renamed):
         read_text(name)
 
 
-def test_a_folder_says_what_could_be_converted(capsys):
+def test_convertible_files_in_a_folder_are_noted(capsys):
     Path("in").mkdir()
     for name in ("a.pdf", "b.docx", "g.png", "k.sqlite"):
         NO_TEXT[name][0](f"in/{name}")
@@ -242,7 +242,7 @@ def test_a_folder_says_what_could_be_converted(capsys):
     "text",
     ["BM is the name of a shop", "GGUF is a format", "ID3 tags", "MZ", "%!", "PK is Pakistan"],
 )
-def test_a_text_may_begin_like_another_file(text):
+def test_text_that_begins_like_a_binary_file(text):
     Path("a.txt").write_text(text)
     assert texts("a.txt") == [text]
 
@@ -299,7 +299,7 @@ def damaged(raw, rng):
 
 
 @pytest.mark.parametrize("name", seeds())
-def test_a_damaged_file_is_read_or_named(name, capsys):
+def test_damaged_file_is_read_or_refused(name, capsys):
     rng = random.Random(name)
     whole = seeds()[name]
     for _ in range(150):
@@ -310,7 +310,7 @@ def test_a_damaged_file_is_read_or_named(name, capsys):
             assert name in str(error)
 
 
-def test_a_member_without_a_name_is_left_out():
+def test_member_without_a_name_is_skipped():
     zipped("a.zip", {"x": "nameless", "b.txt": "text"})
     raw = Path("a.zip").read_bytes()
     at = raw.index(b"PK\x01\x02")  # the first entry of the directory: its name becomes a comment

@@ -33,7 +33,7 @@ def refused(name, content, **options):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
-def test_the_separator_is_found_and_told(capsys, name, separator):
+def test_separator_is_detected_and_noted(capsys, name, separator):
     rows = ["id,text", '1,"one, two; three\t|"', "2,four. five", '3,"six\nseven"']
     content = "".join(row.replace(",", separator, 1) + "\n" for row in rows)
     assert texts(name, content) == ["one, two; three\t|", "four. five", "six\nseven"]
@@ -41,14 +41,14 @@ def test_the_separator_is_found_and_told(capsys, name, separator):
     assert (f"{name}: the field separator is {separator!r}" in capsys.readouterr().err) != usual
 
 
-def test_a_separator_that_is_in_the_text_only():
+def test_separator_inside_text_is_ignored():
     assert texts("a.csv", "text\none; two\nthree; four\n") == ["one; two", "three; four"]
     assert texts("b.csv", "n,text\n1,a;b\n2,c;d\n") == ["a;b", "c;d"]
     assert texts("c.csv", "n;text\n1,5;a, b\n2,5;c\n") == ["a, b", "c"]
     assert texts("d.csv", "sep=;\nn;text\n1;a\n") == ["a"]  # as Excel writes it
 
 
-def test_the_only_column_of_text_is_taken(capsys):
+def test_only_text_column_is_used(capsys):
     assert texts("a.csv", "id,body,score\n1,a,2.5\n2,b,\n") == ["a", "b"]
     assert "a.csv: reading the text in column body" in capsys.readouterr().err
     assert texts("b.csv", "id,body,text\n1,a,b\n") == ["b"]
@@ -74,11 +74,11 @@ def test_the_only_column_of_text_is_taken(capsys):
         (b"text\na\0b\n", "a.csv is not text"),
     ],
 )
-def test_a_csv_that_cannot_be_used_is_one_line(content, message):
+def test_unusable_csv_is_one_line(content, message):
     assert message in refused("a.csv", content)
 
 
-def test_empty_tables_among_others_are_left_out(capsys):
+def test_empty_tables_are_skipped(capsys):
     Path("in").mkdir()
     for name, content in (("a.csv", ""), ("b.csv", "text\n"), ("c.jsonl", ""), ("d.json", "[]")):
         Path("in", name).write_text(content)
@@ -90,7 +90,7 @@ def test_empty_tables_among_others_are_left_out(capsys):
 # ----------------------------------------------------------------------------- json
 
 
-def test_an_array_is_read_as_documents():
+def test_json_array():
     rows = [{"text": "one\n", "id": 1}, {"text": None}, {"id": 2}, {"text": ""}, {"text": "2 的"}]
     for content in (json.dumps(rows), json.dumps(rows, indent=1, ensure_ascii=False)):
         for encoding in ("utf-8", "utf-8-sig", "utf-16"):
@@ -103,13 +103,13 @@ def test_an_array_is_read_as_documents():
     assert "has no column b; its columns are a" in refused("e.json", '[{"a": "1"}]', column="b")
 
 
-def test_json_with_a_row_on_each_line_is_jsonl():
+def test_json_lines_in_a_json_file():
     assert texts("a.json", '{"text": "a"}\n{"text": "b"}\n') == ["a", "b"]
     assert texts("b.jsonl", '"a"\n\n"b"') == ["a", "b"]
     assert texts("c.ndjson", '\ufeff{"text": "a"}\r\n{"text": "b"}\r\n') == ["a", "b"]
 
 
-def test_a_large_array_names_the_way_out(monkeypatch):
+def test_large_array_names_the_remedy(monkeypatch):
     monkeypatch.setattr("brisk.data.json_file.LARGEST", 1000)
     message = refused("a.json", json.dumps(["text " * 10] * 50))
     assert "convert it to jsonl: jq -c '.[]' a.json" in message
@@ -139,7 +139,7 @@ def test_a_large_array_names_the_way_out(monkeypatch):
         ('{"messages": [{"role": "user"}]}\n', "has no column text; its columns are messages"),
     ],
 )
-def test_jsonl_that_cannot_be_used_names_the_line(content, message):
+def test_unusable_jsonl_names_the_line(content, message):
     assert message in refused("a.jsonl", content)
 
 
@@ -154,11 +154,11 @@ def test_jsonl_that_cannot_be_used_names_the_line(content, message):
         ("[" * 100_000, "it is not JSON"),
     ],
 )
-def test_json_that_cannot_be_used_is_one_line(content, message):
+def test_unusable_json_is_one_line(content, message):
     assert message in refused("a.json", content)
 
 
-def test_a_json_file_is_iterated_again_and_again():
+def test_json_is_re_iterable():
     Path("a.json").write_text('[{"text": "a"}, {"text": "b"}]')
     table = JsonFile(Path("a.json"))
     assert list(table.texts("text")) == list(table.texts("text")) == ["a", "b"]
@@ -187,7 +187,7 @@ def test_parquet_columns():
     assert texts("a.bin") == ["a", "c"]
 
 
-def test_parquet_that_cannot_be_used_is_one_line():
+def test_unusable_parquet_is_one_line():
     parquet("a.parquet", words=[["a", "b"], ["c"]], n=[1, 2])
     with pytest.raises(UserError, match=r"a\.parquet has no column text; its columns are words, n"):
         texts("a.parquet")
@@ -203,6 +203,6 @@ def test_parquet_that_cannot_be_used_is_one_line():
         texts("c.parquet")
 
 
-def test_rows_of_a_csv_are_dicts():
+def test_csv_rows_are_dicts():
     Path("a.csv").write_text("a;b\n1;2\n")
     assert list(CsvFile("a.csv")) == [{"a": "1", "b": "2"}]
