@@ -45,9 +45,7 @@ class EvaluateConfig:
     init_from: str = "resume"  # resume, gpt2*, a checkpoint, or a Hugging Face folder
     out_dir: str = "out"  # folder of the run, for init_from=resume; ckpt.pt is read, else last.pt
     # task
-    task: Literal["loss", "addition", "hellaswag", "lambada"] = (
-        "loss"  # loss, or accuracy on a task
-    )
+    task: Literal["loss", "addition", "hellaswag", "lambada"] = "loss"  # quantity to measure
     file: str = ""  # items of hellaswag (ctx, endings, label) or lambada (text), as JSON lines
     # data
     dataset: str = ""  # evaluate on data/<dataset>; if empty, the training data set

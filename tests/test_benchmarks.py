@@ -165,7 +165,7 @@ def test_wrong_peer_is_one_line(script, quick_script, tmp_path):
     for start, argv, words in [
         (script, [], "--peer="),
         (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is no checkout of nanoGPT"),
-        (quick_script, ["--peer=x", "--sections=step,dat"], "there is no dat; did you mean data?"),
+        (quick_script, ["--peer=x", "--sections=step,dat"], "unknown name dat; did you mean data?"),
         (quick_script, ["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
     ]:
         done = start("benchmarks/compare_nanogpt.py", *argv)
@@ -246,7 +246,7 @@ def test_decode_ratio(capsys, monkeypatch):
     script.main(configure(script.DecodeRatioConfig, argv))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[2:]] == [["tiny", "1"], ["tiny", "3"]]
-    with pytest.raises(UserError, match="models=tony is none of tiny"):
+    with pytest.raises(UserError, match="models=tony is not one of tiny"):
         script.main(configure(script.DecodeRatioConfig, ["--models=tony"]))
 
 
@@ -353,7 +353,7 @@ def test_table_of_rows(gpu, script, tmp_path):
 
 def test_unknown_section_is_one_line(quick_script, tmp_path):
     for argv, words in [
-        (["--sections=smal"], "there is no smal; did you mean small?"),
+        (["--sections=smal"], "unknown section smal; did you mean small?"),
         (["--sections=small", "--parts=eagre"], "there is no eagre; did you mean eager?"),
         ([f"--table={tmp_path / 'none'}"], "--table="),
     ]:

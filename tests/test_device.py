@@ -149,7 +149,7 @@ def test_matmul_flops_is_plausible():
     assert 1e8 < matmul_flops(CPU, 256, 0.02) < 1e15
 
 
-def test_expected_memory_matches_measurement():
+def test_expected_memory_of_weights_and_batch():
     two, four, eight = (expected_memory(GPT(SMALL), b, CPU) for b in (2, 4, 8))
     parameters = sum(p.numel() for p in GPT(SMALL).parameters())
     row = (four - two) / 2

@@ -284,7 +284,7 @@ def test_prompt_of_a_megabyte(model_of, tmp_path, piece):
     path.write_text(piece * (2**20 // len(piece)))
     error = sampled(model_of, start=f"FILE:{path}")
     if error:  # so long a run of white space is too much for tiktoken's regular expressions
-        assert "cannot cut this text" in error and "bpe" in str(model_of) and piece.isspace()
+        assert "cannot split this text" in error and "bpe" in str(model_of) and piece.isspace()
 
 
 @settings(max_examples=20, suppress_health_check=SLOW, derandomize=True)

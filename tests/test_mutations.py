@@ -280,7 +280,7 @@ def test_bins_of_another_set_are_detected(files, tmp_path):
     """By their sizes always; those of equal sizes by --verify_data."""
     for change, noticed in (
         (lambda ids: ids[:-1], "does not match meta.json"),
-        (lambda ids: np.roll(ids, 1), "its checksum is not the one in meta.json"),
+        (lambda ids: np.roll(ids, 1), "its checksum does not match meta.json"),
     ):
         data = shutil.copytree(files.data, tmp_path / noticed[:4], dirs_exist_ok=True)
         change(files.ids).tofile(data / "train.bin")

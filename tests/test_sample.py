@@ -262,7 +262,7 @@ def test_default_tokenizer_is_gpt2(run, folder, monkeypatch):
     assert texts(run("--start=the end"))[0].startswith("the end")
     assert "assuming GPT-2 encodings" in run.notices
     write_checkpoint(folder / "out" / "ckpt.pt", 65)
-    with pytest.raises(UserError, match="259 tokens, the model 65"):
+    with pytest.raises(UserError, match="259 tokens, but the model has 65"):
         run()
 
 

@@ -38,9 +38,7 @@ class PrepareConfig:
     rows: Literal["windows", "documents"] = "documents"  # one text of lines, or separate documents
     balance: bool = False  # repeat training reviews of rare labels until all are equally frequent
     label_prompt: bool = False  # begin each review with the prompt of its label
-    prompts: str = (
-        "1=好评：,0=差评："  # label=prompt, …; the default prompt is the label and a colon
-    )
+    prompts: str = "1=好评：,0=差评："  # label=prompt, …; by default, the label and a colon
     val_share: Annotated[float, (0.001, 0.5)] = 0.1  # fraction of each label for validation
     encoding: str = "auto"  # encoding of the file: utf-8, gb18030, big5, …
     seed: Seed = 1337  # seed of the split and the order

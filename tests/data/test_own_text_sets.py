@@ -52,7 +52,7 @@ def test_tokenizer_by_size_and_script():
     assert sizes == [("bpe", size) for size in (1024, 2048, 4096, 8192, 8192)]
 
 
-def test_characters_without_the_tokenizers_package(monkeypatch, capsys):
+def test_characters_without_tokenizers(monkeypatch, capsys):
     monkeypatch.setattr("brisk.data.prepare.find_spec", lambda name: None)
     Path("long.txt").write_text("".join(f"sentence {i}, Öl\n" for i in range(3000)))
     assert load_tokenizer(prepare("long.txt")).kind == "char"

@@ -176,7 +176,7 @@ def test_openwebtext_refuses_unusable_sources(prepare, tmp_path, name, content, 
     assert message in stderr.splitlines()[-1]
 
 
-def test_openwebtext_without_a_network_is_one_line(prepare):
+def test_openwebtext_without_network_is_one_line(prepare):
     pytest.importorskip("datasets")
     stderr = prepare("openwebtext", fails=True, HF_HUB_OFFLINE="1")
     assert "Skylion007/openwebtext" in stderr and "pip install datasets" in stderr
@@ -197,7 +197,7 @@ def test_python_source_of_this_library(prepare, tmp_path):
     assert 0.03 < len(val) / len(train + val) < 0.2
 
 
-def test_python_source_skips_tests_and_binary_files(prepare, tmp_path):
+def test_python_source_skips_tests_and_binaries(prepare, tmp_path):
     for i in range(40):
         (tmp_path / "in" / "package").mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / "package" / f"module{i}.py").write_text(f"# ordinary {i}\n")

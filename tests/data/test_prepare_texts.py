@@ -41,7 +41,7 @@ def labels(documents):
     return Counter({"好": "1", "难": "0", "o": "x"}[text[0]] for text in documents)
 
 
-def test_reviews_split_by_label_without_duplicates(prepare, reviews):
+def test_reviews_are_split_by_label(prepare, reviews):
     made = prepare("reviews", input=reviews)
     assert len(set(made.all_documents())) == len(made.all_documents()) == 257
     assert "50 labelled 0, 200 labelled 1, 7 labelled x; 30 duplicates removed" in made.printed

@@ -242,7 +242,7 @@ def test_interruption_ends_the_progress_line(tmp_path, killed, capsys, texts):
     assert left.value.code == 130 and err.endswith("\ninterrupted\n") and "tokenizing" in err
 
 
-def test_killed_workers_are_reported_and_continued(shared_memory, tmp_path, monkeypatch):
+def test_killed_workers_are_reported(shared_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize_files, "BATCH", 1000)
     monkeypatch.setattr(tokenize_files, "SAVE_EVERY", -1)
 
