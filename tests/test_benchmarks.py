@@ -1,4 +1,4 @@
-"""The comparisons run, and their judges judge."""
+"""The benchmarks run, and their statistics are right."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Compiled blocks: when they are, how few graphs they make, and what happens where it fails."""
+"""Compilation: when it is used, the number of graphs, and failures."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The config files that come with the code: each runs in every script, and sizes are GPT-2's."""
+"""The config files of the repository run in every script, and model sizes match GPT-2."""
 
 from pathlib import Path
 

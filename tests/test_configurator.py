@@ -1,4 +1,4 @@
-"""Config files and --key=value: nanoGPT's ways, checked, with mistakes told in one line."""
+"""Config files and --key=value: compatible with nanoGPT, checked, errors in one line."""
 
 import re
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""`auto` chooses what works here, and says what does not."""
+"""Choice of device, precision and compilation, and memory estimates."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The example files and the commands of the pages run, and the tests that the pages name exist."""
+"""Example files and documented commands run, and the tests named in the pages exist."""
 
 import importlib.util
 import os

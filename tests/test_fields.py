@@ -1,4 +1,4 @@
-"""A field of the network is written once, in `GPTConfig`; all else knows it from there."""
+"""A model field is defined once, in `GPTConfig`; scripts and --help derive it."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Any command line and any prompt: work, or one line and status 2. Random and hostile ones."""
+"""Random and hostile command lines and prompts work, or end in one line and status 2."""
 
 import importlib.util
 import math
@@ -6,7 +6,7 @@ import string
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEXT, TINY, ending
+from conftest import ROOT, TEXT, TINY, exit_line
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +77,7 @@ def command_lines(Config):
 def check_command_line(Config, argv):
     configured = []
     argv = [argument for argument in argv if argument not in ("--help", "-h")]
-    if ending(lambda: configured.append(configure(Config, argv))) is None:
+    if exit_line(lambda: configured.append(configure(Config, argv))) is None:
         check_values(configured[0], "")
         for key, kind in key_types(Config).items():
             value = getattr(configured[0], key)
@@ -121,7 +121,7 @@ def test_hostile_values_of_every_key(script):
 
 def test_error_about_a_long_value_is_short():
     for argument in ("--batch_size=" + "x" * 10**6, "--" + "x" * 10**6 + "=1", "x" * 10**6):
-        assert len(ending(lambda a=argument: configure(train.TrainConfig, [a]))) < 1200
+        assert len(exit_line(lambda a=argument: configure(train.TrainConfig, [a]))) < 1200
 
 
 # Texts and paths that settings of type str take; `\0` cannot stand on a real command line, but in a
@@ -184,17 +184,17 @@ def test_unusual_paths(script, run, char_data, tmp_path, monkeypatch):
                 given["task"] = "lambada"
             argv = [f"--{k}={v}" for k, v in given.items()]
             Config = CONFIGS[script]
-            ending(lambda m=module, c=Config, a=argv: m.main(configure(c, a)))
+            exit_line(lambda m=module, c=Config, a=argv: m.main(configure(c, a)))
 
 
 @pytest.mark.parametrize("path", PATHS + READ_ONLY)
 def test_unusual_runs_are_plotted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert ending(plot.main, [path])
+    assert exit_line(plot.main, [path])
     if path in READ_ONLY:
         return
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n')
-    ending(plot.main, ["metrics.jsonl", f"--to={path}.svg", f"--title={path}"])
+    exit_line(plot.main, ["metrics.jsonl", f"--to={path}.svg", f"--title={path}"])
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,9 @@ def test_unusual_runs_are_plotted(path, tmp_path, monkeypatch):
 def test_invalid_device_is_refused(char_data, tmp_path, device):
     argv = {**TINY, "device": device, "data_dir": char_data, "out_dir": tmp_path / "out"}
     argv = [f"--{key}={value}" for key, value in argv.items()]
-    assert "device" in (ending(lambda: train.main(configure(train.TrainConfig, argv))) or "device")
+    assert "device" in (
+        exit_line(lambda: train.main(configure(train.TrainConfig, argv))) or "device"
+    )
 
 
 LARGE = [("n_layer", 10**9), ("n_embd", 2**40), ("n_embd", 2**62), ("mlp_width", 2**50)]
@@ -243,7 +245,7 @@ def sampled(out_dir, **changes):
     """How sample.py ends."""
     given = {"out_dir": out_dir, "num_samples": 2, "max_new_tokens": 3, "device": "cpu", **changes}
     argv = [f"--{key}={value}" for key, value in given.items()]
-    return ending(lambda: sample.main(configure(sample.SampleConfig, argv)))
+    return exit_line(lambda: sample.main(configure(sample.SampleConfig, argv)))
 
 
 any_text = st.text(st.characters(exclude_categories=())) | st.text(string.printable)

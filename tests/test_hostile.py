@@ -1,7 +1,6 @@
-"""No file that is read can run code, and none is believed: attacks, each of which would make a file
-on this disk if it worked.
+"""Hostile files cannot run code, and their claims are checked. Each attack would create a file.
 
-Config files are Python by design and stand outside of this.
+Config files are Python by design and not covered.
 """
 
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, ending
+from conftest import TINY, exit_line
 
 import export
 import plot
@@ -58,7 +57,7 @@ def directory(exported, tmp_path):
 
 def sampled(**changes):
     argv = [f"--{key}={value}" for key, value in {**SAMPLE, **changes}.items()]
-    return ending(lambda: sample.main(configure(sample.SampleConfig, argv)))
+    return exit_line(lambda: sample.main(configure(sample.SampleConfig, argv)))
 
 
 class Calls:
@@ -117,7 +116,7 @@ def test_ckpt_pt_runs_nothing(trained, marker, tmp_path, name, bare):
         rewritten(trained / "ckpt.pt", path, payload)
     assert "ckpt.pt" in sampled(out_dir=tmp_path)
     resume = ["--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu"]
-    assert "ckpt.pt" in ending(lambda: train.main(configure(train.TrainConfig, resume)))
+    assert "ckpt.pt" in exit_line(lambda: train.main(configure(train.TrainConfig, resume)))
     assert not marker.exists()
 
 
@@ -128,7 +127,7 @@ def test_meta_pkl_runs_nothing(char_data, marker, tmp_path, name):
     (data / "meta.pkl").write_bytes(attacks(marker)[name])
     given = {**TINY, "data_dir": data, "out_dir": tmp_path / "out"}
     argv = [f"--{key}={value}" for key, value in given.items()]
-    assert "meta.pkl" in ending(lambda: train.main(configure(train.TrainConfig, argv)))
+    assert "meta.pkl" in exit_line(lambda: train.main(configure(train.TrainConfig, argv)))
     assert not marker.exists() and not (tmp_path / "out").exists()
 
 
@@ -210,13 +209,13 @@ def test_meta_json_is_never_executed(char_data, marker, tmp_path):
     meta, code = json.loads((data / "meta.json").read_text()), code_as_text(marker)
     for key in ("format", "dtype", "vocab_size", "splits", "tokenizer"):
         (data / "meta.json").write_text(json.dumps({**meta, key: code}))
-        assert "meta.json" in ending(load_tokenizer, data)
+        assert "meta.json" in exit_line(load_tokenizer, data)
     for kind in (code, "os.mkdir", "CharTokenizer", "__class__"):
         tokenizer = {**meta["tokenizer"], "kind": kind, "path": str(marker)}
         (data / "meta.json").write_text(json.dumps({**meta, "tokenizer": tokenizer}))
-        assert "unknown tokenizer kind" in ending(load_tokenizer, data)
+        assert "unknown tokenizer kind" in exit_line(load_tokenizer, data)
     (data / "meta.json").write_text(json.dumps({**meta, "source": code}))
-    assert ending(load_tokenizer, data) is None
+    assert exit_line(load_tokenizer, data) is None
     assert not marker.exists()
 
 
@@ -228,9 +227,9 @@ def test_metrics_jsonl_is_never_executed(trained, marker, tmp_path):
     hostile += [b'{"step": 1' + b"0" * 400 + b', "loss": 1}', b'{"step": 1e999, "loss": NaN}']
     (run / "metrics.jsonl").write_bytes(b"\n".join([*hostile, lines]))
     argv = [str(run), f"--to={tmp_path / 'a.png'}", "--title=$\\frac{$"]
-    assert ending(plot.main, argv) is None and (tmp_path / "a.png").exists()
+    assert exit_line(plot.main, argv) is None and (tmp_path / "a.png").exists()
     (run / "metrics.jsonl").write_bytes(b"\n".join(hostile))
-    assert "no losses" in ending(plot.main, argv)
+    assert "no losses" in exit_line(plot.main, argv)
     assert not marker.exists()
 
 
@@ -293,7 +292,7 @@ def test_token_counts_in_meta_json(char_data, tmp_path, tokens):
     meta = json.loads((data / "meta.json").read_text())
     meta["splits"]["train"]["tokens"] = tokens
     (data / "meta.json").write_text(json.dumps(meta))
-    assert "meta.json" in ending(load_tokenizer, data)
+    assert "meta.json" in exit_line(load_tokenizer, data)
 
 
 def test_expanded_weight_is_refused(trained, tmp_path):
@@ -336,7 +335,7 @@ def test_settings_in_a_checkpoint_are_checked(trained, tmp_path, key, value):
     settings = torch.load(trained / "ckpt.pt", weights_only=True)["config"]
     with_claims(trained, tmp_path / "ckpt.pt", config={**settings, key: value})
     argv = ["--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu"]
-    error = ending(lambda: train.main(configure(train.TrainConfig, argv)))
+    error = exit_line(lambda: train.main(configure(train.TrainConfig, argv)))
     assert f"{key}={value!r} in the checkpoint" in error
 
 
@@ -374,7 +373,7 @@ def test_invalid_optimizer_state_is_one_line(trained, tmp_path):
     argv = ["--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu", "--max_iters=3"]
     for odd in odd_optimizers(state):
         with_claims(trained, tmp_path / "ckpt.pt", optimizer=odd)
-        error = ending(lambda: train.main(configure(train.TrainConfig, argv)))
+        error = exit_line(lambda: train.main(configure(train.TrainConfig, argv)))
         assert error and "optimizer" in error
 
 

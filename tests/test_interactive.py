@@ -1,4 +1,4 @@
-"""A conversation with a model: prompts and commands at a terminal, and from a pipe."""
+"""Interactive sampling: prompts and commands at a terminal and from a pipe."""
 
 import io
 import os

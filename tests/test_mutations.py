@@ -1,10 +1,9 @@
-"""Damaged files, thousands of them: each is refused in one line, or what is read from it is right.
+"""Randomly damaged files are refused in one line, or read correctly.
 
-Random changes, seeded: cut, lengthened, flipped bits, zeros, other bytes, pieces twice or left out,
-another file in its place, nothing, a folder; and in files that have a structure (JSON, what is in a
-checkpoint) values of another kind or size, with checksums that are right. Where a format has a
-checksum, or says a size twice, "right" means equal to what was written; where it has none (weights
-and sizes of a Hugging Face directory, letters in a meta.json), it means whole and usable.
+Seeded changes: truncation, appended bytes, flipped bits, zeros, duplicated and missing parts,
+another file, an empty file, a folder; in structured files (JSON, checkpoints) also values of a
+different type or size with valid checksums. For formats with a checksum, "correctly" means equal to the
+original; otherwise (a Hugging Face directory, characters in a meta.json) complete and usable.
 """
 
 import copy
@@ -16,7 +15,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, ending
+from conftest import TEXT, TINY, exit_line
 
 import export
 import train
@@ -224,7 +223,7 @@ def counted(files, kind, seeds):
     for seed in seeds:
         path = files.damage(kind, random.Random(f"{kind} {seed}"))
         try:
-            error = ending(files.read, kind, path)
+            error = exit_line(files.read, kind, path)
         except Exception as failure:
             raise AssertionError(f"{kind}, seed {seed}: {failure!r}") from failure
         read, refused = read + (error is None), refused + (error is not None)
@@ -286,7 +285,7 @@ def test_bins_of_another_set_are_detected(files, tmp_path):
         change(files.ids).tofile(data / "train.bin")
         given = {**TINY, "data_dir": data, "out_dir": tmp_path / "out", "verify_data": True}
         argv = [f"--{key}={value}" for key, value in given.items()]
-        assert noticed in ending(lambda a=argv: train.main(configure(train.TrainConfig, a)))
+        assert noticed in exit_line(lambda a=argv: train.main(configure(train.TrainConfig, a)))
         assert not (tmp_path / "out").exists()
 
 
@@ -299,7 +298,7 @@ def test_verify_needs_a_meta_json(files, tmp_path, settings):
     data = shutil.copytree(files.data, tmp_path / "data")
     (data / "meta.json").unlink()
     argv = settings(tmp_path / "out", data_dir=data, verify_data=True)
-    assert "no meta.json" in ending(lambda: train.main(configure(train.TrainConfig, argv)))
+    assert "no meta.json" in exit_line(lambda: train.main(configure(train.TrainConfig, argv)))
 
 
 def test_swapped_train_and_val_are_detected(files, tmp_path):
@@ -307,7 +306,7 @@ def test_swapped_train_and_val_are_detected(files, tmp_path):
     shutil.move(data / "train.bin", data / "kept")
     shutil.move(data / "val.bin", data / "train.bin")
     shutil.move(data / "kept", data / "val.bin")
-    assert "does not match meta.json" in ending(read_meta, data)
+    assert "does not match meta.json" in exit_line(read_meta, data)
 
 
 def test_other_vocab_size_is_detected(files, tmp_path):
@@ -315,7 +314,7 @@ def test_other_vocab_size_is_detected(files, tmp_path):
     meta = json.loads((data / "meta.json").read_text())
     meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"][:-1]
     (data / "meta.json").write_text(json.dumps(meta))
-    assert "its tokenizer" in ending(load_tokenizer, data)
+    assert "its tokenizer" in exit_line(load_tokenizer, data)
 
 
 # ----------------------------------------------------------------------------- byte pairs
@@ -325,7 +324,7 @@ def test_bpe_without_all_bytes_is_refused(trained_pairs):
     """tiktoken would take them, and end the process at the first text with such a byte."""
     tokens = trained_pairs["tokens"].split(" ")
     for odd in (tokens[1:], [*tokens, tokens[5]], tokens[256:], ["", *tokens[1:]]):
-        assert ending(from_dict, {**trained_pairs, "tokens": " ".join(odd)})
+        assert exit_line(from_dict, {**trained_pairs, "tokens": " ".join(odd)})
 
 
 @pytest.fixture(scope="module")
@@ -348,4 +347,4 @@ def test_two_hundred_damaged_bpe_dicts(trained_pairs):
             ids = tokenizer.encode(TEXT + "é\0", allow_eot=True)
             assert tokenizer.decode(ids) == TEXT + "é\0"
 
-        ending(use)
+        exit_line(use)

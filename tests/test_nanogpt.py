@@ -1,7 +1,7 @@
-"""With nanoGPT beside: each takes the other's checkpoints, data files and config files.
+"""Compatibility with nanoGPT in both directions: checkpoints, data files and config files.
 
-Set NANOGPT to a checkout of https://github.com/karpathy/nanoGPT. Its scripts run in a temporary
-copy, as they are.
+Set NANOGPT to a checkout of https://github.com/karpathy/nanoGPT. Its scripts run unmodified in a
+temporary copy.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The tour runs from top to bottom, on characters and on Chinese, and shows what it says."""
+"""The notebook runs, and its pictures show the model's numbers."""
 
 import json
 

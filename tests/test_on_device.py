@@ -1,7 +1,7 @@
-"""The device computes as a CPU does in float64. BRISK_TEST_DEVICE=cuda runs these on a GPU.
+"""Results on the device match a CPU in float64. Run on a GPU with BRISK_TEST_DEVICE=cuda.
 
-An error is the norm of a difference as a share of the norm: at most 1e-4 in float32 and 2e-2 where
-products are in bfloat16, whose unit of rounding is 4e-3.
+The relative error ‖difference‖ / ‖expected‖ must be at most 1e-4 in float32, and 2e-2 with bfloat16
+products, whose unit roundoff is 4e-3.
 """
 
 import copy

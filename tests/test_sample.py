@@ -1,4 +1,4 @@
-"""sample.py as a person meets it: the text on standard output, mistakes in one line."""
+"""sample.py: text on standard output, errors in one line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""model.py copied out alone trains and generates; beside the package it never falls back."""
+"""model.py works without the package; with it, the fallbacks are never used."""
 
 import os
 import shutil

@@ -1,5 +1,5 @@
-"""A training step and a decode step leave the host out: no tensor on it, no number read from the
-device, nothing sent to it. Tried on PyTorch's meta device, which has shapes and no numbers."""
+"""Training and decode steps do not use the host: no host tensors, no synchronization, no copies.
+Tested on PyTorch's meta device, whose tensors have shapes but no data."""
 
 import sys
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""The scripts that judge recipes: what they judge on, and what they print."""
+"""The benchmarks that compare recipes: ablation, race, stability and magnitudes."""
 
 import json
 import sys

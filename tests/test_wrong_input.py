@@ -1,7 +1,6 @@
-"""What a person can get wrong ends in one line on standard error and exit status 2.
+"""Wrong input ends in one line on standard error and exit status 2.
 
-Each mistake is made in a process of its own, as a person makes it. Where a system can fork, most
-of them have PyTorch loaded already.
+Each case runs in a separate process, forked with PyTorch loaded if possible.
 """
 
 import os

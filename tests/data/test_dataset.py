@@ -1,4 +1,4 @@
-"""What is written is what was tokenized, in order and whole, and a half-written set is noticed."""
+"""Writing and reading data sets, and detection of interrupted writes."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The index of documents: a cache that is right, or built again."""
+"""The document index matches a scan, and is rebuilt when it does not match its token file."""
 
 import os
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Documents are found in files of any kind, tables are read right, and a split mixes nothing."""
+"""Documents from files and tables, and their split for training and validation."""
 
 import csv
 import io

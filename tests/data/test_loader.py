@@ -1,4 +1,4 @@
-"""Batches: every row once an epoch, each a pure function of (seed, position)."""
+"""Batches: each row once per epoch, as a pure function of (seed, position)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Text of one's own becomes a data set in one call, and the same text is not made again."""
+"""`prepare`: any text becomes a data set in one call, and the same text is reused."""
 
 import json
 import os

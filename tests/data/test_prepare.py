@@ -1,4 +1,4 @@
-"""Each `prepare.py` as a person runs it, in a copy of the repository."""
+"""Each `prepare.py` as a script, in a copy of the repository."""
 
 import json
 import os

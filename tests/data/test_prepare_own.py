@@ -1,5 +1,4 @@
-"""Files of one's own and shards of a large set: what was read is in the files that are written,
-each document on one side, in bounded memory."""
+"""Data sets from user files and from shards: complete, split by document, in bounded memory."""
 
 import gzip
 import json

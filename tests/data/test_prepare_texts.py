@@ -1,4 +1,4 @@
-"""Reviews, words and chapters: what is in the files that each data set writes, decoded again."""
+"""The data sets of reviews, words and novels, decoded from their files."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Zip archives are read like folders, and files that are not text say what they are."""
+"""Zip archives, compressed files, and recognition of binary files."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Tables as strangers have them: any separator, json arrays, jsonl cut short, nested parquet."""
+"""Tables in the wild: separators, json arrays, truncated jsonl, nested parquet."""
 
 import json
 from pathlib import Path

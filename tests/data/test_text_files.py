@@ -1,4 +1,4 @@
-"""Raw text is found in the promised order, and read right in whatever encoding it is."""
+"""Search order of raw text, and detection of its encoding."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Tokenizing on many cores, in parts, and after a kill gives what one process gives at one go."""
+"""Tokenizing on several cores, in parts, or after an interruption gives the same files."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Text comes back from its ids, ids are those of nanoGPT and tiktoken, foreign files are safe."""
+"""Tokenizers: round trips, ids that match nanoGPT and tiktoken, and safe loading."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""The loss is that of every token once, as transformers computes it too; bench.py runs."""
+"""evaluate.py scores every token once and matches transformers; bench.py runs."""
 
 import json
 import math

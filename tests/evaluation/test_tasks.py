@@ -1,4 +1,4 @@
-"""Tasks of items give what transformers computes one row at a time, and wrong items one line."""
+"""Tasks match transformers, and invalid items end in one line."""
 
 import json
 import math

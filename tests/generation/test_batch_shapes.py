@@ -1,4 +1,4 @@
-"""Shapes of a decode step in which a row has the same bits in any company."""
+"""Batch shapes for which a row's result is bit-exact in any batch."""
 
 import random
 

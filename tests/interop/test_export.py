@@ -1,4 +1,4 @@
-"""What export.py writes computes the same elsewhere, and nobody's files are lost."""
+"""export.py: other programs compute the same, and no foreign files are replaced."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A config of GPT-2 or Qwen3, however damaged, gives transformers' logits or one line."""
+"""Any changed config of GPT-2 or Qwen3 gives transformers' logits or one line."""
 
 import json
 import math

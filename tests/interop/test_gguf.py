@@ -1,4 +1,4 @@
-"""A GGUF file read back: tensors, sizes and tokenizer are the model's."""
+"""GGUF files: tensors, sizes and tokenizer match the model."""
 
 import codecs
 import sys

@@ -1,4 +1,4 @@
-"""Hugging Face files, GPT-2 and Qwen3: the same logits, or one line where that cannot be."""
+"""Import of GPT-2 and Qwen3: the same logits as transformers, or one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A picture shows the numbers it was made from, under names that tell runs apart."""
+"""Loss curves show the numbers of their files and distinguish runs."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's requests and responses, limits and refusals."""
+"""The HTTP API: OpenAI's requests and responses, limits and errors."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""The page in a real browser, headless Chromium. SCREENSHOTS=folder keeps what it shows."""
+"""The web page in headless Chromium. SCREENSHOTS=folder saves pictures of it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The engine: a sample is the text that it is alone, whatever runs beside it, before or after."""
+"""The engine: a sample is independent of all other requests."""
 
 import math
 import random

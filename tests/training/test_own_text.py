@@ -1,4 +1,4 @@
-"""train.py --input: a run on text of one's own."""
+"""train.py --input: a run on the user's text."""
 
 import re
 import shlex
