@@ -164,7 +164,7 @@ def test_compare_memory(result):
 def test_wrong_peer_is_one_line(script, quick_script, tmp_path):
     for start, argv, words in [
         (script, [], "--peer="),
-        (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is no checkout of nanoGPT"),
+        (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is not a checkout of nanoGPT"),
         (quick_script, ["--peer=x", "--sections=step,dat"], "unknown name dat; did you mean data?"),
         (quick_script, ["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
     ]:
@@ -193,7 +193,7 @@ def test_disagreement_is_marked():
         table = ratios.as_lines(row)
         assert ("DIFFER" in table) is marked and "loss: 1.88" in table
     assert "2.00 (1.50 to 2.50)" in table and "0% 50%" in table
-    assert "tokens a second: 50, 25" in table
+    assert "tokens/s: 50, 25" in table
 
 
 def test_first_side_alternates():
@@ -354,7 +354,7 @@ def test_table_of_rows(gpu, script, tmp_path):
 def test_unknown_section_is_one_line(quick_script, tmp_path):
     for argv, words in [
         (["--sections=smal"], "unknown section smal; did you mean small?"),
-        (["--sections=small", "--parts=eagre"], "there is no eagre; did you mean eager?"),
+        (["--sections=small", "--parts=eagre"], "unknown part eagre; did you mean eager?"),
         ([f"--table={tmp_path / 'none'}"], "--table="),
     ]:
         done = quick_script("benchmarks/gpu.py", *argv, "--device=cpu")

@@ -2,8 +2,9 @@
 
 Seeded changes: truncation, appended bytes, flipped bits, zeros, duplicated and missing parts,
 another file, an empty file, a folder; in structured files (JSON, checkpoints) also values of a
-different type or size with valid checksums. For formats with a checksum, "correctly" means equal to the
-original; otherwise (a Hugging Face directory, characters in a meta.json) complete and usable.
+different type or size, with valid checksums. For formats with a checksum, "correctly" means equal
+to the original; otherwise (a Hugging Face directory, characters in a meta.json) complete and
+usable.
 """
 
 import copy

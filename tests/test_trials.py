@@ -88,7 +88,7 @@ def test_failed_trial_is_one_line(letters):
 
 
 def test_race_needs_a_peer():
-    with pytest.raises(UserError, match="no checkout of nanoGPT"):
+    with pytest.raises(UserError, match="not a checkout of nanoGPT"):
         race.main(configure(race.RaceConfig, []))
 
 
