@@ -7,10 +7,10 @@
     $ python evaluate.py --init_from=gpt2 --task=hellaswag --file=hellaswag_val.jsonl
     $ python evaluate.py --init_from=gpt2 --task=lambada --file=lambada_test.jsonl --json
 
-`train.py` estimates the loss from some windows; this script reads every token once. The text is
-read in windows of block_size, end-of-text tokens included. A model trained with rows=documents, or
-on characters or words with an end-of-text, reads one document after another, each from its start.
-Standard output has the result alone. `loss` and brisk/evaluation/tasks.py define its figures.
+`train.py` estimates the loss from a sample of windows; this script scores every token once, in
+windows of block_size. A model trained with rows=documents, or on characters or words with an
+end-of-text, is scored on each document separately. Standard output has only the result. Its figures
+are defined in `loss` and brisk/evaluation/tasks.py.
 """
 
 import json
@@ -36,39 +36,39 @@ from brisk.interop.pretrained import read_pretrained
 from configurator import NonNegativeInt, PositiveInt, configure
 from model import GPT
 
-TASKS_OF_ITEMS = {"hellaswag": hellaswag, "lambada": lambada}  # which come in a file of their own
+FILE_TASKS = {"hellaswag": hellaswag, "lambada": lambada}  # tasks with items in --file
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     # model
     init_from: str = "resume"  # resume, gpt2*, a checkpoint, or a Hugging Face folder
-    out_dir: str = "out"  # folder of the run with init_from=resume; ckpt.pt is read, else last.pt
+    out_dir: str = "out"  # folder of the run, for init_from=resume; ckpt.pt is read, else last.pt
     # task
-    task: Literal["loss", "addition", "hellaswag", "lambada"] = "loss"  # what to measure
+    task: Literal["loss", "addition", "hellaswag", "lambada"] = "loss"  # quantity to measure
     file: str = ""  # items of hellaswag (ctx, endings, label) or lambada (text), as JSON lines
     # data
-    dataset: str = ""  # evaluate on data/<dataset>; empty: the data set of the training
+    dataset: str = ""  # evaluate on data/<dataset>; if empty, the training data set
     data_dir: str = ""  # folder of the token files, instead of data/<dataset>
     split: Literal["val", "train"] = "val"  # val.bin or train.bin
     rows: Literal["auto", "windows", "documents"] = "auto"  # auto: as the model was trained
     # loss
-    stride: NonNegativeInt = 0  # tokens from one window to the next; 0: block_size, no overlap
-    all_positions: bool = False  # score overlaps in each window, as training does, not just once
+    stride: NonNegativeInt = 0  # distance between windows in tokens; 0: block_size, no overlap
+    all_positions: bool = False  # score overlapping tokens in every window, not only once
     # output
     json: bool = False  # print one JSON object instead of text
     # system
-    batch_size: PositiveInt = 16  # windows in a batch, or as many shorter rows as fit there
+    batch_size: PositiveInt = 16  # windows in a batch; more if they are shorter than block_size
     device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
 
 
 def main(config):
-    task = TASKS_OF_ITEMS.get(config.task)
+    task = FILE_TASKS.get(config.task)
     if task and not config.file:
         raise UserError(f"task={config.task} reads its items from a file: --file=PATH.jsonl")
     if config.file and not task:
-        raise UserError(f"--file goes with --task={' or --task='.join(TASKS_OF_ITEMS)}")
+        raise UserError(f"--file is for --task={' or --task='.join(FILE_TASKS)} only")
     with redirect_stdout(sys.stderr):
         device = open_device(config.device, config.dtype)
         start = read_pretrained(config.init_from, config.out_dir)
@@ -81,7 +81,7 @@ def main(config):
             rows = "documents" if documents else "windows"
         if not task:
             file, counts = open_split(config, trained_with, model, tokenizer, rows)
-            is_whole = tokenizer.unk is None  # words leave out much of a text, and know not all
+            is_lossless = tokenizer.unk is None  # words drop punctuation and unknown words
 
     with torch.no_grad(), device.autocast():
         if task:
@@ -90,7 +90,7 @@ def main(config):
         elif config.task == "addition":
             result = addition(model, tokenizer, file.tokens, config.batch_size, device)
         else:
-            if not is_whole:
+            if not is_lossless:
                 counts = {}
             elif rows == "documents" and not counts:
                 counts = count_text(file, tokenizer)
@@ -105,62 +105,56 @@ def main(config):
 
 
 def open_split(config, trained_with, model, tokenizer, rows):
-    """The `TokenFile` to evaluate on, and what is known of its text (a dict, maybe empty)."""
+    """Return the `TokenFile` to evaluate on, and the counts of its text from `meta.json`, or {}."""
     data_dir = config.data_dir or ("" if config.dataset else trained_with.get("data_dir", ""))
     dataset = config.dataset or trained_with.get("dataset", "")
     if not data_dir and not dataset:
-        raise UserError("on what text? name a data set that is prepared: --dataset=NAME")
+        raise UserError("this model has no training data set on record; name one: --dataset=NAME")
     data_dir = find_data_dir(data_dir, dataset)
     theirs = load_tokenizer(data_dir)
     if theirs and not same_tokenizer(theirs, tokenizer):
-        raise UserError(f"{data_dir} is tokenized otherwise than what this model was trained on")
+        raise UserError(f"{data_dir} has a different tokenizer than this model's training data")
     meta = read_meta(data_dir)
     dtype = meta["dtype"] if meta else "uint16"
     path, vocab_size = data_dir / f"{config.split}.bin", model.config.vocab_size
-    # The windows are cut here, and a text may be shorter than one: block_size 1 opens any file.
+    # `loss` makes its own windows; with block_size=1, a short text passes the check of TokenFile
     file = TokenFile(path, 1, vocab_size, dtype, rows=rows, eot=tokenizer.eot)
     return file, meta["splits"][config.split] if meta else {}
 
 
 def loss(model, file, counts, device, batch_size=16, stride=0, all_positions=False):
-    """Cross-entropy over all of a `TokenFile`, each of its tokens scored once.
+    """Compute the cross-entropy over all of a `TokenFile`, scoring each token once.
 
-    Windows of `block_size` start every `stride` tokens (0: `block_size`, so that none overlap), and
-    a token is scored in the window that shows the model most of what stands before it: a smaller
-    stride costs more and tells better what the model can do. With `all_positions`, every position
-    of every window is scored instead, as in training: a token counts as often as it is seen.
+    Windows of `block_size` start every `stride` tokens (0: `block_size`, no overlap). A token is
+    scored in the window with the longest context for it. A smaller stride takes longer and gives
+    more context. With `all_positions`, every position of every window is scored, as in training.
 
-    A file opened with rows="windows" is one text, of which the first token has nothing before it
-    and is not scored. With rows="documents" each document is a text: it starts after an end-of-text
-    token, its own end-of-text is its last target, and windows do not reach into the next. Documents
-    without a token are left out, and so is what may follow the last end-of-text.
+    A file opened with rows="windows" is one text. Its first token has no context and is not scored.
+    With rows="documents", each document is a text: its context begins with an end-of-text token,
+    its last target is its own end-of-text, and windows do not cross its end.
 
     Returns:
-        A dict with `tokens`, the number of targets; `loss`, in nats over all targets, the
-        end-of-text tokens included; `perplexity`, exp(loss). And where `counts` has the `bytes` and
-        `characters` of the text and no token counts twice, what can be compared between tokenizers:
-        `loss_per_character` in nats, `bits_per_character`, and `bits_per_byte` (nats / ln 2 / bytes
-        of UTF-8). These take the nats of all targets, but of documents the separators are left
-        out, the end-of-text tokens: their nats, and in `counts` their characters.
+        A dict with `tokens`, the number of targets; `loss`, the mean in nats; `perplexity`,
+        exp(loss). If `counts` has the `bytes` (of UTF-8) and `characters` of the text, and no token
+        is scored twice, also measures that do not depend on the tokenizer: `loss_per_character` in
+        nats, `bits_per_character` and `bits_per_byte`. For documents, these leave out the nats of
+        the end-of-text tokens, which are not part of the text.
     """
     T, tokens = model.config.block_size, file.tokens
     if stride > T:
-        raise UserError(f"stride={stride} leaves tokens out: the model's block_size is {T}")
+        raise UserError(f"stride={stride} skips tokens; it must be at most block_size={T}")
     of_documents = file.documents is not None
     starts, ends = np.array([1]), np.array([len(tokens)])  # of the targets in the file
     if of_documents:
         starts, ends = file.documents.T
     text, begin, end, new = windows(ends - starts, T, stride or T)
     scored = end - (begin if all_positions else new)
-    first, last = (
-        starts[text] + begin - 1,
-        starts[text] + end,
-    )  # of the inputs, and past the targets
+    first, last = starts[text] + begin - 1, starts[text] + end  # tokens of each window
 
     nats = nats_of_eot = n_targets = 0
     for batch in tqdm(batches(end - begin, batch_size * T), unit="batch", disable=None):
         rows = [tokens[max(0, first[i]) : last[i]].astype(np.int64) for i in batch]
-        for number in np.flatnonzero(first[batch] < 0):  # in the file, no end-of-text before it
+        for number in np.flatnonzero(first[batch] < 0):  # the first document has none before it
             rows[number] = np.append(file.eot, rows[number])
         file.check(np.concatenate(rows))
         inputs, targets = collate(rows, scored[batch], device.device)
@@ -181,7 +175,7 @@ def loss(model, file, counts, device, batch_size=16, stride=0, all_positions=Fal
 
 
 def count_text(file, tokenizer):
-    """Bytes and characters in the documents of a file that has no meta.json to say so."""
+    """Count the bytes and characters in the documents of a file without a meta.json."""
     pieces = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
     pieces[file.eot] = b""
     often = np.zeros(len(pieces), dtype=np.int64)
@@ -189,7 +183,7 @@ def count_text(file, tokenizer):
     for first in range(0, end, SCAN):
         part = file.tokens[first : min(first + SCAN, end)]
         often += np.bincount(part, minlength=len(pieces))[: len(pieces)]
-    # Of a character's bytes in UTF-8, all but the first are 10xxxxxx.
+    # in UTF-8, all bytes of a character except the first are 10xxxxxx
     characters = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
     return {"bytes": int(often @ list(map(len, pieces))), "characters": int(often @ characters)}
 

@@ -1,11 +1,11 @@
-"""Loss curves of one or more runs as a picture.
+"""Plot the loss curves of one or more runs.
 
     $ python plot.py out-shakespeare-char
     $ python plot.py out-a out-b out-c/metrics.jsonl --x=tokens --to=loss.svg
     $ python plot.py out-* --curves=val --log=True --title="Four learning rates"
 
-Arguments that are no --key=value are runs: their folders, or the metrics.jsonl in them. Prints
-the path of the picture.
+Arguments other than --key=value are runs: their folders, or the metrics.jsonl in them. Prints the
+path of the picture.
 """
 
 import os
@@ -21,20 +21,20 @@ from configurator import PositiveInt, configure
 
 @dataclass(frozen=True)
 class PlotConfig:
-    to: str = ""  # the picture, .png or .svg; none means loss.png, in the run's folder if it is one
-    x: Literal["steps", "tokens", "seconds"] = "steps"  # what the losses are drawn against
-    curves: Literal["auto", "val", "train", "both"] = "auto"  # auto: both, of up to four runs
-    smooth: PositiveInt = 1  # the batch loss is the mean of so many logged ones around each
+    to: str = ""  # picture to write, .png or .svg; if empty, loss.png, for one run in its folder
+    x: Literal["steps", "tokens", "seconds"] = "steps"  # quantity on the horizontal axis
+    curves: Literal["auto", "val", "train", "both"] = "auto"  # auto: both for up to four runs
+    smooth: PositiveInt = 1  # smooth the batch loss over this many logged values
     log: bool = False  # logarithmic loss axis
-    title: str = ""  # above the picture
+    title: str = ""  # title of the picture
 
 
 def main(argv):
     paths = [a for a in argv if not a.startswith("-") and (os.path.exists(a) or "=" not in a)]
     config = configure(PlotConfig, [argument for argument in argv if argument not in paths])
     if not paths:
-        raise UserError("no run given; name a run's folder, as in: python plot.py out")
-    picture_kind(config.to or "loss.png")  # before the work
+        raise UserError("no run given; name the folder of a run, as in: python plot.py out")
+    picture_kind(config.to or "loss.png")  # raises for an unknown suffix, before the work
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

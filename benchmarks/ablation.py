@@ -1,12 +1,12 @@
-"""What each part of a recipe is worth: the recipe, and the recipe with one part taken back.
+"""Ablation of a recipe: the loss with each of its parts removed.
 
     $ python data/shakespeare_char/prepare.py
     $ python benchmarks/ablation.py
     $ python benchmarks/ablation.py --only=rotary,muon --seeds=1 --more="--max_iters=300"
 
-Every line is a config trained with one change, over several seeds, for the same number of steps,
-on the first 19 twentieths of the training text, and judged on all of the last one. val.bin is not
-looked at. A part that costs time has to be worth it: beside the loss stands the time of a step.
+Each line is the recipe with one change, trained with several seeds for the same number of steps on
+the first 95 % of the training text and evaluated on the rest. val.bin is not used. The last column
+is the time of a step relative to the recipe's, as a part may cost more than it gains.
 """
 
 import json
@@ -23,7 +23,7 @@ from brisk.errors import UserError, did_you_mean, one_line_errors
 from configurator import PositiveInt, configure
 from trials import summary, trial, write_tuning_set
 
-# What is taken back → what stands in its place.
+# {part: the keys that remove it}
 WITHOUT = {
     "muon": "--optimizer=adamw --learning_rate=3e-3 --min_lr=3e-4",
     "rotary": "--position=learned",
@@ -42,17 +42,17 @@ WITHOUT = {
 
 @dataclass(frozen=True)
 class AblationConfig:
-    config: str = "config/train_shakespeare_char_fast.py"  # the recipe
-    dataset: str = "shakespeare_char"  # prepared in data/
-    data_dir: str = ""  # or in this folder
-    only: str = ""  # the parts to take back, separated by commas; empty: all the recipe has
-    more: str = ""  # further keys of train.py, for every run
-    seeds: PositiveInt = 3  # runs of each line
-    json: str = ""  # a new file for the figures
+    config: str = "config/train_shakespeare_char_fast.py"  # config file of the recipe
+    dataset: str = "shakespeare_char"  # data set in data/
+    data_dir: str = ""  # folder of the data set, instead of data/<dataset>
+    only: str = ""  # parts to remove, separated by commas; if empty, all parts of the recipe
+    more: str = ""  # further keys of train.py for every run
+    seeds: PositiveInt = 3  # runs for each line
+    json: str = ""  # new file for the figures
 
 
 def parts_of(config_file, only):
-    """Which parts to take back: those asked for, or those whose mention the recipe's file has."""
+    """The parts to remove: those in `only`, else those that the config file of the recipe sets."""
     if only:
         for name in (names := only.split(",")):
             if name not in WITHOUT:
@@ -67,7 +67,7 @@ def parts_of(config_file, only):
 
 def main(config):
     if config.json and Path(config.json).exists():
-        raise UserError(f"--json={config.json} is there already; name a new file")
+        raise UserError(f"--json={config.json} exists; name a new file")
     if not Path(config.config).exists():
         raise UserError(f"--config={config.config}: no such file")
     lines = {"the recipe": ""}

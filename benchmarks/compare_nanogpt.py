@@ -1,35 +1,31 @@
-"""This repository and nanoGPT side by side: every claim of speed, in one table.
+"""Compare the speed of this repository and nanoGPT.
 
     $ python benchmarks/compare_nanogpt.py --peer=path/to/nanoGPT --json=result.json
     $ python benchmarks/compare_nanogpt.py --peer=path/to/nanoGPT --sections=step --sizes=gpt2
     $ python benchmarks/compare_nanogpt.py --peer=path/to/nanoGPT --sections=train \\
           --train_more=--max_iters=100 --rounds=1
 
-Each side does the same work in a fresh process, in alternation, `rounds` times; who begins changes
-with every round. nanoGPT runs as it is, in a temporary copy of the checkout. The sections:
+Both sides do the same work in fresh processes, alternating for `rounds` rounds; each round swaps
+which side is first. nanoGPT runs unmodified, in a temporary copy. The sections:
 
-    train   train.py as a whole process: nanoGPT's small run on a CPU, or `train_args`. Also the
-            median time of a step that it prints, and the validation loss that it prints at the last
-            step where both evaluate, which may differ by 0.02: each side draws its own windows, to
-            train and to evaluate on (--train_more=--eval_iters=200 takes more of the latter).
-    step    a training step: the mean of many, from the same weights on the same batches of random
-            ids, without evaluations and without writing the numbers down. The loss of the last step
-            must be the same to 0.001 (0.02 below float32) where there is no dropout.
-    sample  sample.py as a whole process; and `model.generate` alone, in a process that has loaded
-            the model and drawn a few tokens before the clock starts. Random weights; ours draws all
-            samples side by side. Where a sample is longer than block_size, also with exact_window.
+    train   train.py as a whole process: nanoGPT's small CPU run, or `train_args`. Also the median
+            step time that it prints, and the last validation loss that both print. The losses may
+            differ by 0.02, as each side samples its own windows for training and evaluation
+            (--train_more=--eval_iters=200 evaluates on more).
+    step    a training step, the mean of many: same weights, same batches of random ids, without
+            evaluation or logging. Without dropout, the last losses must agree to 0.001 (0.02 below
+            float32).
+    sample  sample.py as a whole process; and `model.generate` alone, after loading the model and a
+            warm-up. Random weights; ours generates all samples as one batch. If samples are longer
+            than block_size, also with exact_window.
     data    data/shakespeare_char/prepare.py as a whole process; and without the start of Python and
-            without imports: every module that the script loads on its way is imported before the
-            clock starts, then the script runs from its first line to its last: reading, encoding,
-            writing, and printing its counts. Both must write the same files.
-    start   from after `import torch` to the line that train.py prints for its first step, with a
-            batch of one sequence and one evaluation of one batch before it. On a GPU first with an
-            empty cache of compiled code, then with the one that this left behind.
-    memory  the peak of a process that trains two steps: its resident set, or the GPU's memory.
+            imports, which are done before the timing starts. Both must write the same files.
+    start   from after `import torch` to the line of the first step in train.py, with batch size 1
+            and one evaluation batch. On a GPU with a cold, then a warm compilation cache.
+    memory  the peak of a process that trains two steps: resident memory, or GPU memory.
 
-A ratio is nanoGPT's figure by ours, so above 1 ours is the smaller: the median of the rounds, with
-the lowest and the highest. The spread of a side is its highest figure less its lowest, as a share
-of its median.
+A ratio is nanoGPT's figure divided by ours, so above 1 ours is faster or smaller: the median of the
+rounds, with the lowest and the highest. A side's spread is (highest - lowest) / median.
 """
 
 import json
@@ -77,12 +73,12 @@ SMALL_RUN = (
     "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )  # from nanoGPT's README
 SECTIONS = ("train", "step", "sample", "data", "start", "memory")
-PADDED = 50304  # rows of GPT-2's vocabulary where train.py makes the model
+PADDED = 50304  # GPT-2's vocabulary as train.py pads it
 
 
 @dataclass
 class Size:
-    """A model, and how long it is timed: steps on a CPU, and samples (0: it is not sampled)."""
+    """A model, and its numbers of steps on a CPU and of samples (0: not sampled)."""
 
     batch_size: int
     block_size: int
@@ -111,20 +107,20 @@ SIZES = {
 
 @dataclass(frozen=True)
 class CompareConfig:
-    peer: str = ""  # a checkout of nanoGPT
-    sections: str = ""  # some of train,step,sample,data,start,memory; empty: all that can run
-    sizes: str = "small,shakespeare_char,gpt2"  # of the models in step, sample, start and memory
-    rounds: PositiveInt = 3  # each side runs once in each
-    train_args: str = SMALL_RUN  # the command line of both train.py in train
-    train_more: str = ""  # further arguments after those, such as --max_iters=100
-    input: str = ""  # text for train and data; empty: tinyshakespeare.txt under BRISK_DATA
-    batch_size: NonNegativeInt = 0  # sequences in a step of step and memory; 0: the size's own
-    steps: NonNegativeInt = 0  # timed steps of step; 0: the size's own on a CPU, 50 on a GPU
-    samples: NonNegativeInt = 0  # samples to draw; 0: the size's own
-    tokens: NonNegativeInt = 0  # tokens of each; 0: the size's own
-    device: str = "auto"  # of step, sample, start and memory
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # ours in step and memory
-    json: str = ""  # write the result to this new file too
+    peer: str = ""  # checkout of nanoGPT
+    sections: str = ""  # some of train,step,sample,data,start,memory; if empty, all that can run
+    sizes: str = "small,shakespeare_char,gpt2"  # models for step, sample, start and memory
+    rounds: PositiveInt = 3  # each side runs once in a round
+    train_args: str = SMALL_RUN  # arguments of both train.py in section train
+    train_more: str = ""  # further arguments, such as --max_iters=100
+    input: str = ""  # text for train and data; if empty, tinyshakespeare.txt in $BRISK_DATA
+    batch_size: NonNegativeInt = 0  # batch size of step and memory; 0: default of the model
+    steps: NonNegativeInt = 0  # timed steps; 0: default of the model on a CPU, 50 on a GPU
+    samples: NonNegativeInt = 0  # number of samples; 0: default of the model
+    tokens: NonNegativeInt = 0  # tokens in each sample; 0: default of the model
+    device: str = "auto"  # device for step, sample, start and memory
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # our precision in step and memory
+    json: str = ""  # new file for the result
 
 
 def compare_train(config, sides):
@@ -138,20 +134,20 @@ def compare_train(config, sides):
         steps = re.findall(r"^iter \d+: .*time ([\d.]+)ms", console, re.MULTILINE)
         losses = re.findall(r"^step (\d+): .*val loss ([\d.]+|nan)", console, re.MULTILINE)
         if not steps or not losses:
-            raise UserError(f"{side.name}'s train.py printed no step or no validation loss")
+            raise UserError(f"{side.name}'s train.py did not print a step and a validation loss")
         val_losses = {int(number): float(loss) for number, loss in losses}
         return {"s": seconds, "step": median(map(float, steps)) / 1000, "val_losses": val_losses}
 
     runs = alternate(config, sides, measure)
     whole = row("train", "train.py, whole process", runs, "s")
     ours, theirs = (runs[name][-1]["val_losses"] for name in ("brisk", "nanogpt"))
-    if (last := max(ours.keys() & theirs.keys(), default=0)) > 0:  # before, both are untrained
+    if (last := max(ours.keys() & theirs.keys(), default=0)) > 0:  # at step 0 both are untrained
         whole["check"] = check(f"validation loss at step {last}", ours[last], theirs[last], 0.02)
-    return [whole, row("train", "a step, as it prints it", runs, "step")]
+    return [whole, row("train", "a step, as printed", runs, "step")]
 
 
 def train_steps(config, sides, size, device, warm_up, steps):
-    """Name → the figures of each round of `step` in one_side.py, for a model of this `Size`."""
+    """Return {side: figures of each round} of the job `step` in one_side.py."""
     batch_size = config.batch_size or size.batch_size
     job = {"job": "step", "model_args": size.model_args(), "batch_size": batch_size}
     job |= {"warm_up": warm_up, "steps": steps, "log_interval": size.log_interval}
@@ -171,8 +167,8 @@ def compare_step(config, sides, name, device):
     warm_up, steps = (10, 50) if device.type == "cuda" else (size.warm_up, size.steps)
     runs = train_steps(config, sides, size, device, warm_up, config.steps or steps)
     batch_size = config.batch_size or size.batch_size
-    what, tokens = f"{name}, {batch_size}x{size.block_size}", batch_size * size.block_size
-    found = row("step", what, runs, "seconds", tokens=tokens)
+    label, tokens = f"{name}, {batch_size}x{size.block_size}", batch_size * size.block_size
+    found = row("step", label, runs, "seconds", tokens=tokens)
     ours, theirs = (runs[side][-1] for side in ("brisk", "nanogpt"))
     found["precision"] = {"brisk": ours["precision"], "nanogpt": theirs["precision"]}
     if not size.dropout:
@@ -185,10 +181,10 @@ def compare_memory(config, sides, name, device):
     size = SIZES[name]
     runs = train_steps(config, sides, size, device, warm_up=0, steps=2)
     if not all(figures["bytes"] for side in runs.values() for figures in side):
-        print("memory: this system does not tell the peak of a process", file=sys.stderr)
+        print("memory: this system does not report the peak of a process", file=sys.stderr)
         return []
-    what = f"{name}, {config.batch_size or size.batch_size}x{size.block_size}"
-    return [row("memory", what, runs, "bytes", "bytes")]
+    label = f"{name}, {config.batch_size or size.batch_size}x{size.block_size}"
+    return [row("memory", label, runs, "bytes", "bytes")]
 
 
 def compare_sample(config, sides, name, device):
@@ -198,7 +194,7 @@ def compare_sample(config, sides, name, device):
         return []
     model_args = {**size.model_args(), "dropout": 0.0}
     if size.vocab_size == PADDED:
-        model_args["vocab_size"] = 50257  # OpenAI's: nanoGPT cannot decode the ids beyond
+        model_args["vocab_size"] = 50257  # nanoGPT cannot decode the padding ids
     for side in sides.values():
         (side.folder / "out").mkdir(exist_ok=True)
         save_random_model(model_args, side.folder / "out" / "ckpt.pt")
@@ -213,7 +209,7 @@ def compare_sample(config, sides, name, device):
         def measure(side):
             figures = {"whole": run([side.root / "sample.py", *argv], side)[0]}
             figures["alone"] = work(side, {**job, "exact_window": False})["seconds"]
-            figures["exact"] = figures["alone"]  # nanoGPT's is exact in any case
+            figures["exact"] = figures["alone"]  # nanoGPT is always exact
             if side.is_brisk and tokens >= size.block_size:
                 figures["exact"] = work(side, {**job, "exact_window": True})["seconds"]
             return figures
@@ -223,8 +219,8 @@ def compare_sample(config, sides, name, device):
         shutil.rmtree(side.folder / "out")
     kinds = {"whole": "sample.py, whole process", "alone": "generate alone"}
     kinds |= {"exact": "alone, exact_window"} if tokens >= size.block_size else {}
-    what = f"{name}, {samples}x{tokens}, "
-    return [row("sample", what + kinds[key], runs, key, tokens=samples * tokens) for key in kinds]
+    label = f"{name}, {samples}x{tokens}, "
+    return [row("sample", label + kinds[key], runs, key, tokens=samples * tokens) for key in kinds]
 
 
 def compare_data(config, sides):
@@ -249,7 +245,7 @@ def compare_data(config, sides):
     rows = [row("data", "prepare.py, whole process", runs, "whole", tokens=tokens)]
     rows.append(row("data", "without start and imports", runs, "alone", tokens=tokens))
     differ = sum(files["brisk"][name] != files["nanogpt"][name] for name in files["brisk"])
-    rows[0]["check"] = check("files that differ", differ, 0, 0)
+    rows[0]["check"] = check("different files", differ, 0, 0)
     return rows
 
 
@@ -278,8 +274,8 @@ def compare_start(config, sides, name, device):
     return [row("start", f"{name}, {caches[key]} cache", runs, key) for key in caches]
 
 
-def circumstances(config, device):
-    """Where and how the figures were taken."""
+def environment(config, device):
+    """The command, hardware and versions of a measurement, as a dict."""
     git = ["git", "-C", config.peer, "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -295,23 +291,22 @@ def circumstances(config, device):
 
 
 def chosen(text, known, key):
-    """The words of a comma-separated setting, each one of `known`."""
+    """Split a comma-separated setting. Raises `UserError` for a name not in `known`."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known) or f"; it takes some of {','.join(known)}"
-            raise UserError(f"--{key}: there is no {name}{hint}")
+            hint = did_you_mean(name, known) or f"; known: {','.join(known)}"
+            raise UserError(f"--{key}: unknown name {name}{hint}")
     return names
 
 
-OF_A_TEXT = {"train": compare_train, "data": compare_data}
-OF_A_SIZE = {"step": compare_step, "sample": compare_sample, "start": compare_start}
-OF_A_SIZE |= {"memory": compare_memory}
+TEXT_SECTIONS = {"train": compare_train, "data": compare_data}
+SIZE_SECTIONS = {"step": compare_step, "sample": compare_sample, "start": compare_start}
+SIZE_SECTIONS |= {"memory": compare_memory}
 
 
 def open_result(path):
-    """A new file for the result, opened before hours are spent on it; the void where `path` is
-    empty."""
+    """Open a new file for the result (os.devnull if `path` is empty), before the long work."""
     try:
         return open(path or os.devnull, "x" if path else "w", encoding="utf-8")
     except OSError as error:
@@ -319,13 +314,13 @@ def open_result(path):
 
 
 def compare(config, sides, sections, sizes, device):
-    """The rows of the sections, as they are measured."""
+    """Measure the sections, yielding their rows."""
     for section in sections:
-        if section in OF_A_TEXT:
-            yield from OF_A_TEXT[section](config, sides)
+        if section in TEXT_SECTIONS:
+            yield from TEXT_SECTIONS[section](config, sides)
             continue
         for name in sizes:
-            yield from OF_A_SIZE[section](config, sides, name, device)
+            yield from SIZE_SECTIONS[section](config, sides, name, device)
 
 
 def main(config):
@@ -338,12 +333,12 @@ def main(config):
         try:
             lay_out_text(config, sides)
         except UserError as error:
-            if OF_A_TEXT.keys() & set(sections):
+            if TEXT_SECTIONS.keys() & set(sections):
                 raise
-            sections = sections or list(OF_A_SIZE)
-            print(f"{' and '.join(OF_A_TEXT)} are left out: {error}", file=sys.stderr)
+            sections = sections or list(SIZE_SECTIONS)
+            print(f"skipped {' and '.join(TEXT_SECTIONS)}: {error}", file=sys.stderr)
         with open_result(config.json) as file:
-            about = circumstances(config, device)
+            about = environment(config, device)
             print(f"{device}; PyTorch {torch.__version__}; nanoGPT {about['nanogpt']}\n{HEAD}")
             for found in compare(config, sides, sections or SECTIONS, sizes, device):
                 rows.append({**found, "summary": summary(found)})

@@ -1,16 +1,16 @@
-"""Documents → token files in GPT-2's byte pairs: this repository, nanoGPT, and tiktoken alone.
+"""Compare the speed of tokenizing documents for GPT-2: this repository, nanoGPT and tiktoken.
 
     $ python benchmarks/compare_tokenizing.py --peer=path/to/nanoGPT --megabytes=240
 
-Each side is a whole process, from a file of JSON lines to train.bin, in turn, several rounds:
+Each side is a whole process, from a file of JSON lines to train.bin, in alternating rounds:
 
     brisk     python data/openwebtext/prepare.py --source=…
-    nanogpt   the data/openwebtext/prepare.py of the checkout, as it is, given the same documents
-    tiktoken  one process: encode_ordinary on each document, the ids written to a file
+    nanogpt   data/openwebtext/prepare.py of the checkout, unmodified, on the same documents
+    tiktoken  a single process: encode_ordinary on each document, ids written to a file
 
-The documents are the Python files of this machine's packages. Prints each side's median time and
-its ratio to brisk's, with the smallest and the largest ratio of a round, as text or JSON; and how
-much faster tokenizing and writing alone is than tiktoken in one process.
+The documents are the Python files of this machine's packages. Prints the median time of each side
+relative to brisk, with the lowest and highest ratio of a round; and the speed of our tokenizing and
+writing alone, relative to tiktoken in one process.
 """
 
 import json
@@ -36,9 +36,9 @@ from brisk.errors import UserError, one_line_errors
 from configurator import PositiveInt, configure
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = 5000  # characters of a document, as many as a web page has
+PAGE = 5000  # characters in a document, about a web page
 VAL_SHARE = 0.1
-ALONE = """
+TIKTOKEN = """
 import json, sys
 import numpy as np, tiktoken
 encoder = tiktoken.get_encoding("gpt2")
@@ -47,9 +47,9 @@ with open(sys.argv[1], encoding="utf-8") as lines, open("train.bin", "wb") as fi
         ids = encoder.encode_ordinary(json.loads(line)["text"]) + [encoder.eot_token]
         file.write(np.array(ids, dtype=np.uint16).tobytes())
 """
-# nanoGPT's script asks the hub for its documents; here the hub is a file. It takes 0.0005 of them
-# to validate on, and fails where these are fewer than 1,024: here it takes more, and so does ours.
-AS_IT_IS = """
+# Runs nanoGPT's script on a file instead of the hub. Its validation fraction of 0.0005 fails for
+# fewer than 1,024 validation documents, so both sides use VAL_SHARE.
+NANOGPT = """
 import runpy, sys
 import datasets
 load, split = datasets.load_dataset, datasets.Dataset.train_test_split
@@ -64,14 +64,14 @@ runpy.run_path("prepare.py", run_name="__main__")
 
 @dataclass(frozen=True)
 class CompareConfig:
-    peer: str = ""  # a checkout of nanoGPT; left out if empty
-    megabytes: PositiveInt = 240  # of text
-    rounds: PositiveInt = 3  # each side runs once in each
+    peer: str = ""  # checkout of nanoGPT; if empty, it is not measured
+    megabytes: PositiveInt = 240  # size of the text
+    rounds: PositiveInt = 3  # each side runs once in a round
     json: bool = False  # print one JSON object instead of text
 
 
 def write_documents(path, megabytes):
-    """Python files, cut into pages, as JSON lines; the number of bytes of their text."""
+    """Write Python files, split into pages, as JSON lines. Returns the bytes of their text."""
     size = 0
     folders = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")])
     with open(path, "w", encoding="utf-8") as lines:
@@ -89,20 +89,20 @@ def write_documents(path, megabytes):
 
 
 def sides(config, documents):
-    """Name → (command, the folder it runs in, a folder to copy there first or None)."""
+    """{name: (arguments of Python, folder to run in a copy of, or None)}"""
     prepare = ROOT / "data" / "openwebtext" / "prepare.py"
     ours = [str(prepare), f"--source={documents}", "--data_dir=.", f"--test_size={VAL_SHARE}"]
-    found = {"brisk": (ours, None), "tiktoken": (["-c", ALONE, str(documents)], None)}
+    found = {"brisk": (ours, None), "tiktoken": (["-c", TIKTOKEN, str(documents)], None)}
     if config.peer:
         folder = Path(config.peer, "data", "openwebtext")
         if not (folder / "prepare.py").exists():
-            raise UserError(f"--peer={config.peer} is no checkout of nanoGPT")
-        found["nanogpt"] = (["-c", AS_IT_IS, str(documents), str(VAL_SHARE)], folder)
+            raise UserError(f"--peer={config.peer} is not a checkout of nanoGPT")
+        found["nanogpt"] = (["-c", NANOGPT, str(documents), str(VAL_SHARE)], folder)
     return found
 
 
 def timed(command, folder):
-    """Seconds of a whole process in a folder, and a cache, of its own."""
+    """Run a process in a temporary folder with an empty cache. Returns (seconds, tokens)."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary, "work")
         shutil.copytree(folder, work) if folder else work.mkdir()
@@ -119,8 +119,8 @@ def timed(command, folder):
 
 
 def rate_ratio(documents):
-    """How many times as fast as tiktoken in one process tokenizing and writing is by itself, with
-    the documents in memory and the start of its workers counted."""
+    """The speed of our tokenizing and writing relative to tiktoken in one process. Documents are in
+    memory; the start of our workers is included."""
     encoder, tokenizer = tiktoken.get_encoding("gpt2"), gpt2()
     with open(documents, encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
@@ -163,11 +163,9 @@ def main(config):
         for name in runs:
             of = result[name]
             spread = f"{of['lowest']:.2f} to {of['highest']:.2f}"
-            print(f"{name:<10} {of['ratio']:.2f} times the time of brisk ({spread})")
+            print(f"{name:<10} {of['ratio']:.2f} times brisk's time ({spread})")
         alone = f"{median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})"
-        print(
-            f"tokenizing and writing alone, beside tiktoken in one process: {alone} times as fast"
-        )
+        print(f"tokenizing and writing alone: {alone} times the speed of tiktoken in one process")
 
 
 if __name__ == "__main__":

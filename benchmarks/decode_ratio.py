@@ -1,11 +1,11 @@
-"""One decode step on one CPU thread: the network of model.py against brisk/decoding.py.
+"""Compare a decode step of model.py and of brisk/cpu/decode.py, on one CPU thread.
 
     $ python benchmarks/decode_ratio.py
     $ python benchmarks/decode_ratio.py --rounds=5 --models=gpt2 --rows=1
 
-A line for each model and number of rows, at position 64 of each row: the median over the rounds of
-the network's CPU time divided by the decoder's, its range, and the least time of each. Both run in
-every round, in alternating order, and CPU time does not count what other processes take.
+Prints a line for each model and number of rows: the least CPU time of each, and the ratio network /
+decoder (median, lowest and highest of the rounds). Both run in every round, in alternating order,
+at position 64. CPU time excludes other processes.
 """
 
 import platform
@@ -39,10 +39,10 @@ POSITION = 64
 
 @dataclass(frozen=True)
 class DecodeRatioConfig:
-    models: str = ",".join(MODELS)  # some of these
-    rows: str = "1,8,64"  # sequences that are decoded together
-    rounds: PositiveInt = 15  # each of both sides
-    steps: PositiveInt = 20  # in a round, at most: fewer where one takes more than 50 ms
+    models: str = ",".join(MODELS)  # models to measure
+    rows: str = "1,8,64"  # batch sizes
+    rounds: PositiveInt = 15  # each side runs once in a round
+    steps: PositiveInt = 20  # maximum steps in a round; fewer if a step takes more than 50 ms
 
 
 def seconds_per_step(model, rows, steps, decoder):
@@ -57,7 +57,7 @@ def seconds_per_step(model, rows, steps, decoder):
 
 @torch.inference_mode()
 def compare(model, rows, rounds, steps):
-    """Seconds a step, a list for the network and one for the decoder."""
+    """Return the seconds per step of each round: a list for the network, one for the decoder."""
     decoder = Decoder.of(model)
     steps = max(1, min(steps, int(0.05 * steps / seconds_per_step(model, rows, 1, None))))
     seconds = {None: [], decoder: []}
@@ -82,7 +82,7 @@ def main(config):
     for name in config.models.split(","):
         if name not in MODELS:
             raise UserError(
-                f"models={name} is none of {', '.join(MODELS)}{did_you_mean(name, MODELS)}"
+                f"models={name} is not one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}"
             )
         torch.manual_seed(0)
         model = GPT(GPTConfig(**MODELS[name])).eval()

@@ -1,4 +1,4 @@
-"""All figures of a GPU, in sections that fit into a short loan of one.
+"""Measure all GPU figures, in short sections.
 
     $ python benchmarks/gpu.py --sections=correct --out=rows.jsonl
     $ python benchmarks/gpu.py --sections=gpt2,small,decode --peer=path/to/nanoGPT --out=rows.jsonl
@@ -6,21 +6,21 @@
     $ python benchmarks/gpu.py --table=rows.jsonl
     $ python benchmarks/gpu.py --tiny --device=cpu
 
-A section is a process with a time limit, and its parts run in order; a part that fails leaves a row
-that says why, and the next begins. Every row is appended to `--out` as soon as it is measured, so
-that a loan that ends early loses only what was under way.
+A section is a process with a time limit. Its parts run in order; a part that fails leaves a row
+with the error. Each row is appended to `--out` at once, so an interruption loses only the current
+part.
 
-    correct  ceilings of this device; the tests of numbers on it (BRISK_TEST_DEVICE); memory that
-             was expected, beside what was taken
-    gpt2     124M, 12x1024, beside nanoGPT; larger batches; DDP of one process; the loss, attention
-             and every kernel of a step; gpt2-xl in 80 GB
-    small    train_shakespeare_char beside nanoGPT, compiled and not
-    decode   124M: 1 and 64 samples, nanoGPT's one after another and as one batch
+    correct  limits of this device; the numerical tests on it (BRISK_TEST_DEVICE); predicted and
+             measured memory
+    gpt2     124M, 12x1024, and nanoGPT; larger batches; DDP with one process; the loss, attention
+             and all kernels of a step; gpt2-xl in 80 GB
+    small    train_shakespeare_char and nanoGPT, compiled and not
+    decode   124M: 1 and 64 samples; nanoGPT one by one and as a batch
     learn    whole runs: shakespeare_char to a loss of 1.4697, and the 124M recipes for some minutes
 
-A step is timed between two CUDA events around `steps` steps, after `warm_up`, in `rounds`; two
-sides take turns. A figure is the median of its rounds, the lowest and the highest in brackets.
-`--tiny` measures nothing of use: it shows, on a CPU and in seconds, that all of it runs.
+Steps are timed by CUDA events around `steps` steps, after `warm_up`, in `rounds`; two sides
+alternate. A figure is the median of the rounds, with the lowest and the highest in brackets.
+`--tiny` only tests this script, in seconds on a CPU.
 """
 
 import importlib
@@ -41,32 +41,32 @@ from brisk.errors import UserError, did_you_mean, one_line_errors
 from configurator import PositiveInt, configure
 from gpu_sections.job import Job, describe_machine
 
-# minutes that a section may take; learn's grow with --minutes
+# time limits in minutes; learn also gets time for --minutes
 SECTIONS = {"correct": 6, "gpt2": 8, "small": 4, "decode": 4, "learn": 6}
 
 
 @dataclass
 class GpuConfig:
-    sections: str = "correct,gpt2,small,decode,learn"  # some of these
-    parts: str = ""  # only these parts of them; empty: all
-    out: str = "gpu.jsonl"  # a file to append the rows to
-    peer: str = ""  # a checkout of nanoGPT; empty: the one that NANOGPT names, if any
+    sections: str = "correct,gpt2,small,decode,learn"  # sections to run
+    parts: str = ""  # parts to run; if empty, all
+    out: str = "gpu.jsonl"  # file to append the rows to
+    peer: str = ""  # checkout of nanoGPT; if empty, $NANOGPT, if set
     device: str = "auto"  # cpu, cuda, cuda:1
-    rounds: PositiveInt = 3  # of each figure
-    warm_up: PositiveInt = 20  # steps before the first of them
-    steps: PositiveInt = 50  # in each of them
-    minutes: PositiveInt = 8  # of each 124M recipe in learn
-    text: str = ""  # learn's text; empty: the largest of BRISK_DATA and of the Python packages here
-    tiny: bool = False  # all of it with tiny sizes
-    table: str = ""  # print the rows of this file as tables, and measure nothing
-    run: str = ""  # a section, to be measured in this process: what this script calls itself with
+    rounds: PositiveInt = 3  # rounds for each figure
+    warm_up: PositiveInt = 20  # steps before the first round
+    steps: PositiveInt = 50  # steps in a round
+    minutes: PositiveInt = 8  # minutes for each 124M recipe in learn
+    text: str = ""  # text for learn; if empty, the largest in $BRISK_DATA and the Python packages
+    tiny: bool = False  # use tiny sizes, to test this script
+    table: str = ""  # print the rows of this file as tables, without measuring
+    run: str = ""  # internal: run this section in this process
 
 
 # ----------------------------------------------------------------------------- measuring
 
 
 def run_parts(config, name):
-    """Measure a section in this process, part by part."""
+    """Measure the parts of a section in this process."""
     module, job = importlib.import_module(f"gpu_sections.{name}"), Job(config)
     for part, measure in module.PARTS.items():
         if config.parts and part not in config.parts.split(","):
@@ -75,7 +75,7 @@ def run_parts(config, name):
         try:
             for row in measure(job):
                 append(config.out, {"section": name, "part": part, **row})
-        except Exception as error:  # of any kind: the parts after it are worth as much
+        except Exception as error:  # any exception: the next parts run anyway
             traceback.print_exc()
             reason = (str(error).strip().splitlines() or [""])[0]
             failed = f"{type(error).__name__}: {reason}"
@@ -85,7 +85,7 @@ def run_parts(config, name):
 
 
 def append(path, row):
-    """Add a row to the file, and print it."""
+    """Append a row to the file, and print it."""
     row = {**row, "at": round(time.time(), 1)}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -95,7 +95,7 @@ def append(path, row):
 
 
 def run_section(config, name, argv):
-    """Measure a section in a process of its own, stopped with its children at its limit."""
+    """Measure a section in a separate process, killed with its children at the time limit."""
     limit = 60 * (SECTIONS[name] + (2 * config.minutes if name == "learn" else 0))
     command = [sys.executable, __file__, *argv, f"--run={name}"]
     process = subprocess.Popen(command, start_new_session=True)
@@ -122,7 +122,7 @@ def read_rows(path):
 
 
 def tables(rows):
-    """The rows as Markdown, a table a section, each with the machine that it was measured on."""
+    """Format the rows as Markdown, with a table for each section."""
     lines = []
     for name in SECTIONS:
         mine = [row for row in rows if row["section"] == name]
@@ -140,7 +140,8 @@ def find_machine(rows):
 
 
 def cells(row):
-    """What, our figure, nanoGPT's, their ratio (above 1 ours is better), and what else is known."""
+    """The cells of a row: label, our figure, nanoGPT's, their ratio (above 1 ours is better), and
+    details."""
     if "failed" in row:
         return [row["what"], f"failed: {row['failed']}", "", "", ""]
     ours, theirs = row["values"], row.get("peer")
@@ -161,7 +162,7 @@ def in_brackets(values):
 
 
 def number(value):
-    """A number to four digits, as it is read."""
+    """Format a number with four significant digits."""
     if not isinstance(value, float):
         return (
             f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -183,13 +184,13 @@ def main(config, argv):
     names = [name.strip() for name in config.sections.split(",")]
     for name in names:
         if name not in SECTIONS:
-            raise UserError(f"--sections: there is no {name}{did_you_mean(name, SECTIONS)}")
+            raise UserError(f"--sections: unknown section {name}{did_you_mean(name, SECTIONS)}")
     known = {
         part for name in names for part in importlib.import_module(f"gpu_sections.{name}").PARTS
     }
     for part in filter(None, config.parts.split(",")):
         if part not in known:
-            raise UserError(f"--parts: there is no {part}{did_you_mean(part, known)}")
+            raise UserError(f"--parts: unknown part {part}{did_you_mean(part, known)}")
     machine = describe_machine(Job(config).device)
     append(
         config.out, {"section": "", "what": "machine", "machine": machine, "values": [], "unit": ""}

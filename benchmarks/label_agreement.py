@@ -1,12 +1,12 @@
-"""Does a model write the kind of review it is asked for? A classifier of real reviews is the judge.
+"""Test whether generated reviews have the requested label, by a classifier of real reviews.
 
     $ python data/reviews/prepare.py --label_prompt --balance --data_dir=data/asked
     $ python train.py config/train_reviews_cpu.py --dataset=asked --out_dir=out-asked
     $ python benchmarks/label_agreement.py --out_dir=out-asked --data_dir=data/asked
 
-The judge is naive Bayes over a review's characters and pairs of them, trained on the reviews of
-train.bin, each once. For each label it says how often it agrees with real held-out reviews of that
-label, and with as many reviews as are asked of the model; the last column is the ratio.
+The classifier is naive Bayes over characters and character pairs, trained on the distinct reviews
+in train.bin. For each label, prints its agreement with the labels of held-out real reviews and of
+generated ones, and their ratio.
 """
 
 import json
@@ -32,19 +32,19 @@ from model import GPT
 
 @dataclass(frozen=True)
 class AgreementConfig:
-    out_dir: str = "out-asked"  # the run
-    data_dir: str = "data/asked"  # the data set it was trained on
-    prompts: str = "好评：,差评："  # what each kind of review begins with
-    count: PositiveInt = 200  # reviews to ask for, of each kind
+    out_dir: str = "out-asked"  # folder of the run
+    data_dir: str = "data/asked"  # its data set
+    prompts: str = "好评：,差评："  # the prompt of each label
+    count: PositiveInt = 200  # reviews to generate for each label
     temperature: NonNegativeFloat = 0.8  # as in sample.py
     top_k: NonNegativeInt = 200  # as in sample.py
-    seed: Seed = 1337  # of the generated reviews
+    seed: Seed = 1337  # seed of the generated reviews
     json: bool = False  # print one JSON object instead of a table
 
 
 class NaiveBayes:
-    """Multinomial naive Bayes over characters and pairs of characters; all labels equally likely
-    beforehand, counts smoothed by adding `alpha`."""
+    """Multinomial naive Bayes over characters and character pairs, with a uniform prior and
+    additive smoothing by `alpha`."""
 
     def __init__(self, texts_by_label, alpha=0.1):
         self.counts = {
@@ -68,19 +68,19 @@ class NaiveBayes:
 
 
 def read_texts(data_dir, split, prompts, tokenizer):
-    """Prompt → the texts after it, each once, in the order of the file."""
+    """{prompt: the distinct texts after it, in the order of the file}"""
     dtype = np.dtype(read_meta(data_dir)["dtype"])
     text = tokenizer.decode(np.fromfile(Path(data_dir, f"{split}.bin"), dtype))
     documents = dict.fromkeys(text.split(EOT))
     found = {p: [d.removeprefix(p) for d in documents if d.startswith(p)] for p in prompts}
     for prompt, texts in found.items():
         if not texts:
-            raise UserError(f"{data_dir} has no document that begins with {prompt}")
+            raise UserError(f"{data_dir} has no document with the prompt {prompt}")
     return found
 
 
 def write_reviews(model, tokenizer, prompt, config):
-    """`config.count` texts that the model writes after `prompt`."""
+    """Generate `config.count` texts after `prompt`."""
     ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(prompt).tolist()]])
     most = model.config.block_size - ids.size(1)
     options = {"vocab_size": tokenizer.vocab_size, "stop_ids": [tokenizer.eot]}
@@ -99,21 +99,23 @@ def main(config):
     prompts = config.prompts.split(",")
     tokenizer = load_tokenizer(config.data_dir)
     if tokenizer is None or tokenizer.eot is None:
-        raise UserError(f"{config.data_dir} is no prepared set of documents")
-    judge = NaiveBayes(read_texts(config.data_dir, "train", prompts, tokenizer))
+        raise UserError(f"{config.data_dir} is not a prepared data set of documents")
+    classifier = NaiveBayes(read_texts(config.data_dir, "train", prompts, tokenizer))
     real = read_texts(config.data_dir, "val", prompts, tokenizer)
     model = GPT.from_checkpoint(load_checkpoint(best_checkpoint(config.out_dir)))
     result = {}
     for prompt in prompts:
         written = write_reviews(model, tokenizer, prompt, config)
-        shares = [np.mean([judge.label(t) == prompt for t in ts]) for ts in (real[prompt], written)]
-        on_real, on_written = map(float, shares)
+        on_real, on_written = (
+            float(np.mean([classifier.label(text) == prompt for text in texts]))
+            for texts in (real[prompt], written)
+        )
         result[prompt] = {"real": on_real, "written": on_written, "ratio": on_written / on_real}
         result[prompt] |= {"n_real": len(real[prompt]), "n_written": len(written)}
     if config.json:
         print(json.dumps(result, ensure_ascii=False))
         return
-    print("asked for   agrees with real   with written   ratio")
+    print("prompt       agreement: real       generated   ratio")
     for prompt, of in result.items():
         real_share = f"{of['real']:.3f} of {of['n_real']}"
         print(f"{prompt:<9} {real_share:>18}   {of['written']:.3f} of {of['n_written']}", end="")

@@ -1,13 +1,12 @@
-"""How large the numbers inside a model grow along a run, beside the largest that float16 holds.
+"""Print the largest activations of a model along a run, for comparison with float16's limit.
 
     $ python train.py config/train_shakespeare_char_cpu.py --eval_interval=250 --keep_last=12
     $ python benchmarks/magnitudes.py --out_dir=out-shakespeare-char-cpu
 
-A line for each checkpoint `step-*.pt` of the run: the largest size, over some windows of val.bin,
-of the logits of attention, of what the blocks' linear layers give (the numbers that are float16
-under autocast), of the residual stream (float32 there), and of the logits of tokens. Where the
-first two climb towards 65,504 a run will not live in float16. And attention whose logits are in
-the tens chooses one token, with a softmax that has no gradient left (Dehghani et al. 2023, Scaling
+For each checkpoint `step-*.pt` of the run, the largest absolute value over some windows of val.bin:
+of attention logits and of the outputs of the blocks' linear layers (both float16 under autocast),
+of the residual stream (float32) and of the output logits. float16 overflows above 65,504. Attention
+logits in the tens saturate the softmax, whose gradient then vanishes (Dehghani et al. 2023, Scaling
 Vision Transformers to 22 Billion Parameters, section 2).
 """
 
@@ -33,13 +32,13 @@ COLUMNS = ("attention", "linear", "residual", "logits")
 
 @dataclass(frozen=True)
 class MagnitudesConfig:
-    out_dir: str = "out"  # a run with --keep_last
-    data_dir: str = ""  # folder of the token files, instead of those the run was trained on
-    windows: PositiveInt = 64  # that are read
+    out_dir: str = "out"  # folder of a run with --keep_last
+    data_dir: str = ""  # folder of the token files; if empty, the training data set
+    windows: PositiveInt = 64  # windows of val.bin to read
 
 
 class Watch(TorchFunctionMode):
-    """While it is on, keeps the largest logit of attention that is computed, in size."""
+    """A context that records the largest absolute attention logit."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +55,7 @@ class Watch(TorchFunctionMode):
 
 @torch.no_grad()
 def magnitudes(model, idx):
-    """The largest sizes by the names of `COLUMNS`, for token ids (B, T)."""
+    """Return {column: largest absolute value} for token ids (B, T)."""
     largest = dict.fromkeys(COLUMNS, 0.0)
 
     def keep(name):

@@ -1,14 +1,14 @@
-"""One side of a comparison with nanoGPT, in a process of its own.
+"""Measure one side of a comparison with nanoGPT, in a separate process.
 
     $ python benchmarks/one_side.py < job.json
 
-A job is a JSON object on one line: `job` (a function below that takes one), `root` (the folder
-whose model.py and scripts are meant), `is_brisk` (whether that is this repository) and what the
-function reads. Its figures are printed as a JSON object on a line. Where the function has rounds,
-every further line of input asks for the figures of one more.
+A job is a JSON object on one line: `job` (the name of a function below), `root` (the folder with
+model.py and the scripts), `is_brisk` (whether that is this repository) and the arguments of the
+function. Prints the figures as a JSON object on one line. Each further line of input requests
+another round.
 
-On nanoGPT's side nothing of this repository is imported: neither the memory it takes nor its
-settings of the allocator (`brisk.device.keep_freed_memory`) are in nanoGPT's figures.
+The process of nanoGPT does not import this repository, whose memory and allocator settings
+(`brisk.device.keep_freed_memory`) would affect its figures.
 """
 
 import importlib
@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 OPTIMIZER = (0.1, 6e-4, (0.9, 0.95))  # train.py's weight decay, learning rate and betas
-SEED = 1337  # of the order of the windows
+SEED = 1337  # seed of the order of the windows
 
 
 def main(job):
-    sys.path.insert(0, job["root"])  # `model` is this side's
+    sys.path.insert(0, job["root"])  # for `import model`
     jobs = {"step": step, "generate": generate, "prepare": prepare, "start": start}
     for figures in jobs[job["job"]](job):
         print("\n" + json.dumps(figures), flush=True)
@@ -45,7 +45,7 @@ def load_model(job):
 
 
 def autocast_of_nanogpt(job):
-    """The precision that nanoGPT's scripts work in unless told otherwise."""
+    """The default precision of nanoGPT's scripts."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     if "cuda" not in job["device"]:
@@ -59,7 +59,7 @@ def synchronize():
 
 
 def seconds_of(work):
-    """Seconds that `work()` takes, by CUDA events where there are any."""
+    """Time `work()` in seconds, with CUDA events if available."""
     synchronize()
     if not torch.cuda.is_available():
         began = time.perf_counter()
@@ -77,10 +77,10 @@ def seconds_of(work):
 
 
 def step(job):
-    """In each round, seconds of a training step, the mean of `steps`, the loss of the last one and
-    the peak of memory; before the first of them come `warm_up` steps. `first_s` is the time from
-    the start of the job to the end of its first step. Each side does what its train.py does in a
-    step, but for the evaluations and for writing the numbers down."""
+    """Yield for each round: the mean time of `steps` training steps in seconds, the last loss, and
+    the peak memory. `warm_up` steps run before the first round. `first_s` is the time from the
+    start of the job to the end of the first step. A step is that of train.py, without evaluation
+    and logging."""
     began, numbers, first = time.perf_counter(), itertools.count(), None
     trainer = brisk_trainer if job["is_brisk"] else nanogpt_trainer
     with trainer(job) as (train_step, precision):
@@ -103,7 +103,7 @@ def step(job):
 
 @contextmanager
 def brisk_trainer(job):
-    """(a function that trains step n and returns its loss, the precision): train.py's step."""
+    """A context with (function that trains step n and returns the loss, precision)."""
     from trainer import open_trainer
 
     args, folder = job["model_args"], Path(job["tokens"]).parent
@@ -125,8 +125,8 @@ def brisk_trainer(job):
 
 @contextmanager
 def nanogpt_trainer(job):
-    """The same after nanoGPT's train.py, which draws random windows. Here it draws them too, but
-    then takes those that `starts` gives, so that both sides train on the same batches."""
+    """The same, following nanoGPT's train.py. It draws random windows, to spend the same time, but
+    uses those in `starts`, so that both sides train on the same batches."""
     autocast, on_cuda = autocast_of_nanogpt(job), "cuda" in job["device"]
     model = load_model(job).to(job["device"])
     optimizer = model.configure_optimizers(*OPTIMIZER, "cuda" if on_cuda else "cpu")
@@ -148,7 +148,7 @@ def nanogpt_trainer(job):
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(job["device"], non_blocking=on_cuda), y.to(job["device"], non_blocking=on_cuda)
 
-    batch, logits = next_batch(), None  # its logits live on until the next step has its own
+    batch, logits = next_batch(), None  # as in train.py, logits stay in memory until replaced
 
     def train_step(number):
         nonlocal batch, logits
@@ -156,8 +156,8 @@ def nanogpt_trainer(job):
             group["lr"] = OPTIMIZER[1]
         with autocast:
             logits, loss = trained(*batch)
-            loss = loss / 1  # of one micro-batch
-        batch = next_batch()  # while a GPU is at work
+            loss = loss / 1  # gradient_accumulation_steps
+        batch = next_batch()  # while the GPU computes
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -172,7 +172,7 @@ def nanogpt_trainer(job):
 
 
 def peak_memory(job):
-    """Bytes at the peak: of the GPU's memory, and reserved there, or of this process (None where
+    """Peak memory in bytes: allocated and reserved on the GPU, or of this process (None if
     unknown)."""
     if "cuda" in job["device"]:
         reserved = torch.cuda.max_memory_reserved()
@@ -189,9 +189,9 @@ def peak_memory(job):
 
 
 def generate(job):
-    """In each round, seconds of `model.generate` for `samples` samples of `tokens` tokens,
-    `batch_size` of them side by side (by default ours all, nanoGPT's one). Eight tokens of each
-    are drawn before the clock starts."""
+    """Yield for each round the seconds of `model.generate` for `samples` samples of `tokens` tokens
+    in batches of `batch_size` (default: all for ours, 1 for nanoGPT), after a warm-up of eight
+    tokens."""
     if job["is_brisk"]:
         from brisk.device import open_device
 
@@ -217,12 +217,11 @@ def generate(job):
 
 
 def prepare(job):
-    """Seconds of the prepare.py `script` without its imports: from its first line to its end,
-    with `modules`, all that it imports on its way, imported before. Also their names, which a run
-    without `modules` finds out."""
+    """Time the prepare.py `script` in seconds, after importing `modules`. Also yields the names of
+    the modules that it imported itself, for use as `modules` in the next run."""
     before = set(sys.modules)
     for name in job["modules"]:
-        with suppress(Exception):  # some are made, not imported
+        with suppress(Exception):  # some are created at run time
             importlib.import_module(name)
     sys.argv = [job["script"], *job["argv"]]
     began = time.perf_counter()
@@ -232,7 +231,7 @@ def prepare(job):
 
 
 class UntilFirstStep:
-    """Standard output that ends the script which writes to it at the first step's line."""
+    """A standard output that ends the script when it prints the first step."""
 
     def __init__(self, stream):
         self.stream, self.has_seen_it = stream, False
@@ -248,7 +247,7 @@ class UntilFirstStep:
 
 
 def start(job):
-    """Seconds from after `import torch` until train.py prints its first step's line."""
+    """Seconds from after `import torch` until train.py prints its first step."""
     sys.argv = [job["script"], *job["argv"]]
     sys.stdout = watched = UntilFirstStep(sys.stdout)
     began = time.perf_counter()

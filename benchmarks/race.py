@@ -1,13 +1,12 @@
-"""What a recipe learns in the time that nanoGPT's small CPU run takes, beside that run.
+"""Race a recipe against nanoGPT's small CPU run: loss and time of both.
 
     $ python data/shakespeare_char/prepare.py
     $ python benchmarks/race.py --peer=path/to/nanoGPT
 
-In every round nanoGPT's train.py makes its README's CPU run, and ours the recipe, each a whole
-process, in alternation. Then both checkpoints read all of val.bin once: the loss of each. Along its
-way ours also says when its estimate of that loss first was as low as what nanoGPT's ended with:
-from the start of the process, everything included. The seed of ours changes with the round;
-nanoGPT's is fixed.
+In each round nanoGPT's train.py makes the CPU run of its README, and ours the recipe, as whole
+processes in alternating order. Both checkpoints are then evaluated on all of val.bin. Also prints
+the time from the start of our process until its estimate of the loss first reached nanoGPT's final
+loss. Our seed changes with the round; nanoGPT's is fixed.
 """
 
 import json
@@ -30,15 +29,16 @@ from sides import DATASET, ROOT, alternate, open_sides, run
 
 @dataclass(frozen=True)
 class RaceConfig:
-    peer: str = ""  # a checkout of nanoGPT
+    peer: str = ""  # checkout of nanoGPT
     recipe: str = "config/train_shakespeare_char_fast.py"  # arguments of our train.py
-    data_dir: str = ""  # folder of the prepared characters, instead of data/shakespeare_char
-    rounds: PositiveInt = 3  # each side runs once in each
-    json: str = ""  # a new file for the figures
+    data_dir: str = ""  # folder of the data set, instead of data/shakespeare_char
+    rounds: PositiveInt = 3  # each side runs once in a round
+    json: str = ""  # new file for the figures
 
 
 def measure(config, side, data_dir, seeds):
-    """Seconds of a whole run of a side, the loss of its checkpoint, and ours' way there."""
+    """Train one side. Returns a dict: seconds, loss of its checkpoint, and for ours the (seconds,
+    loss) of each evaluation."""
     out = side.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     if side.is_brisk:
@@ -46,21 +46,21 @@ def measure(config, side, data_dir, seeds):
     else:
         given = shlex.split(CompareConfig.train_args)
     seconds, _ = run([side.root / "train.py", *given, f"--out_dir={out}"], side)
-    judge = [ROOT / "evaluate.py", f"--out_dir={out}", f"--data_dir={data_dir}", "--json"]
-    _, judged = run(judge, side)  # in its folder, where nanoGPT's data has its meta.pkl
-    figures = {"seconds": seconds, "loss": json.loads(judged)["loss"]}
+    command = [ROOT / "evaluate.py", f"--out_dir={out}", f"--data_dir={data_dir}", "--json"]
+    _, printed = run(command, side)  # in its folder, where nanoGPT's data set has its meta.pkl
+    figures = {"seconds": seconds, "loss": json.loads(printed)["loss"]}
     if side.is_brisk:
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
-        around = seconds - records[-1]["seconds"]  # before the log begins and after it ends
+        around = seconds - records[-1]["seconds"]  # time outside of the log
         evaluations = [r for r in records if "val_loss" in r]
-        figures["way"] = [(around + r["seconds"], r["val_loss"]) for r in evaluations]
+        figures["curve"] = [(around + r["seconds"], r["val_loss"]) for r in evaluations]
     return figures
 
 
 def main(config):
     if config.json and Path(config.json).exists():
-        raise UserError(f"--json={config.json} is there already; name a new file")
+        raise UserError(f"--json={config.json} exists; name a new file")
     with TemporaryDirectory() as temporary:
         sides = open_sides(config, Path(temporary))
         data_dir = find_data_dir(config.data_dir, DATASET).resolve()
@@ -72,7 +72,7 @@ def main(config):
     target = mean(figures["loss"] for figures in runs["nanogpt"])
     for figures in runs["brisk"]:
         reached = [
-            seconds for seconds, loss in figures["way"] if loss is not None and loss <= target
+            seconds for seconds, loss in figures["curve"] if loss is not None and loss <= target
         ]
         figures["reached"] = reached[0] if reached else float("inf")
     for name, rounds in runs.items():
@@ -81,10 +81,10 @@ def main(config):
         each = ", ".join(f"{loss:.4f}" for loss in losses)
         print(f"{name:<9}loss on all of val.bin {mean(losses):.4f}{spread}: {each}")
     pairs = list(zip(runs["brisk"], runs["nanogpt"], strict=True))
-    for what, key in (("whole process", "seconds"), (f"time to {target:.3f}", "reached")):
+    for label, key in (("whole process", "seconds"), (f"time to {target:.3f}", "reached")):
         shares = [ours[key] / theirs["seconds"] for ours, theirs in pairs]
         spread = f"{min(shares):.3f} to {max(shares):.3f}"
-        print(f"{what:<20}{median(shares):.3f} ({spread}) of nanoGPT's time")
+        print(f"{label:<20}{median(shares):.3f} ({spread}) of nanoGPT's time")
     if config.json:
         Path(config.json).write_text(json.dumps(runs, indent=1), encoding="utf-8")
 

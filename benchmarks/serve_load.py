@@ -1,12 +1,12 @@
-"""Load on serve.py: throughput against `generate`, time to the first token, and disconnecting.
+"""Load test of serve.py: throughput relative to `generate`, time to first token, disconnections.
 
     $ python benchmarks/serve_load.py --out_dir=out-demo                       # about a minute
     $ python benchmarks/serve_load.py --out_dir=out-demo --churn=300           # five minutes more
 
-The server is pinned to one core and the clients to another. `generate` is measured on the
-server's core, before and after, with a batch of as many prompts as there are streams. Prints JSON
-lines. With --churn clients go away at random for this many seconds: the memory of the server must
-stay flat, every row must come back, and the text of requests with a fixed seed must stay the same.
+The server is pinned to one core and the clients to another. `generate` is measured on the server's
+core, before and after, with a batch size equal to the number of streams. Prints JSON. With --churn,
+clients disconnect at random for this many seconds: the server's memory must stay constant, all rows
+must be freed, and requests with a fixed seed must return the same text.
 """
 
 import argparse
@@ -43,10 +43,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out_dir", default="out-demo")
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=200, help="of each answer")
-    parser.add_argument("--seconds", type=float, default=30, help="of load that is measured")
-    parser.add_argument("--churn", type=float, default=0, help="seconds of disconnecting clients")
-    parser.add_argument("--cores", default="0,1", help="of the server, of the clients")
+    parser.add_argument("--tokens", type=int, default=200, help="mean length of an answer")
+    parser.add_argument("--seconds", type=float, default=30, help="duration of the load")
+    parser.add_argument("--churn", type=float, default=0, help="duration of random disconnections")
+    parser.add_argument("--cores", default="0,1", help="core of the server, core of the clients")
     args = parser.parse_args()
     server_core, client_core = args.cores.split(",")
     before = generate_rate(args, server_core)
@@ -77,7 +77,7 @@ def environment():
 
 
 def generate_rate(args, core):
-    """(tokens a second, tokens a second of processor time) of `generate` on `core`, three times."""
+    """Measure `generate` on `core` three times: pairs (tokens/s, tokens/s of CPU time)."""
     numbers = (args.streams, args.tokens, json.dumps(PROMPTS))
     command = pinned(core, "-c", GENERATE, Path(args.out_dir).resolve(), *numbers)
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
@@ -85,7 +85,7 @@ def generate_rate(args, core):
 
 
 def start_server(args, core):
-    """The process of serve.py on `core`, and its port."""
+    """Start serve.py on `core`. Returns the process and its port."""
     script = pinned(core, ROOT / "serve.py", args.out_dir, "--port=0")
     script.append(f"--max_batch={args.streams}")
     process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=environment())
@@ -96,9 +96,9 @@ def start_server(args, core):
 
 
 async def stream(port, body, leave_after=None):
-    """One streamed completion over a connection of its own: the text, and the seconds to its first
-    chunk. With `leave_after` the connection is dropped after this many chunks; the text is None
-    then, as where the server is too busy."""
+    """Request a streamed completion on a new connection. Returns its text and the seconds to its
+    first chunk. With `leave_after`, disconnects after this many chunks. The text is None then, and
+    if the server is busy."""
     data = json.dumps({**body, "stream": True}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -119,13 +119,13 @@ async def stream(port, body, leave_after=None):
                 return None, first
             text += event["choices"][0]["text"]
     finally:
-        writer.transport.abort()  # whoever leaves says no goodbye
+        writer.transport.abort()  # disconnect without closing the stream
     return text, first
 
 
 async def measure(args, port, pid):
-    """`streams` clients ask again and again, for texts of `tokens` tokens on average. Tokens a
-    second of all, once they are out of step, and times to the first."""
+    """Run `streams` clients that request texts of `tokens` tokens on average. Returns the total
+    tokens/s after a warm-up, in which the clients get out of step, and the times to first token."""
     times, end = [], time.perf_counter() + args.seconds
 
     async def client(number):
@@ -157,7 +157,7 @@ async def measure(args, port, pid):
 
 
 async def churn(args, port, pid):
-    """Clients that leave at random, beside some that read on and compare their text."""
+    """Run clients that disconnect at random, and others that compare their text."""
     asked = random.Random(0)
     fixed = [
         {"prompt": prompt, "max_tokens": 120, "seed": i, "temperature": 0.5 + i / 8}
@@ -210,7 +210,7 @@ async def get(port, path):
 
 
 def cpu_seconds(pid):
-    """Processor time of a process: on a core that others use too, fairer than time."""
+    """CPU time of a process in seconds, which excludes other processes on the core."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc(5)
 

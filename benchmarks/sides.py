@@ -1,7 +1,7 @@
 """The two sides of a comparison: this repository, and a copy of a checkout of nanoGPT.
 
-Each has a folder to run its scripts in, with config/ and data/ as nanoGPT's scripts expect them;
-every run is a process of its own. What both work on is written here too.
+Each side has a working folder with config/ and data/, as nanoGPT's scripts expect. Each run is a
+separate process. This module also writes the common inputs.
 """
 
 import json
@@ -33,11 +33,11 @@ CHARACTERS = "\n !$&',-.3:;?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnop
 
 @dataclass
 class Side:
-    """Where a side's scripts are, and a folder to run them in that holds config/ and data/."""
+    """One side of a comparison."""
 
     name: str
-    root: Path
-    folder: Path
+    root: Path  # folder of the scripts
+    folder: Path  # working folder
 
     @property
     def is_brisk(self):
@@ -45,10 +45,10 @@ class Side:
 
 
 def open_sides(config, temporary):
-    """Name → `Side`: ours in a folder of its own, nanoGPT in a copy of the checkout."""
+    """Return {name: `Side`}, with new working folders in `temporary`."""
     for name in ("model.py", "train.py", "sample.py", f"data/{DATASET}/prepare.py"):
         if not config.peer or not Path(config.peer, name).exists():
-            raise UserError(f"--peer={config.peer} is no checkout of nanoGPT: it has no {name}")
+            raise UserError(f"--peer={config.peer} is not a checkout of nanoGPT: it has no {name}")
     theirs = temporary / "nanogpt"
     leave_out = shutil.ignore_patterns(".git", "out*", "*.bin", "*.pkl", "*.pt")
     shutil.copytree(config.peer, theirs, ignore=leave_out)
@@ -56,7 +56,7 @@ def open_sides(config, temporary):
 
 
 def open_ours(temporary):
-    """Our `Side`, in a folder of its own."""
+    """Our `Side`, with a new working folder."""
     folder = temporary / "brisk"
     shutil.copytree(ROOT / "config", folder / "config")
     (folder / "data" / DATASET).mkdir(parents=True)
@@ -65,14 +65,14 @@ def open_ours(temporary):
 
 @contextmanager
 def fresh(side):
-    """A copy of the side, to run in and to leave files in that go away with it."""
+    """A context with a temporary copy of the side."""
     with TemporaryDirectory() as temporary:
         folder = shutil.copytree(side.folder, Path(temporary, side.name))
         yield Side(side.name, ROOT if side.is_brisk else folder, folder)
 
 
 def run(command, side, **options):
-    """(seconds of a whole process in the side's folder, its standard output)."""
+    """Run a process in the side's folder. Returns (seconds, standard output)."""
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -84,13 +84,13 @@ def run(command, side, **options):
     )
     seconds = time.perf_counter() - began
     if done.returncode:
-        what = f"{side.name}'s {Path(command[0]).name}"
-        raise UserError(f"{what} failed: {done.stderr.strip()[-500:]}")
+        script = f"{side.name}'s {Path(command[0]).name}"
+        raise UserError(f"{script} failed: {done.stderr.strip()[-500:]}")
     return seconds, done.stdout
 
 
 def work(side, job, environment=None):
-    """The figures of a job (see one_side.py) done by a side."""
+    """Run a job (see one_side.py) for a side. Returns its figures."""
     job = {**job, "is_brisk": side.is_brisk, "root": str(side.root)}
     script, environment = ROOT / "benchmarks" / "one_side.py", {**os.environ, **(environment or {})}
     _, printed = run([script], side, input=json.dumps(job), env=environment)
@@ -98,7 +98,7 @@ def work(side, job, environment=None):
 
 
 def alternate(config, sides, measure):
-    """Name → the figures of each round, where `measure(side)` gives a dict of them."""
+    """Call `measure(side)` for each side in alternating rounds. Returns {name: [figures, …]}."""
     runs = {name: [] for name in sides}
     for number in range(config.rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
@@ -107,7 +107,7 @@ def alternate(config, sides, measure):
 
 
 def lay_out_text(config, sides):
-    """The raw text as input.txt in both sides' folders."""
+    """Copy the raw text to input.txt in the folders of both sides."""
     path = find_file(config.input, ROOT / "data" / DATASET, "tinyshakespeare.txt", None, None)
     if not path.exists():
         raise UserError(f"there is no text {path}")
@@ -116,7 +116,7 @@ def lay_out_text(config, sides):
 
 
 def prepare_command(side):
-    """The prepare.py of a side, on the input.txt in its folder."""
+    """The command that prepares the input.txt in the side's folder."""
     folder = side.folder / "data" / DATASET
     script = side.root / "data" / DATASET / "prepare.py"
     more = [f"--input={folder / 'input.txt'}", f"--data_dir={folder}"]
@@ -124,14 +124,14 @@ def prepare_command(side):
 
 
 def prepared_files(folder):
-    """What is in the files that nanoGPT reads; of the pickle, which can be written in several
-    ways, what it means."""
+    """{name: contents} of the files that nanoGPT reads. meta.pkl is unpickled, as equal objects may
+    be pickled differently."""
     found = {name: (folder / name).read_bytes() for name in ("train.bin", "val.bin")}
     return found | {"meta.pkl": pickle.loads((folder / "meta.pkl").read_bytes())}
 
 
 def save_random_model(model_args, path):
-    """A checkpoint of random weights, as nanoGPT writes it."""
+    """Save a checkpoint of random weights in nanoGPT's format."""
     torch.manual_seed(1337)
     checkpoint = {"model": GPT(GPTConfig(**model_args)).state_dict(), "model_args": model_args}
     checkpoint |= {"iter_num": 0, "best_val_loss": 0.0, "config": {"dataset": "random"}}
@@ -139,7 +139,7 @@ def save_random_model(model_args, path):
 
 
 def write_random_ids(folder, vocab_size, count=1_000_000):
-    """train.bin and val.bin of random ids in `folder`, and for characters a meta.pkl."""
+    """Write train.bin and val.bin with random ids to `folder`, and meta.pkl for characters."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ids = np.random.default_rng(0).integers(min(vocab_size, 50257), size=count)
@@ -153,7 +153,7 @@ def write_random_ids(folder, vocab_size, count=1_000_000):
 
 
 def describe_as_bytes(folder):
-    """A meta.json beside random ids: train.py would ask the network for GPT-2's vocabulary."""
+    """Write a meta.json for random ids, so that train.py does not download GPT-2's vocabulary."""
     counts = {"bytes": 0, "characters": 0}
     splits = {
         name: {**counts, "tokens": Path(folder, f"{name}.bin").stat().st_size // 2}
@@ -166,8 +166,8 @@ def describe_as_bytes(folder):
 
 
 def window_starts(folder, block_size, batch_size, batches):
-    """Where the windows of the first batches of train.bin start, (batches, batch_size) in lists:
-    in a file whose ids are their own positions, a window's first id says so."""
+    """Start positions of the windows in the first batches of train.bin, (batches, batch_size), as
+    lists. They are read from a file in which each id is its own position."""
     count = Path(folder, "train.bin").stat().st_size // 2
     np.arange(count, dtype="<u4").tofile(Path(folder, "positions.bin"))
     positions = TokenFile(Path(folder, "positions.bin"), block_size, count, "uint32")

@@ -1,19 +1,19 @@
-"""How wide the range of learning rates is at which a recipe trains well.
+"""Measure the range of learning rates at which a recipe trains well.
 
     $ python data/shakespeare_char/prepare.py
     $ python benchmarks/stability.py
     $ python benchmarks/stability.py --only="classic,query/key norms" --seeds=1 --rates=5
-    $ python benchmarks/stability.py --table --results=benchmarks/stability.json  # what we found
+    $ python benchmarks/stability.py --table --results=benchmarks/stability.json  # our results
 
-Each recipe is trained at each rate of a grid of factors of 2, once for each seed, on the first 19
-twentieths of the training text, and judged on all of the last one. val.bin is not looked at. The
-range of a recipe is the ratio of the largest to the smallest rate at which it comes to within
-`tolerance` of its best loss. What spoils a large model at usual rates does so to a small one at
-large rates (Wortsman et al. 2023, Small-scale proxies for large-scale Transformer training
-instabilities), so a recipe with a wide range is far from trouble at the rate one takes.
+Each recipe is trained at the rates of a grid with factors of 2, once for each seed, on the first
+95 % of the training text, and evaluated on the rest. val.bin is not used. The range of a recipe is
+the ratio of the largest to the smallest rate that reaches its best loss within `tolerance`.
+Instabilities of large models at usual rates appear in small models at large rates (Wortsman et al.
+2023, Small-scale proxies for large-scale Transformer training instabilities), so a wide range means
+a safe distance from them.
 
-Every loss is kept in `results`, and one that stands there is not computed again: the same command
-goes on where it was stopped, and with more recipes, rates or seeds it adds to what is there.
+All losses are saved in `results` and not computed again: the same command continues an interrupted
+study, and more recipes, rates or seeds extend it.
 """
 
 import io
@@ -40,12 +40,12 @@ from brisk.errors import RunError, UserError, did_you_mean, one_line_errors
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, configure
 from trials import ROOT, write_tuning_set
 
-# A small model, for steps enough that it learns more than pairs of letters, which come to 2.48
-# nats: as long as it knows no more, attention may be broken and nothing shows.
+# A small model, trained until it is better than a bigram model (2.48 nats): only then does its
+# loss depend on attention.
 SIZE = "--n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=8 "
 SIZE += "--gradient_accumulation_steps=1 --device=cpu --dtype=float32 --compile=False"
 MODERN = "config/model/modern.py"
-RECIPES = {  # keys and configs over those of nanoGPT's GPT-2, which are the defaults
+RECIPES = {  # keys and config files, applied to the defaults (nanoGPT's GPT-2)
     "classic": "",
     "query/key norms": "--qk_norm=True",
     "modern with Muon": f"{MODERN} --optimizer=muon",
@@ -55,27 +55,27 @@ RECIPES = {  # keys and configs over those of nanoGPT's GPT-2, which are the def
     "no warm-up": "--warmup_iters=0",
     "warm-up five times as long": "--warmup_iters=200",
 }
-MUON_RATIO = 0.02 / 3e-3  # of Muon's rate to AdamW's, as in config/train_gpt2_modern.py
+MUON_RATIO = 0.02 / 3e-3  # Muon's rate / AdamW's rate, as in config/train_gpt2_modern.py
 
 
 @dataclass(frozen=True)
 class StabilityConfig:
-    only: str = ""  # recipes, separated by commas; empty: all
-    dataset: str = "shakespeare_char"  # prepared in data/
-    data_dir: str = ""  # or in this folder
-    smallest: NonNegativeFloat = 2.0**-10  # learning rate
-    rates: PositiveInt = 8  # how many, each twice the one before
-    seeds: PositiveInt = 3  # runs at each
-    steps: PositiveInt = 800  # of a run
-    warmup: NonNegativeInt = 40  # steps of warm-up, where the recipe says nothing of it
-    tolerance: NonNegativeFloat = 0.05  # share of the best loss by which another may be above it
-    more: str = ""  # further keys of train.py, for every run
-    results: str = "stability.json"  # the losses; beside them, as .md, the table
-    table: bool = False  # train and write nothing: print the table of what is there
+    only: str = ""  # recipes, separated by commas; if empty, all
+    dataset: str = "shakespeare_char"  # data set in data/
+    data_dir: str = ""  # folder of the data set, instead of data/<dataset>
+    smallest: NonNegativeFloat = 2.0**-10  # smallest learning rate
+    rates: PositiveInt = 8  # number of learning rates, each twice the previous one
+    seeds: PositiveInt = 3  # runs at each rate
+    steps: PositiveInt = 800  # steps of a run
+    warmup: NonNegativeInt = 40  # warm-up steps, unless the recipe sets them
+    tolerance: NonNegativeFloat = 0.05  # a loss is good up to (1 + tolerance) * the best loss
+    more: str = ""  # further keys of train.py for every run
+    results: str = "stability.json"  # file of the losses; the table is written next to it, as .md
+    table: bool = False  # only print the table of existing results
 
 
-def asked_for(only):
-    """The recipes, by name."""
+def selected(only):
+    """{name: keys} of the recipes named in `only`, or all."""
     names = only.split(",") if only else list(RECIPES)
     for name in names:
         if name not in RECIPES:
@@ -84,7 +84,7 @@ def asked_for(only):
 
 
 def keys_of(config, recipe):
-    """What a recipe's runs are given, but for rate and seed: it names them in the results."""
+    """The arguments of a recipe's runs except rate and seed; also their name in the results."""
     length = f"--max_iters={config.steps - 1} --lr_decay_iters={config.steps}"
     return " ".join(
         f"{SIZE} {length} --warmup_iters={config.warmup} {recipe} {config.more}".split()
@@ -92,9 +92,9 @@ def keys_of(config, recipe):
 
 
 def loss_of_run(folder, keys, rate, seed):
-    """Train, and read all of the held-out text once; infinite where the numbers are none.
+    """Train, and return the loss on all of the held-out text; infinity if it is not finite.
 
-    In this process: the start of one takes longer than training so small a model.
+    Runs in this process, as starting another takes longer than training such a small model.
     """
     argv = [f"--learning_rate={rate}", f"--min_lr={rate / 10}", f"--seed={seed}"]
     argv += [f"--muon_learning_rate={rate * MUON_RATIO}", "--on_spike=stop", "--log_interval=50"]
@@ -105,17 +105,17 @@ def loss_of_run(folder, keys, rate, seed):
         with redirect_stdout(io.StringIO()):
             try:
                 train.main(configure(train.TrainConfig, [*argv, *places]))
-            except RunError:  # a loss that is no number stays none
+            except RunError:  # a non-finite loss
                 return math.inf
-        with redirect_stdout(io.StringIO()) as judged:
-            judge = [*places, "--json", "--batch_size=64", "--device=cpu", "--dtype=float32"]
-            evaluate.main(configure(evaluate.EvaluateConfig, judge))
-    loss = json.loads(judged.getvalue())["loss"]
+        with redirect_stdout(io.StringIO()) as printed:
+            argv = [*places, "--json", "--batch_size=64", "--device=cpu", "--dtype=float32"]
+            evaluate.main(configure(evaluate.EvaluateConfig, argv))
+    loss = json.loads(printed.getvalue())["loss"]
     return loss if math.isfinite(loss) else math.inf
 
 
-def loss_of_letters(folder):
-    """The loss of knowing how often each token is, and nothing else."""
+def unigram_loss(folder):
+    """The loss of a unigram model on the validation split, in nats."""
     dtype = np.dtype(read_meta(folder)["dtype"])
     train_ids, val_ids = (np.fromfile(Path(folder, f"{s}.bin"), dtype) for s in ("train", "val"))
     size = max(train_ids.max(), val_ids.max()) + 1
@@ -124,7 +124,7 @@ def loss_of_letters(folder):
 
 
 def load_results(path):
-    """{(keys, rate, seed): loss} of the runs that are done."""
+    """{(keys, rate, seed): loss} of the finished runs."""
     if not Path(path).exists():
         return {}
     records = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def load_results(path):
 
 
 def save_results(path, done):
-    """Whole or not at all: a study may be stopped at any moment."""
+    """Write the results atomically, as a study may be interrupted at any time."""
     records = [
         {"keys": keys, "rate": rate, "seed": seed, "loss": loss}
         for (keys, rate, seed), loss in done.items()
@@ -143,8 +143,8 @@ def save_results(path, done):
 
 
 def good_range(losses, tolerance):
-    """The smallest and the largest of the rates around the best one, without a gap, whose losses
-    are within `tolerance` of its; `losses` is {rate: loss}."""
+    """Return the smallest and the largest rate of the contiguous range around the best one with
+    losses within `tolerance` of the best. `losses` is {rate: loss}."""
     rates = sorted(losses)
     best = low = high = min(range(len(rates)), key=lambda i: losses[rates[i]])
     limit = losses[rates[best]] * (1 + tolerance)
@@ -156,10 +156,12 @@ def good_range(losses, tolerance):
 
 
 def row(by_seed, tolerance, worst):
-    """The figures of a recipe from {seed: {rate: loss}}: of each seed the best loss, its rate and
-    the range; over all runs how many are lost, no better than `worst`, and by how much they miss
-    the best loss of their seed, lost ones counted as `worst` (Wortsman et al., learning-rate
-    sensitivity)."""
+    """Compute the figures of a recipe from {seed: {rate: loss}}.
+
+    Best loss, its rate and the range are means over the seeds. A run is lost if its loss is at
+    least `worst`. The sensitivity is the mean over all runs of min(loss, worst) - best loss
+    (Wortsman et al., learning-rate sensitivity).
+    """
     ranges = [good_range(losses, tolerance) for losses in by_seed.values()]
     excess = [
         min(loss, worst) - min(losses.values())
@@ -173,7 +175,7 @@ def row(by_seed, tolerance, worst):
         "from": geometric_mean(low for low, _ in ranges),
         "to": geometric_mean(high for _, high in ranges),
         "ranges": [high / low for low, high in ranges],
-        # the grid ends before the range does
+        # the range may continue beyond the grid
         "open": any(
             low == min(losses) or high == max(losses)
             for (low, high), losses in zip(ranges, by_seed.values(), strict=True)
@@ -185,7 +187,7 @@ def row(by_seed, tolerance, worst):
 
 
 def table(rows):
-    """The rows in Markdown; a range with ≥ reaches to an end of the grid and may go beyond."""
+    """Format the rows as Markdown. A range with ≥ reaches an end of the grid."""
     lines = [
         "| | best loss | at | trains from | to | range | each seed | sensitivity | lost |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -202,14 +204,14 @@ def table(rows):
 
 
 def main(config):
-    recipes = {name: keys_of(config, keys) for name, keys in asked_for(config.only).items()}
+    recipes = {name: keys_of(config, keys) for name, keys in selected(config.only).items()}
     grid = [config.smallest * 2**k for k in range(config.rates)]
     done = load_results(config.results)
     with TemporaryDirectory() as folder:
         with redirect_stdout(io.StringIO()):
             write_tuning_set(find_data_dir(config.data_dir, config.dataset), folder)
-        worst = loss_of_letters(folder)
-        # all recipes with one seed before any with the next
+        worst = unigram_loss(folder)
+        # all recipes with one seed before the next seed
         runs = [
             (name, keys, rate, seed)
             for seed in range(1, config.seeds + 1)
@@ -231,7 +233,7 @@ def main(config):
         if by_seed:
             rows[name] = row(by_seed, config.tolerance, worst)
     lines = table(rows)
-    print(f"knowing the letters' frequencies alone: {worst:.3f} nats\n{lines}")
+    print(f"loss of a unigram model: {worst:.3f} nats\n{lines}")
     if not config.table:
         Path(config.results).with_suffix(".md").write_text(f"{lines}\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""A training run as a trial: on a part of the training text, judged on the rest of it.
+"""Train on the first 95 % of the training text and evaluate on the rest, to choose settings.
 
-What is chosen among trials is chosen on the last twentieth of train.bin; val.bin is not looked at.
+val.bin is not used.
 """
 
 import json
@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_tuning_set(data_dir, folder):
-    """A data set in `folder`: the first 19 twentieths of a set's train.bin, and the last one."""
+    """Write a data set to `folder`: the first 95 % of a train.bin for training, the rest as val."""
     meta, tokenizer = read_meta(data_dir), load_tokenizer(data_dir)
     if meta is None:
-        raise UserError(f"{data_dir} has no meta.json; prepare it here")
+        raise UserError(f"{data_dir} has no meta.json; prepare it with briskGPT")
     ids = np.fromfile(Path(data_dir, "train.bin"), dtype=np.dtype(meta["dtype"]))
     cut = len(ids) * 19 // 20
     texts = {"train": [tokenizer.decode(ids[:cut])], "val": [tokenizer.decode(ids[cut:])]}
@@ -30,7 +30,8 @@ def write_tuning_set(data_dir, folder):
 
 
 def run(script, *argv):
-    """Standard output of a script of this repository. Raises `UserError` where it fails."""
+    """Run a script of this repository. Returns its standard output. Raises `UserError` if it
+    fails."""
     done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -39,10 +40,8 @@ def run(script, *argv):
 
 
 def trial(data_dir, argv, split="val"):
-    """Train with `argv` and read all of `split` once: its loss and the median time of a step.
-
-    A run whose loss is no number any more has an infinite loss.
-    """
+    """Train with `argv` and evaluate on all of `split`. Returns a dict: the loss (infinity if not
+    finite) and the median time of a step in ms."""
     with TemporaryDirectory() as out:
         places = [f"--data_dir={data_dir}", f"--out_dir={out}", "--always_save_checkpoint=True"]
         run("train.py", *argv, *places, "--eval_interval=1000000", "--eval_iters=1")
@@ -54,7 +53,7 @@ def trial(data_dir, argv, split="val"):
 
 
 def summary(trials):
-    """Mean and standard deviation of the losses, and the median time of a step."""
+    """The mean and standard deviation of the losses, and the median time of a step."""
     losses = [figures["loss"] for figures in trials]
     spread = stdev(losses) if len(losses) > 1 and np.isfinite(losses).all() else 0.0
     step_ms = median(figures["step_ms"] for figures in trials)

@@ -1,12 +1,12 @@
-"""The workshop behind briskGPT's scripts: one idea a module, each usable by itself."""
+"""The library behind the scripts of briskGPT. Each module has one subject and is usable alone."""
 
 from pathlib import Path
 
 
 def repository():
-    """The clone that this package is in, or None where it is installed without one.
+    """The root of the git clone with this package, or None if it is installed without one.
 
-    Every path to the repository is made here: this file stays where it is when a module moves.
+    All paths to the repository are derived here, so that modules can move.
     """
     root = Path(__file__).parent.parent
     return root if any(root.glob("data/*/prepare.py")) else None

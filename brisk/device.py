@@ -1,8 +1,7 @@
-"""Device, precision and compiling, decided once for all scripts.
+"""Choose device, precision and compilation, for all scripts.
 
-`auto` means CUDA, then MPS, then the CPU; bfloat16 on a CUDA GPU that has it, else float16 with a
-gradient scaler; float32 on MPS and on a CPU, except that training on a CPU has a rule
-(`cpu_training_dtype`).
+`auto` is CUDA, else MPS, else the CPU; bfloat16 on a CUDA GPU that supports it, else float16 with a
+gradient scaler; float32 on MPS and on a CPU. For training on a CPU see `cpu_training_dtype`.
 """
 
 import ctypes
@@ -21,9 +20,9 @@ from brisk.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-BFLOAT16_UNITS = ("amx_tile", "avx512_bf16")  # of a CPU, as PyTorch calls them
+BFLOAT16_UNITS = ("amx_tile", "avx512_bf16")  # CPU features, in PyTorch's names
 
-# Dense 16-bit peak in FLOP/s by the vendors' datasheets, by the device's name without NOT_A_MODEL.
+# Dense 16-bit peak in FLOP/s from the vendors' datasheets. Keys are device names after `model_of`.
 DATASHEET_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -40,12 +39,12 @@ DATASHEET_PEAKS = {
     "V100 PCIE": 112e12,
     "T4": 65e12,
 }
-NOT_A_MODEL = r"NVIDIA|TESLA|GEFORCE|SXM\d?|HBM3E?|\d+GB"  # of its name: same arithmetic with any
+NOT_A_MODEL = r"NVIDIA|TESLA|GEFORCE|SXM\d?|HBM3E?|\d+GB"  # words that do not affect the peak
 
 
 @dataclass
 class Device:
-    """Where tensors live and in what precision products are computed."""
+    """A device, and the precision of its matrix products."""
 
     device: torch.device
     dtype_name: str  # a key of DTYPES
@@ -59,14 +58,14 @@ class Device:
         return DTYPES[self.dtype_name]
 
     def autocast(self):
-        """A context in which products run in `dtype` while the weights stay in float32."""
+        """`torch.autocast` to `dtype`; weights stay float32."""
         if self.dtype_name == "float32":
             return nullcontext()
         return torch.autocast(self.type, dtype=self.dtype)
 
     def cast_linear_weights(self, model):
-        """Cast the weights of `model`'s linear layers to `dtype`, for inference: autocast casts
-        them at every call. The results are the same. A tied head becomes a copy."""
+        """Cast the weights of the linear layers of `model` to `dtype`, for inference. Autocast
+        casts them at every call, with the same results. A tied head becomes a copy."""
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and self.dtype_name != "float32":
                 for name, weight in list(module.named_parameters(recurse=False)):
@@ -74,21 +73,21 @@ class Device:
                     setattr(module, name, cast)
 
     def scaler(self):
-        """A gradient scaler, at work for float16 only (Micikevicius et al. 2018, section 3.2)."""
+        """A gradient scaler, enabled for float16 only (Micikevicius et al. 2018, section 3.2)."""
         return torch.amp.GradScaler(self.type, enabled=self.dtype_name == "float16")
 
     def synchronize(self):
-        """Wait until the device has done all that it was given."""
+        """Wait until all work queued on the device is done."""
         if self.type != "cpu":
             getattr(torch, self.type).synchronize()
 
     def peak_flops(self):
-        """(FLOP/s, where the figure comes from): the datasheet's, or else what was measured."""
+        """Return (FLOP/s, source): the peak in the datasheet if known, else a measured one."""
         if self.type == "cuda" and self.dtype_name != "float32":
             model = model_of(torch.cuda.get_device_name(self.device))
             if model in DATASHEET_PEAKS:
                 return DATASHEET_PEAKS[model], f"the datasheet's peak of {model}"
-        emulated = (self.type, self.dtype_name) == ("cpu", "float16")  # its product is no ceiling
+        emulated = (self.type, self.dtype_name) == ("cpu", "float16")  # slower than float32
         fastest = Device(self.device, "float32") if emulated else self
         name = fastest.dtype_name
         return matmul_flops(fastest), f"the measured ceiling of a {name} matrix product"
@@ -104,17 +103,17 @@ class Device:
 
 
 def model_of(name):
-    """The model in a GPU's name as its driver gives it. It is all of the rest, so that relatives
-    (A10G, RTX 4090 Laptop GPU, one part of an A100 shared by MIG) are not taken for it."""
+    """The model in a GPU's name as reported by its driver. All other words are kept, so variants
+    (A10G, RTX 4090 Laptop GPU, a MIG partition of an A100) are different models."""
     words = re.split(r"[\s-]+", name.upper())
     return " ".join(word for word in words if not re.fullmatch(NOT_A_MODEL, word))
 
 
 def open_device(device="auto", dtype="auto", local_rank=None):
-    """Choose device and precision and set PyTorch up for them.
+    """Choose device and precision, and configure PyTorch for them.
 
-    `local_rank` picks the GPU of a process under torchrun. Raises `UserError` where this machine
-    does not have what is asked for.
+    `local_rank` is the index of the GPU under torchrun. Raises `UserError` if the device is not
+    available.
     """
     name = best_device() if device == "auto" else device
     try:
@@ -129,7 +128,7 @@ def open_device(device="auto", dtype="auto", local_rank=None):
             raise UserError(f"GPU {index} is asked for, this machine has {count} (counted from 0)")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for products outside autocast
     elif chosen.type == "cpu":
         keep_freed_memory()
     if dtype == "auto":
@@ -154,7 +153,7 @@ def check_device(device, name):
 
 
 def can_compute(device):
-    """Whether a device of a kind not known here gives results (PyTorch's meta does not)."""
+    """Whether a device of another kind computes results (PyTorch's meta device does not)."""
     try:
         return (torch.ones(1, device=device) + 1).item() == 2
     except (RuntimeError, AssertionError, ImportError, NotImplementedError):
@@ -172,44 +171,44 @@ def has_bfloat16(device):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory instead of handing it back to the system after each tensor.
+    """Make glibc keep freed memory instead of returning it to the system.
 
-    Otherwise every tensor past 32 MiB is mapped, faulted in page by page and unmapped again, in
-    every step. (mallopt(3): M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1.)
+    By default each tensor above 32 MiB is mapped, page-faulted and unmapped in every step. See
+    mallopt(3): M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1.
     """
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)
             libc.mallopt(-1, 2**31 - 1)
-        except (OSError, AttributeError):  # another C library: it knows no mallopt
+        except (OSError, AttributeError):  # another C library, without mallopt
             pass
 
 
 def cpu_training_dtype(batch_size, block_size, n_embd):
-    """The dtype that `auto` stands for when training on a CPU: "bfloat16" where the CPU multiplies
-    in it natively and a micro-batch has 2^18 activations or more in a layer, else "float32".
+    """The dtype of `auto` for training on a CPU: "bfloat16" if the CPU supports it natively and a
+    micro-batch has at least 2^18 activations in a layer, else "float32".
 
-    Smaller products gain less than the casts cost. Time of a step in float32 by that of one in
-    bfloat16, on an AMD Zen 5 with two cores: 1.09 at 12×64 tokens of 128 channels, 1.53 at 12×256
-    of 128, 1.99 at 16×128 of 256, 2.73 at 16×256 of 384.
+    For smaller products the casts cost more than they gain. Speedup of a step in bfloat16 over
+    float32, on an AMD Zen 5 with two cores: 1.09 at 12×64 tokens with 128 channels, 1.53 at 12×256
+    with 128, 1.99 at 16×128 with 256, 2.73 at 16×256 with 384.
     """
     large = batch_size * block_size * n_embd >= 2**18
     return "bfloat16" if large and has_native_bfloat16() else "float32"
 
 
 def has_native_bfloat16():
-    """Whether the CPU has AMX or AVX-512 BF16 and PyTorch may use it (ATEN_CPU_CAPABILITY)."""
+    """Whether the CPU has AMX or AVX-512 BF16, and ATEN_CPU_CAPABILITY does not disable them."""
     known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in BFLOAT16_UNITS]
     used = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
     return used and any(is_supported() for is_supported in known if is_supported)
 
 
 def resolve_compile(wanted, device):
-    """Whether to compile: `wanted` is True, False or "auto". Where it was wanted and cannot
-    work, says so in one line and returns False."""
+    """Whether to compile. `wanted` is True, False or "auto". Prints a line if compilation is wanted
+    but does not work here."""
     if wanted is False or (wanted == "auto" and device.type != "cuda"):
-        return False  # on a CPU seconds of compiling rarely come back
+        return False  # on a CPU the speedup rarely pays for the compilation time
     if reason := why_not_compile(device):
         print(f"not compiling: {reason}")
         return False
@@ -217,12 +216,12 @@ def resolve_compile(wanted, device):
 
 
 def why_not_compile(device):
-    """What keeps `torch.compile` from working on `device`, or None."""
+    """The reason why `torch.compile` does not work on `device`, or None."""
     if sys.platform == "win32":
         return "PyTorch does not support it well on Windows"
     if device.type == "cuda":
         try:
-            import triton  # noqa: F401 (only whether it is there)
+            import triton  # noqa: F401 (checks that it is installed)
         except ImportError:
             return "Triton is not installed"
         if torch.cuda.get_device_capability(device.device) < (7, 0):
@@ -234,28 +233,30 @@ def why_not_compile(device):
 
 @cache
 def compile_failure(device):
-    """Why a small compilation fails on the device of this name, in one line, or None. No C
-    compiler, no Python.h, no Triton that works, a Python that Dynamo does not know yet: each
-    raises something of its own."""
+    """Compile a small function on the device of this name. Returns the error in one line, or None.
+
+    A missing C compiler or Python.h, a broken Triton, or a Python version that Dynamo does not
+    support raise different exceptions.
+    """
     try:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: (2 * x.sin()).sum())(x).backward()
-    except Exception as error:  # of any kind: it is reported, and training goes on without
+    except Exception as error:  # any exception: it is reported, and training runs uncompiled
         return first_line(error)
     return None
 
 
 def first_line(error):
-    """What an error of torch.compile says of its cause, in one line."""
+    """The cause of an error of torch.compile, in one line."""
     cause = getattr(error, "inner_exception", None) or error
     lines = [line for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__
 
 
 def matmul_flops(device, size=None, seconds=0.05):
-    """FLOP/s of a square matrix product in the device's precision: the best of repeated runs.
+    """FLOP/s of a square matrix product in the device's precision, the best of repeated runs.
 
-    Random matrices: zeros cost a GPU less power and so flatter it.
+    The matrices are random: with zeros, a GPU uses less power and runs faster.
     """
     size = size or (1024 if device.type == "cpu" else 8192)
     generator = torch.Generator(device.device).manual_seed(0)

@@ -1,5 +1,4 @@
-"""Keys of earlier versions under other names, understood in config files, on the command line and
-in checkpoints."""
+"""Old names of keys, still valid in config files, on the command line and in checkpoints."""
 
 RENAMED_KEYS = {  # old name: new name
     "decay_share": "decay_frac",
@@ -10,5 +9,5 @@ RENAMED_KEYS = {  # old name: new name
 
 
 def new_key(key):
-    """The name of `key` now."""
+    """The current name of `key`."""
     return RENAMED_KEYS.get(key, key)

@@ -1,8 +1,8 @@
-# the loss of OpenAI's gpt2 (124M parameters: 12 layers, 12 heads, 768 wide),
+# evaluate OpenAI's gpt2 (124M parameters: n_layer=12, n_head=12, n_embd=768)
 # on data/openwebtext
 
 batch_size = 8
-eval_iters = 500  # many, for a close estimate
+eval_iters = 500  # more than during training, for a precise estimate
 eval_only = True
 wandb_log = False
 init_from = "gpt2"

@@ -1,8 +1,8 @@
-# the loss of OpenAI's gpt2-large (774M parameters: 36 layers, 20 heads, 1280 wide),
+# evaluate OpenAI's gpt2-large (774M parameters: n_layer=36, n_head=20, n_embd=1280)
 # on data/openwebtext
 
 batch_size = 8
-eval_iters = 500  # many, for a close estimate
+eval_iters = 500  # more than during training, for a precise estimate
 eval_only = True
 wandb_log = False
 init_from = "gpt2-large"

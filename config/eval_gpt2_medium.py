@@ -1,8 +1,8 @@
-# the loss of OpenAI's gpt2-medium (350M parameters: 24 layers, 16 heads, 1024 wide),
+# evaluate OpenAI's gpt2-medium (355M parameters: n_layer=24, n_head=16, n_embd=1024)
 # on data/openwebtext
 
 batch_size = 8
-eval_iters = 500  # many, for a close estimate
+eval_iters = 500  # more than during training, for a precise estimate
 eval_only = True
 wandb_log = False
 init_from = "gpt2-medium"

@@ -1,4 +1,4 @@
-# GPT-2 finetuned on Shakespeare; with less memory take a smaller one: --init_from=gpt2
+# finetune GPT-2 on Shakespeare; with less memory use a smaller model: --init_from=gpt2
 # python data/shakespeare/prepare.py && python train.py config/finetune_shakespeare.py
 
 import time
@@ -15,8 +15,8 @@ init_from = "gpt2-xl"  # the largest GPT-2
 
 always_save_checkpoint = False  # keep the best model, not the last
 
-# 1 sequence * 32 micro-batches * 1024 tokens = 32,768 tokens in a step;
-# the set has 301,966, so 9 steps are about one epoch
+# 1 sequence * 32 micro-batches * 1024 tokens = 32,768 tokens per step;
+# an epoch (301,966 tokens) is about 9 steps
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

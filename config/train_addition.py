@@ -1,4 +1,4 @@
-# sums of two-digit numbers, learned from examples, on a CPU in about a minute:
+# learn to add two-digit numbers, in about a minute on a CPU:
 # python data/addition/prepare.py && python train.py config/train_addition.py
 # python evaluate.py --out_dir=out-addition --task=addition
 # python sample.py --out_dir=out-addition --start="27+58="
@@ -13,7 +13,7 @@ always_save_checkpoint = False  # keep the best model, not the last
 dataset = "addition"
 gradient_accumulation_steps = 1
 batch_size = 128
-block_size = 12  # a sum of two-digit numbers and its ends
+block_size = 12  # a sum of two-digit numbers with end-of-text tokens
 rows = "documents"
 
 n_layer = 2

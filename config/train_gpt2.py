@@ -1,4 +1,4 @@
-# GPT-2 (124M) on OpenWebText, to a validation loss of about 2.85 on a node of 8 A100s:
+# train GPT-2 (124M) on OpenWebText to a validation loss of about 2.85, on 8 A100 GPUs:
 # python data/openwebtext/prepare.py
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
@@ -6,12 +6,12 @@ wandb_log = True
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 
-# about half a million tokens in a step: 12 sequences * 1024 tokens * 5 micro-batches * 8 GPUs
+# 12 sequences * 1024 tokens * 5 micro-batches * 8 GPUs = 491,520 tokens per step
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
-# 300 billion tokens in all
+# about 300 billion tokens in total
 max_iters = 600000
 lr_decay_iters = 600000
 
@@ -21,11 +21,11 @@ log_interval = 10
 
 weight_decay = 1e-1
 
-# If the loss explodes: what small models say helps (benchmarks/RESULTS.md, Stability; at this size
-# nobody has tried it). The network stays GPT-2's with these:
-# learning_rate = 3e-4  # GPT-2's recipe trained well over 2 to 4 times in rates, no more
+# If the loss diverges, these helped small models (benchmarks/RESULTS.md, Stability; not tested at
+# this size). They do not change the architecture:
+# learning_rate = 3e-4  # this recipe trained well only within a factor of 2 to 4
 # min_lr = 3e-5
-# warmup_iters = 10000  # five times as long: twice the rate was well on the mean
-# on_spike = "rewind"  # where a number is none, on from the last checkpoint instead of an end
-# And this does not; what is lost at too large a rate was half as much with it:
+# warmup_iters = 10000  # five times as long allowed about twice the learning rate
+# on_spike = "rewind"  # at a non-finite loss, return to the last checkpoint instead of stopping
+# This one changes it, and halved the damage of too large a learning rate:
 # qk_norm = True

@@ -1,8 +1,7 @@
-# the source of Python's own standard library, on a CPU in about two minutes on two cores:
+# train on the source code of Python's standard library, in about two minutes on two CPU cores:
 # python data/python_source/prepare.py && python train.py config/train_python_source.py
-# Qwen3's network in small, with Muon. GPT-2's (position="learned", norm="layer", qk_norm=False,
-# mlp="gelu", tied, AdamW, 4000 steps of 12 x 64 tokens) learned less in the same time: 1.70 bits
-# per byte of the held-out files, this one 1.47.
+# A small Qwen3 trained with Muon. It reaches 1.47 bits per byte on held-out files; GPT-2's
+# architecture with AdamW (4000 steps of 12 x 64 tokens) reaches 1.70 in the same time.
 
 out_dir = "out-python-source"
 eval_interval = 200

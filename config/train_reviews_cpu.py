@@ -1,4 +1,4 @@
-# Chinese film reviews, one after another, with a small model, on a CPU in minutes:
+# train a small model on Chinese film reviews, in minutes on a CPU:
 # python data/reviews/prepare.py && python train.py config/train_reviews_cpu.py
 # python sample.py --out_dir=out-reviews-cpu --start=好看
 
@@ -13,8 +13,8 @@ dataset = "reviews"
 gradient_accumulation_steps = 1
 batch_size = 24
 block_size = 64
-# Windows over reviews and their ends: no room is lost to short ones, and each is seen at every
-# place in a window, which makes up for there being so few.
+# Windows across the ends of reviews: short reviews need no padding, and each review is seen at many
+# positions of a window, which acts as data augmentation.
 rows = "windows"
 
 n_layer = 2
@@ -23,7 +23,7 @@ n_embd = 192
 dropout = 0.2
 
 learning_rate = 2e-3
-weight_decay = 4.0  # much, as for any text this short
+weight_decay = 4.0  # large, as the text is short
 max_iters = 1500
 lr_decay_iters = 1500
 min_lr = 2e-4

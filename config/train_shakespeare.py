@@ -1,4 +1,4 @@
-# Shakespeare in GPT-2's word pieces, from scratch, on a CPU in about two minutes:
+# train on Shakespeare with GPT-2's tokenizer, from scratch, in about two minutes on a CPU:
 # python data/shakespeare/prepare.py && python train.py config/train_shakespeare.py
 
 out_dir = "out-shakespeare-bpe"

@@ -1,12 +1,12 @@
-# a small GPT on the characters of Shakespeare, for one GPU:
+# train a small character-level GPT on Shakespeare, on one GPU:
 # python data/shakespeare_char/prepare.py && python train.py config/train_shakespeare_char.py
 
 out_dir = "out-shakespeare-char"
-eval_interval = 250  # often, because it overfits
+eval_interval = 250  # frequent, because the model overfits
 eval_iters = 200
 log_interval = 10
 
-always_save_checkpoint = False  # keep the best model, not the last
+always_save_checkpoint = False  # the model overfits on a small text: keep the best one
 
 wandb_log = False
 wandb_project = "shakespeare-char"
@@ -22,10 +22,10 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3  # a small network takes a larger one
+learning_rate = 1e-3  # small models tolerate a higher rate
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99  # few tokens in a step: average over more of them
+beta2 = 0.99  # above the default, because a step has few tokens
 
 warmup_iters = 100

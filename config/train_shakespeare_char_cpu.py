@@ -1,4 +1,4 @@
-# the characters of Shakespeare on a CPU, in about two minutes on two cores:
+# train a tiny character-level GPT on Shakespeare, in about two minutes on two CPU cores:
 # python data/shakespeare_char/prepare.py && python train.py config/train_shakespeare_char_cpu.py
 
 out_dir = "out-shakespeare-char-cpu"

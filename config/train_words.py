@@ -1,10 +1,10 @@
-# words of abstracts, common ones left out, with a small model, on a CPU in about a minute:
+# train a small model on the words of abstracts without stop words, in about a minute on a CPU:
 # python data/words/prepare.py && python train.py config/train_words.py
 # python sample.py --out_dir=out-words --start="text clustering" --max_words=5
 # python sample.py --out_dir=out-words --start="text clustering" --top_next=10
 
-# 50 kB are learned by heart: the perplexity of the training text goes below 1.6, that of the text
-# held out up to thousands. --always_save_checkpoint=True keeps the model that knows it by heart.
+# The model memorizes these 50 kB: the training perplexity falls below 1.6, the validation
+# perplexity rises to thousands. --always_save_checkpoint=True keeps the memorizing model.
 
 out_dir = "out-words"
 eval_interval = 500

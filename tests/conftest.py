@@ -1,4 +1,4 @@
-"""What the tests share: the way to the code, a small text made into a data set, tiny runs."""
+"""Shared fixtures: a small data set, tiny runs, and scripts in subprocesses."""
 
 import importlib.util
 import io
@@ -24,17 +24,17 @@ import pytest
 import torch
 from tqdm import tqdm
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # however slow, or shared
+hypothesis.settings.register_profile("any machine", deadline=None)  # a machine may be slow
 hypothesis.settings.load_profile("any machine")
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job; children inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job; children inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# For models this small more threads are slower, much so side by side; here and in child processes.
+# For such small models several threads are slower. The variable is for child processes.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's products are exact again
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # `pytest` alone does not put it there
+sys.path.insert(0, str(ROOT))  # `python -m pytest` does this, `pytest` does not
 
 import train  # noqa: E402
 from brisk.checkpoint import load_checkpoint  # noqa: E402 (found by the line above)
@@ -79,7 +79,7 @@ If this be error and upon me proved,
 I never writ, nor no man ever loved.
 """
 
-# A run of eight steps that learns something, in half a second; the last step's number is 7.
+# A run of eight steps, 0 to 7, in half a second.
 TINY = {
     "device": "cpu",
     "dtype": "float32",
@@ -102,7 +102,7 @@ TINY = {
 
 @dataclass
 class Run:
-    """What a run left behind."""
+    """The files and the console output of a run."""
 
     out_dir: Path
     console: str
@@ -113,7 +113,7 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def series(self, key):
-        """`metrics.jsonl` as {step: value of key}, of the lines that have it."""
+        """{step: value of `key`} from `metrics.jsonl`."""
         return {line["step"]: line[key] for line in self.metrics if key in line}
 
     def checkpoint(self, name="last.pt"):
@@ -127,8 +127,7 @@ def text():
 
 @pytest.fixture(scope="session")
 def char_data(tmp_path_factory):
-    """A prepared set of characters, 1,200 tokens and some: train.bin, val.bin, meta.json and
-    meta.pkl, in a folder `data/sonnets`."""
+    """A character data set of about 1,200 tokens, in a folder `data/sonnets`."""
     folder = tmp_path_factory.mktemp("root") / "data" / "sonnets"
     tokenizer = CharTokenizer(sorted(set(TEXT)))
     splits = {"train": [TEXT[:-200]], "val": [TEXT[-200:]]}
@@ -138,7 +137,7 @@ def char_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lines_data(tmp_path_factory):
-    """The words and lines of the text as documents of unlike length, end-of-text after each."""
+    """A data set of documents: the words and lines of the text, each followed by end-of-text."""
     folder = tmp_path_factory.mktemp("lines")
     tokenizer = CharTokenizer(sorted(set(TEXT)), eot=True)
     splits = {"train": TEXT.split() + TEXT.splitlines(), "val": TEXT.splitlines()}
@@ -151,12 +150,12 @@ def shared_memory():
     try:
         multiprocessing.get_context("spawn").Lock()
     except OSError as error:
-        pytest.skip(f"needs memory shared by processes, such as /dev/shm: {error}")
+        pytest.skip(f"needs shared memory, such as /dev/shm: {error}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+@pytest.hookimpl(tryfirst=True)  # before `-m` is applied
 def pytest_collection_modifyitems(items):
-    """`-m device` are the tests that take a `device`, to be run on a GPU too."""
+    """Mark the tests with the fixture `device`, so that `-m device` runs them on a GPU."""
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", ())
         if "device" in getattr(item, "fixturenames", ()) and "device" not in parameters:
@@ -165,8 +164,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def device():
-    """The device of the numeric tests: a CPU, or what BRISK_TEST_DEVICE names. In float32, and no
-    products in TF32."""
+    """The device of the numerical tests: BRISK_TEST_DEVICE or the CPU, in float32 without TF32."""
     precision = torch.get_float32_matmul_precision()
     opened = open_device(os.environ.get("BRISK_TEST_DEVICE", "cpu"), "float32")
     torch.set_float32_matmul_precision("highest")
@@ -179,12 +177,12 @@ def gpt2_tokenizer():
     try:
         return gpt2()
     except UserError as error:
-        pytest.skip(f"GPT-2's vocabulary is not to be had: {error}")
+        pytest.skip(f"GPT-2's vocabulary is not available: {error}")
 
 
 @pytest.fixture
 def settings(char_data):
-    """The command line of a tiny run, with the given settings changed or added."""
+    """`settings(out_dir, **changes)`: the arguments of a tiny run."""
 
     def argv(out_dir, **changes):
         tiny = {**TINY, "data_dir": char_data, "out_dir": out_dir, **changes}
@@ -195,7 +193,7 @@ def settings(char_data):
 
 @pytest.fixture
 def resumed_settings(settings):
-    """The command line that goes on with a run: what the checkpoint does not say, and changes."""
+    """`resumed_settings(out_dir, **changes)`: the arguments that resume a run."""
 
     def argv(out_dir, init_from="resume", **changes):
         machine = {"device": "cpu", "compile": False}
@@ -207,7 +205,7 @@ def resumed_settings(settings):
 
 @pytest.fixture
 def main(capsys):
-    """Run train.py's main in this process on a command line (a list); a `Run`."""
+    """`main(argv)`: run train.py in this process. Returns a `Run`."""
     import train
 
     def main(argv):
@@ -221,19 +219,19 @@ def main(capsys):
 
 @pytest.fixture
 def train_tiny(main, settings):
-    """A tiny run, from scratch unless told otherwise."""
+    """`train_tiny(out_dir, **changes)`: train a tiny run. Returns a `Run`."""
     return lambda out_dir, **changes: main(settings(out_dir, **changes))
 
 
 @pytest.fixture
 def resume(main, resumed_settings):
-    """Go on with a run in this process, with nothing given but `changes`."""
+    """`resume(out_dir, **changes)`: resume a run on the CPU without compilation."""
     return lambda out_dir, **changes: main(resumed_settings(out_dir, **changes))
 
 
 @pytest.fixture
 def train_until(settings, monkeypatch):
-    """Start a tiny run and stop it, as Ctrl-C does, before its step `stop`."""
+    """`train_until(out_dir, stop, **changes)`: train a tiny run and interrupt it before `stop`."""
 
     def run(out_dir, stop, given=None, **changes):
         argv = given or settings(out_dir, **changes)
@@ -254,8 +252,8 @@ def train_until(settings, monkeypatch):
 
 
 @pytest.fixture
-def carry_on(main):
-    """Resume a run with no key but its folder, the device, and `changes`."""
+def resume_run(main):
+    """`resume_run(out_dir, **changes)`: resume a run on the CPU without any other key."""
 
     def run(out_dir, **changes):
         given = {"init_from": "resume", "out_dir": out_dir, "device": "cpu", **changes}
@@ -265,7 +263,7 @@ def carry_on(main):
 
 
 class Prepared:
-    """A prepared data set: the text of each split, and its documents where they have an end."""
+    """A prepared data set, decoded."""
 
     def __init__(self, folder, printed):
         self.folder, self.printed = folder, printed
@@ -279,7 +277,7 @@ class Prepared:
         return self.tokenizer.decode(self.ids(split))
 
     def documents(self, split):
-        ids = self.ids(split)  # (the text of a document may have a literal <|endoftext|> in it)
+        ids = self.ids(split)  # split the ids, as a text may contain a literal <|endoftext|>
         *documents, rest = np.split(ids, np.flatnonzero(ids == self.tokenizer.eot) + 1)
         assert len(rest) == 0 and len(documents) == self.meta["splits"][split]["documents"]
         return [self.tokenizer.decode(document[:-1]) for document in documents]
@@ -293,8 +291,8 @@ class Prepared:
 
 @pytest.fixture
 def prepare_here(tmp_path, capsys, monkeypatch):
-    """Run the main of data/<name>/prepare.py in this process, in an empty folder; a `Prepared`, or
-    with `fails=True` the one line it ends with."""
+    """`prepare_here(name, **settings)`: run data/<name>/prepare.py in this process, in an empty
+    folder. Returns a `Prepared`, or with `fails=True` the line of the error."""
     monkeypatch.chdir(tmp_path)
 
     def run(name, *argv, fails=False, **settings):
@@ -319,7 +317,7 @@ def prepare_here(tmp_path, capsys, monkeypatch):
 
 
 def run_script(script, *argv, cwd=None, env=None, launcher=(), root=ROOT):
-    """Run a script of ours in a process of its own; a `subprocess.CompletedProcess` with text."""
+    """Run a script in a subprocess. Returns a `subprocess.CompletedProcess` with text."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BRISK_DATA")}
     clean |= {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", **(env or {})}
     command = [sys.executable, *launcher, str(Path(root, script)), *map(str, argv)]
@@ -328,9 +326,9 @@ def run_script(script, *argv, cwd=None, env=None, launcher=(), root=ROOT):
     )
 
 
-def ending(call, *arguments):
-    """How a script's `call` ends: None where it does its work, else the one line that says why
-    not. Any other ending, a traceback or a second line of error, fails the test."""
+def exit_line(call, *arguments):
+    """Call the `main` of a script. Returns None if it succeeds, else the line of the error. Fails
+    for anything else, such as a traceback or a second error line."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in "oe")
     try:
         with redirect_stdout(out), redirect_stderr(err), one_line_errors():
@@ -345,9 +343,9 @@ def ending(call, *arguments):
 
 
 def run_forked(script, argv, cwd, seconds=60, memory=2**32):
-    """As `run_script`, in a process that has all modules loaded already: its start takes a tenth
-    of a second. It may take so many `seconds`, and so many bytes of memory more than are in use; a
-    `subprocess.CompletedProcess`, its status negative where a signal ended it."""
+    """Like `run_script`, in a forked process, which has all modules loaded and starts in a tenth of
+    a second. `seconds` and `memory` (bytes more than are in use) are its limits. The status is
+    negative if a signal ended it."""
     import resource
 
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -357,7 +355,7 @@ def run_forked(script, argv, cwd, seconds=60, memory=2**32):
             os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
             sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
             sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-            # tqdm's lock is shared by processes: one that is killed in it keeps it.
+            # tqdm's lock is shared between processes: a killed process would keep it
             tqdm.set_lock(threading.RLock())
             os.chdir(cwd)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -381,23 +379,23 @@ def run_forked(script, argv, cwd, seconds=60, memory=2**32):
 
 @pytest.fixture(scope="session")
 def forked():
-    """`forked("train.py", argv, cwd)`: `run_forked`, where a system can."""
+    """`forked("train.py", argv, cwd)`: `run_forked`, skipped if the system cannot fork."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs fork and /proc")
-    import sample, train  # noqa: E401, F401, I001 (loaded once, before the processes part)
+    import sample, train  # noqa: E401, F401, I001 (loaded once, before forking)
 
     return run_forked
 
 
 @pytest.fixture(scope="session")
 def script():
-    """`script("train.py", *argv, cwd=…, env=…)`: run it as a person would."""
+    """`script("train.py", *argv, cwd=…, env=…)`: see `run_script`."""
     return run_script
 
 
 @pytest.fixture(scope="session")
 def quick_script(request):
-    """`quick_script("train.py", *argv, cwd=…)`: as `script`, but forked where a system can."""
+    """`quick_script("train.py", *argv, cwd=…)`: like `script`, but forked if possible."""
     if not Path("/proc/self/statm").exists():
         return run_script
     forked = request.getfixturevalue("forked")
@@ -406,7 +404,7 @@ def quick_script(request):
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """`torchrun("train.py", *argv)`: the same in two processes on this machine, or more."""
+    """`torchrun("train.py", *argv, processes=2)`: like `script`, in several processes."""
 
     def run(name, *argv, processes=2, **more):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -417,7 +415,7 @@ def torchrun():
 
 @pytest.fixture
 def engine():
-    """`engine(model, rows=8, queue=99, **options)`: closed when the test ends."""
+    """`engine(model, rows=8, queue=99, **options)`: an `Engine`, closed at the end of the test."""
     from brisk.serving.scheduler import Engine
 
     opened = []
@@ -433,8 +431,8 @@ def engine():
 
 @pytest.fixture
 def serve(engine, tmp_path):
-    """`serve(rows=8, queue=99, **options)`: a random model over the 61 characters from 0 on, served
-    on a free port; its engine and the port. The runs beside it are those in `tmp_path`."""
+    """`serve(rows=8, queue=99, **options)`: serve a random model of 61 characters on a free port.
+    Returns its engine and the port. It shows the runs in `tmp_path`."""
     from networks import random_model
 
     from brisk.serving.api import make_app
@@ -468,8 +466,8 @@ def free_port():
         return some.getsockname()[1]
 
 
-def a_checkpoint(step=10, seed=0):
-    """A whole checkpoint of a tiny model that has made one step."""
+def make_checkpoint(step=10, seed=0):
+    """A complete checkpoint of a tiny model after one step."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
@@ -490,7 +488,7 @@ def a_checkpoint(step=10, seed=0):
 
 
 def same(a, b):
-    """Equal, tensors to the bit."""
+    """Whether nested values are equal, tensors bit for bit."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

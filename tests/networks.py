@@ -1,4 +1,4 @@
-"""Small networks of every kind, with random weights."""
+"""Small models of every architecture, with random weights."""
 
 import torch
 
@@ -25,7 +25,7 @@ SIZES = dict(block_size=24, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
 
 
 def random_model(**settings):
-    """A small model in eval mode in which every weight, biases and norms too, is random."""
+    """A small model in eval mode with all parameters random, including biases and norms."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SIZES, **settings}))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The house as docs/architecture.md draws it: who may import whom, and that every file is there."""
+"""The rules in docs/architecture.md: directions of imports, and a list of all files."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ FRONT = {path.stem for path in ROOT.glob("*.py")}
 
 
 def modules_of(path):
-    """The modules that a file imports, inside functions too."""
+    """The modules that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -20,7 +20,7 @@ def modules_of(path):
 
 
 def level(parts):
-    """Height of a module of brisk: 0 is the top folder, files at the root are below all."""
+    """The level of a module of brisk: 0 is the highest folder; files at the root are lowest."""
     return FOLDERS.index(parts[1]) if len(parts) > 1 and parts[1] in FOLDERS else len(FOLDERS)
 
 
@@ -29,7 +29,7 @@ def test_imports_go_one_way(path):
     mine = level(path.relative_to(ROOT).with_suffix("").parts)
     for module in modules_of(path):
         parts = module.split(".")
-        assert parts[0] not in FRONT, f"{path} imports {module}, which is in front of it"
+        assert parts[0] not in FRONT, f"{path} imports the script {module}"
         if parts[0] == "brisk" and len(parts) > 1:
             assert level(parts) >= mine, f"{path} imports {module}, which is above it"
 
@@ -41,7 +41,7 @@ def test_no_script_imports_another(path):
     assert imported & FRONT <= {"model", "configurator"} | measured
 
 
-def test_every_file_has_its_line():
+def test_every_file_is_listed():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = page[: page.index("## The way of a run")]
     named = set(re.findall(r"`(\w+)`", table))

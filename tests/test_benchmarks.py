@@ -1,4 +1,4 @@
-"""The comparisons run, and their judges judge."""
+"""The benchmarks run, and their statistics are right."""
 
 import importlib
 import importlib.util
@@ -38,7 +38,7 @@ def load(name):
     return module
 
 
-def test_naive_bayes_is_what_the_formula_says():
+def test_naive_bayes_matches_the_formula():
     judge = load("label_agreement").NaiveBayes({"a": ["xx", "xy"], "b": ["yy"]}, alpha=0.5)
     # features: x, y and the pairs xx, xy, yy; a has x 3, y 1, xx 1, xy 1 of 6, b has y 2, yy 1 of 3
     a = math.log(1.5 / 8.5) + math.log(3.5 / 8.5)  # of "yx"; the pair is not known
@@ -47,7 +47,7 @@ def test_naive_bayes_is_what_the_formula_says():
     assert judge.label("xx") == "a" and judge.label("yy") == "b"
 
 
-def test_a_model_that_knows_two_kinds_apart_agrees(train_tiny, tmp_path, capsys):
+def test_agreement_of_a_trained_model(train_tiny, tmp_path, capsys):
     train = ["+abab", "+aabb", "-cdcd", "-ccdd"] * 20
     tokenizer = CharTokenizer(sorted("+-abcd"), eot=True)
     write_dataset(tmp_path / "data", tokenizer, {"train": train, "val": train}, "kinds", True)
@@ -108,7 +108,7 @@ def result(compare, peer, text, tmp_path, capsys):
     return run
 
 
-def test_whole_runs_are_compared(result):
+def test_compare_train(result):
     more = "--max_iters=20 --eval_interval=10 --eval_iters=2 --n_layer=1 --n_embd=16 --n_head=2"
     rows = result("train", f"--train_more={more}")
     assert list(rows) == ["train.py, whole process", "a step, as it prints it"]
@@ -118,7 +118,7 @@ def test_whole_runs_are_compared(result):
     assert max(step["brisk"]) * 20 < min(whole["brisk"])
 
 
-def test_both_train_on_the_same_batches(result):
+def test_compare_step_uses_the_same_batches(result):
     (row,) = result("step").values()
     assert row["check"]["holds"] and row["check"]["difference"] < 1e-4
     assert row["check"]["brisk"] == pytest.approx(math.log(65), abs=0.2)
@@ -126,7 +126,7 @@ def test_both_train_on_the_same_batches(result):
     assert row["tokens"] == 2 * 16
 
 
-def test_samples_are_compared(result):
+def test_compare_sample(result):
     rows = result("sample")
     kinds = [what.removeprefix("tiny, 2x20, ") for what in rows]
     assert kinds == ["sample.py, whole process", "generate alone", "alone, exact_window"]
@@ -135,7 +135,7 @@ def test_samples_are_compared(result):
     assert exact["nanogpt"] == alone["nanogpt"] and exact["brisk"] != alone["brisk"]
 
 
-def test_both_prepare_the_same_files(result):
+def test_compare_data(result):
     whole, alone = result("data").values()
     assert whole["check"] == {
         "what": "files that differ",
@@ -149,23 +149,23 @@ def test_both_prepare_the_same_files(result):
         assert max(alone[side]) < min(whole[side])
 
 
-def test_a_start_is_compared(result):
+def test_compare_start(result):
     (row,) = result("start").values()
     assert row["what"] == "tiny, to the first step"
 
 
-def test_memory_is_compared(result):
+def test_compare_memory(result):
     pytest.importorskip("resource", reason="Windows does not tell it")
     (row,) = result("memory").values()
     for side in ("brisk", "nanogpt"):
         assert 50e6 < min(row[side]) < 5e9
 
 
-def test_what_is_no_checkout_is_told_in_one_line(script, quick_script, tmp_path):
+def test_wrong_peer_is_one_line(script, quick_script, tmp_path):
     for start, argv, words in [
         (script, [], "--peer="),
-        (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is no checkout of nanoGPT"),
-        (quick_script, ["--peer=x", "--sections=step,dat"], "there is no dat; did you mean data?"),
+        (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is not a checkout of nanoGPT"),
+        (quick_script, ["--peer=x", "--sections=step,dat"], "unknown name dat; did you mean data?"),
         (quick_script, ["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
     ]:
         done = start("benchmarks/compare_nanogpt.py", *argv)
@@ -173,7 +173,7 @@ def test_what_is_no_checkout_is_told_in_one_line(script, quick_script, tmp_path)
         assert words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_ratio_is_of_one_round():
+def test_ratios_are_within_a_round():
     row = {"brisk": [1.0, 2.0, 4.0], "nanogpt": [3.0, 2.0, 20.0]}
     assert ratios.summary(row) == {
         "median": {"brisk": 2.0, "nanogpt": 3.0},
@@ -184,7 +184,7 @@ def test_a_ratio_is_of_one_round():
     }
 
 
-def test_a_row_whose_sides_do_not_agree_is_marked():
+def test_disagreement_is_marked():
     runs = {"brisk": [{"s": 2.0}, {"s": 2.0}], "nanogpt": [{"s": 3.0}, {"s": 5.0}]}
     row = ratios.row("train", "a run", runs, "s", tokens=100)
     row["summary"] = ratios.summary(row)
@@ -193,17 +193,17 @@ def test_a_row_whose_sides_do_not_agree_is_marked():
         table = ratios.as_lines(row)
         assert ("DIFFER" in table) is marked and "loss: 1.88" in table
     assert "2.00 (1.50 to 2.50)" in table and "0% 50%" in table
-    assert "tokens a second: 50, 25" in table
+    assert "tokens/s: 50, 25" in table
 
 
-def test_who_begins_changes_with_every_round():
+def test_first_side_alternates():
     order = []
     config = load("compare_nanogpt").CompareConfig(rounds=3)
     figures = sides.alternate(config, {"a": 1, "b": 2}, lambda side: order.append(side) or side)
     assert order == [1, 2, 2, 1, 1, 2] and figures == {"a": [1] * 3, "b": [2] * 3}
 
 
-def test_window_starts_are_those_of_the_batches(tmp_path):
+def test_window_starts_match_the_batches(tmp_path):
     sides.write_random_ids(tmp_path, 65, count=1000)
     starts = sides.window_starts(tmp_path, block_size=16, batch_size=5, batches=40)
     ids = np.fromfile(tmp_path / "train.bin", "<u2")
@@ -218,7 +218,7 @@ def side(tmp_path):
     return sides.Side("nanogpt", tmp_path, tmp_path)
 
 
-def test_a_start_ends_at_the_first_step(side, tmp_path):
+def test_start_ends_at_the_first_step(side, tmp_path):
     (tmp_path / "train.py").write_text("print('iter 0: loss 1'); open('went_on', 'w')")
     job = {"job": "start", "script": str(tmp_path / "train.py"), "argv": []}
     began = time.monotonic()
@@ -238,7 +238,7 @@ def test_preparing_is_timed_without_imports(side, tmp_path):
     assert sides.work(side, {**job, "modules": figures["modules"]})["seconds"] < 1
 
 
-def test_decode_step_is_timed(capsys, monkeypatch):
+def test_decode_ratio(capsys, monkeypatch):
     script = load("decode_ratio")
     sizes = dict(n_layer=1, n_head=2, n_embd=8, block_size=128, vocab_size=9)
     monkeypatch.setattr(script, "MODELS", {"tiny": sizes})
@@ -246,7 +246,7 @@ def test_decode_step_is_timed(capsys, monkeypatch):
     script.main(configure(script.DecodeRatioConfig, argv))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[2:]] == [["tiny", "1"], ["tiny", "3"]]
-    with pytest.raises(UserError, match="models=tony is none of tiny"):
+    with pytest.raises(UserError, match="models=tony is not one of tiny"):
         script.main(configure(script.DecodeRatioConfig, ["--models=tony"]))
 
 
@@ -281,7 +281,7 @@ GPU_PARTS = {
 
 
 @pytest.mark.parametrize("section", GPU_PARTS)
-def test_a_section_leaves_its_rows(gpu, measure, section):
+def test_section_writes_rows(gpu, measure, section):
     rows = measure(section, f"--parts={','.join(GPU_PARTS[section])}")
     assert [row for row in rows if "failed" in row] == []
     assert {row["part"] for row in rows} == set(GPU_PARTS[section])
@@ -297,12 +297,12 @@ def test_every_part_is_tested(gpu):
 
 
 @pytest.mark.slow
-def test_the_section_of_tests(measure):
+def test_section_of_tests(measure):
     *_, row = measure("correct", "--parts=tests")
     assert row["what"] == "tests of numbers that passed" and row["values"][0] > 0
 
 
-def test_both_sides_take_turns(measure, peer):
+def test_sides_alternate(measure, peer):
     step, *starts = measure("gpt2", "--parts=step", f"--peer={peer}")
     assert len(step["values"]) == len(step["peer"]) == 1
     losses = [step["more"][f"loss, {name}"] for name in ("brisk", "nanogpt")]
@@ -310,7 +310,7 @@ def test_both_sides_take_turns(measure, peer):
     assert [row["what"].split(", ")[1] for row in starts] == ["cold cache", "warm cache"]
 
 
-def test_a_part_that_fails_is_a_row(measure, monkeypatch):
+def test_failed_part_is_a_row(measure, monkeypatch):
     small = importlib.import_module("gpu_sections.small")
 
     def fails(job):
@@ -323,7 +323,7 @@ def test_a_part_that_fails_is_a_row(measure, monkeypatch):
     assert rows == [("a", None), ("a", failed), ("b", None), ("b", failed)]
 
 
-def test_a_section_stops_at_its_limit(gpu, monkeypatch, tmp_path):
+def test_section_stops_at_its_limit(gpu, monkeypatch, tmp_path):
     monkeypatch.setitem(gpu.SECTIONS, "small", 0.001)
     argv = ["--tiny", "--device=cpu", f"--out={tmp_path / 'rows.jsonl'}", "--sections=small"]
     gpu.main(configure(gpu.GpuConfig, argv), argv)
@@ -332,7 +332,7 @@ def test_a_section_stops_at_its_limit(gpu, monkeypatch, tmp_path):
     assert stopped["failed"].startswith("stopped after")
 
 
-def test_the_table_of_rows(gpu, script, tmp_path):
+def test_table_of_rows(gpu, script, tmp_path):
     rows = [
         {"section": "", "what": "machine", "machine": "a GPU", "values": [], "unit": ""},
         {"section": "gpt2", "part": "step", "what": "a step", "unit": "ms",
@@ -351,10 +351,10 @@ def test_the_table_of_rows(gpu, script, tmp_path):
     assert "| xl | failed: OutOfMemoryError: all |  |  |  |" in lines
 
 
-def test_what_gpu_does_not_know_is_one_line(quick_script, tmp_path):
+def test_unknown_section_is_one_line(quick_script, tmp_path):
     for argv, words in [
-        (["--sections=smal"], "there is no smal; did you mean small?"),
-        (["--sections=small", "--parts=eagre"], "there is no eagre; did you mean eager?"),
+        (["--sections=smal"], "unknown section smal; did you mean small?"),
+        (["--sections=small", "--parts=eagre"], "unknown part eagre; did you mean eager?"),
         ([f"--table={tmp_path / 'none'}"], "--table="),
     ]:
         done = quick_script("benchmarks/gpu.py", *argv, "--device=cpu")
@@ -362,7 +362,7 @@ def test_what_gpu_does_not_know_is_one_line(quick_script, tmp_path):
         assert words in done.stderr
 
 
-def test_clocks_are_nvidia_smis(gpu, monkeypatch, tmp_path):
+def test_clocks_match_nvidia_smi(gpu, monkeypatch, tmp_path):
     job = importlib.import_module("gpu_sections.job")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert job.clocks() == {}
@@ -371,7 +371,7 @@ def test_clocks_are_nvidia_smis(gpu, monkeypatch, tmp_path):
     assert job.clocks() == {"SM MHz": 1980, "memory MHz": 3201, "W": 412.53}
 
 
-def test_what_is_only_for_gpus(measure, monkeypatch):
+def test_gpu_only_parts(measure, monkeypatch):
     """Their branches, on a CPU that is taken for one."""
     job, fractions = importlib.import_module("gpu_sections.job"), []
     monkeypatch.setattr(job.Job, "on_gpu", True)
@@ -395,7 +395,7 @@ def test_what_is_only_for_gpus(measure, monkeypatch):
     assert fractions == [0.5, 1.0]
 
 
-def test_a_worker_that_fails_ends_the_others(measure, monkeypatch):
+def test_failed_worker_ends_the_others(measure, monkeypatch):
     """What it said last is in the row, and no process is left that holds memory."""
     gpt2, made = importlib.import_module("gpu_sections.gpt2"), []
 

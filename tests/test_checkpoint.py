@@ -1,4 +1,4 @@
-"""Checkpoint files: a whole one is always there, and a damaged or foreign one is told apart."""
+"""Checkpoint files: atomic writes, and detection of damaged and foreign files."""
 
 import os
 import pickle
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import a_checkpoint, same
+from conftest import make_checkpoint, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ from model import GPTConfig
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "ckpt.pt"
-    save_checkpoint(a_checkpoint(), path)
+    save_checkpoint(make_checkpoint(), path)
     return path
 
 
@@ -37,7 +37,7 @@ def saved(tmp_path):
 
 
 def test_save_and_load(saved):
-    expected = a_checkpoint()
+    expected = make_checkpoint()
     loaded = load_checkpoint(saved)
     loaded["optimizer"] = {**loaded["optimizer"]}
     assert same(loaded, expected | {"model": dict(expected["model"])})
@@ -45,7 +45,7 @@ def test_save_and_load(saved):
 
 
 def test_old_nanogpt_names_are_cleaned(tmp_path):
-    checkpoint = a_checkpoint()
+    checkpoint = make_checkpoint()
     state = dict(checkpoint["model"])
     mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
     for old in (
@@ -60,7 +60,7 @@ def test_old_nanogpt_names_are_cleaned(tmp_path):
 
 def test_attention_biases_are_kept(tmp_path):
     """`attn.bias` was a mask; `attn.c_attn.bias` is a weight."""
-    checkpoint = a_checkpoint()
+    checkpoint = make_checkpoint()
     assert "transformer.h.0.attn.c_attn.bias" in checkpoint["model"]
     save_checkpoint(checkpoint, tmp_path / "ckpt.pt")
     assert "transformer.h.0.attn.c_attn.bias" in load_checkpoint(tmp_path / "ckpt.pt")["model"]
@@ -91,7 +91,7 @@ def flip(path, place, bit=0):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "ckpt.pt"
-    save_checkpoint(a_checkpoint(), path)
+    save_checkpoint(make_checkpoint(), path)
     return path
 
 
@@ -147,7 +147,7 @@ class Bomb:
 def test_pickled_code_does_not_run(tmp_path):
     exploded = tmp_path / "exploded"
     for place in ("config", "tokenizer", "model"):
-        torch.save(a_checkpoint() | {place: Bomb(exploded)}, tmp_path / "ckpt.pt")
+        torch.save(make_checkpoint() | {place: Bomb(exploded)}, tmp_path / "ckpt.pt")
         with pytest.raises(UserError, match="other than tensors and plain values"):
             load_checkpoint(tmp_path / "ckpt.pt")
         with pytest.raises(UserError, match="other than tensors and plain values"):
@@ -175,7 +175,7 @@ def write_zip(path):
         lambda path: torch.save({"weight": torch.zeros(3)}, path),
         lambda path: torch.save({"model": {}, "model_args": {"dim": 4096}}, path),
         lambda path: torch.save({"model": {}, "model_args": None}, path),
-        lambda path: torch.save(a_checkpoint() | {"model": torch.zeros(3)}, path),
+        lambda path: torch.save(make_checkpoint() | {"model": torch.zeros(3)}, path),
     ],
     ids=["text", "empty", "zip", "list", "weights", "llama", "no-args", "tensor"],
 )
@@ -234,26 +234,26 @@ def test_failed_save_keeps_the_old_file(saved, monkeypatch, place, happens, erro
         happens = lambda descriptor: write_half(None, open(os.devnull, "wb"))  # noqa: E731
     monkeypatch.setattr(f"brisk.checkpoint.{place}", happens)
     with pytest.raises(error) as caught:
-        save_checkpoint(a_checkpoint(step=20, seed=1), saved)
+        save_checkpoint(make_checkpoint(step=20, seed=1), saved)
     monkeypatch.undo()
     assert saved.read_bytes() == before
     if error is UserError:
         assert "ckpt.pt" in str(caught.value) and os.listdir(saved.parent) == ["ckpt.pt"]
     assert latest_checkpoint(saved.parent) == saved  # half a file is taken for nothing
-    save_checkpoint(a_checkpoint(step=20, seed=1), saved)  # and is in nobody's way
+    save_checkpoint(make_checkpoint(step=20, seed=1), saved)  # and is in nobody's way
     assert load_checkpoint(saved)["iter_num"] == 20
     assert os.listdir(saved.parent) == ["ckpt.pt"]
 
 
 def test_removed_folder_is_created_again(tmp_path):
-    save_checkpoint(a_checkpoint(20), tmp_path / "gone" / "out" / "last.pt")
+    save_checkpoint(make_checkpoint(20), tmp_path / "gone" / "out" / "last.pt")
     assert load_checkpoint(tmp_path / "gone" / "out" / "last.pt")["iter_num"] == 20
 
 
 def test_read_only_folder(tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"could not save .*last\.pt: .* are free"):
-        save_checkpoint(a_checkpoint(), tmp_path / "out" / "last.pt")
+        save_checkpoint(make_checkpoint(), tmp_path / "out" / "last.pt")
     assert (tmp_path / "out").read_text() == "a file where the folder should be"
 
 
@@ -267,7 +267,7 @@ def test_full_disk_error_states_the_sizes(saved, share):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), hard))
     try:
         with pytest.raises(UserError) as caught:
-            save_checkpoint(a_checkpoint(step=20, seed=1), saved)
+            save_checkpoint(make_checkpoint(step=20, seed=1), saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     told = r"ckpt\.pt: File too large \(it needs about 0 MB, .* are free\)"
@@ -288,7 +288,7 @@ def test_kill_between_two_links_loses_nothing(saved, monkeypatch):
 
     monkeypatch.setattr("brisk.checkpoint.os.replace", killed_at_last)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(a_checkpoint(20), last, also=[saved])
+        save_checkpoint(make_checkpoint(20), last, also=[saved])
     assert load_checkpoint(saved)["iter_num"] == 20 and load_checkpoint(last)["iter_num"] == 10
     assert latest_checkpoint(saved.parent) == saved
 
@@ -298,10 +298,10 @@ def test_kill_between_two_links_loses_nothing(saved, monkeypatch):
 
 def test_second_name_is_a_hard_link(tmp_path):
     last, best = tmp_path / "last.pt", tmp_path / "ckpt.pt"
-    save_checkpoint(a_checkpoint(10), last)
+    save_checkpoint(make_checkpoint(10), last)
     link_checkpoint(last, best)
     assert os.path.samefile(last, best)
-    save_checkpoint(a_checkpoint(20), last)  # the next save does not reach through the link
+    save_checkpoint(make_checkpoint(20), last)  # the next save does not reach through the link
     assert load_checkpoint(best)["iter_num"] == 10
     link_checkpoint(last, best)
     assert load_checkpoint(best)["iter_num"] == 20
@@ -313,7 +313,7 @@ def test_copy_where_links_are_unsupported(tmp_path, monkeypatch):
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr("brisk.checkpoint.os.link", no_link)
-    save_checkpoint(a_checkpoint(10), tmp_path / "last.pt")
+    save_checkpoint(make_checkpoint(10), tmp_path / "last.pt")
     link_checkpoint(tmp_path / "last.pt", tmp_path / "ckpt.pt")
     assert load_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 10
     assert not os.path.samefile(tmp_path / "last.pt", tmp_path / "ckpt.pt")
@@ -324,21 +324,21 @@ def test_copy_where_links_are_unsupported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("last, best", [(20, 10), (10, 20)])
 def test_latest_resumes_and_best_samples(tmp_path, last, best):
-    save_checkpoint(a_checkpoint(last), tmp_path / "last.pt")
-    save_checkpoint(a_checkpoint(best), tmp_path / "ckpt.pt")
+    save_checkpoint(make_checkpoint(last), tmp_path / "last.pt")
+    save_checkpoint(make_checkpoint(best), tmp_path / "ckpt.pt")
     assert latest_checkpoint(tmp_path).name == ("last.pt" if last > best else "ckpt.pt")
     assert best_checkpoint(tmp_path).name == "ckpt.pt"
 
 
 def test_one_checkpoint_is_enough(tmp_path):
-    save_checkpoint(a_checkpoint(), tmp_path / "last.pt")
+    save_checkpoint(make_checkpoint(), tmp_path / "last.pt")
     assert best_checkpoint(tmp_path).name == latest_checkpoint(tmp_path).name == "last.pt"
 
 
 @pytest.mark.parametrize("damaged, other", [("last.pt", "ckpt.pt"), ("ckpt.pt", "last.pt")])
 def test_damaged_checkpoint_is_skipped(tmp_path, capsys, damaged, other):
-    save_checkpoint(a_checkpoint(20), tmp_path / damaged)
-    save_checkpoint(a_checkpoint(10), tmp_path / other)
+    save_checkpoint(make_checkpoint(20), tmp_path / damaged)
+    save_checkpoint(make_checkpoint(10), tmp_path / other)
     _, start, end = max(records(tmp_path / damaged), key=lambda r: r[2] - r[1])
     flip(tmp_path / damaged, (start + end) // 2)
     assert latest_checkpoint(tmp_path).name == other

@@ -1,8 +1,8 @@
-"""Files that version 0.1.0 wrote: they load, resume, sample, evaluate and export as they did.
+"""Files of version 0.1.0 still load, resume, sample, evaluate and export with the same results.
 
-tests/fixtures holds them, with the results that followed (`expected.json`, see `make.py`). Texts,
-digests of exported weights and data files are compared exactly everywhere. Losses are, where this
-machine rounds as the recording one (`EXACT`); elsewhere within `tolerance`.
+tests/fixtures has the files and the recorded results (`expected.json`, see `make.py`). Texts,
+digests of exported weights and data files must be equal. Losses must be equal if this machine
+rounds like the recording one (`EXACT`), else within `tolerance`.
 """
 
 import json
@@ -190,7 +190,7 @@ def test_prepared_data_is_the_same(name, tmp_path):
     assert found["meta"].items() >= recorded["meta"].items()
 
 
-def test_recorded_data_sets_are_made_again(char_data, lines_data):
+def test_recorded_data_sets_are_reproduced(char_data, lines_data):
     for name, folder in (("sonnets", char_data), ("lines", lines_data)):
         found, recorded = observe.read_data(folder), observe.read_data(Path("data", name))
         assert found["files"] == recorded["files"]

@@ -1,4 +1,4 @@
-"""Compiled blocks: when they are, how few graphs they make, and what happens where it fails."""
+"""Compilation: when it is used, the number of graphs, and failures."""
 
 import shutil
 
@@ -89,7 +89,7 @@ def test_compiled_regions_compute_the_same(backend, variant, tokens):
     assert steps(model) == pytest.approx(steps(plain), rel=1e-5)
 
 
-def test_a_failure_in_mid_run_is_one_line(backend):
+def test_failure_during_a_run_is_one_line(backend):
     said, shapes = [], set()
 
     def fails_at_another_shape(graph, inputs):
@@ -107,7 +107,7 @@ def test_a_failure_in_mid_run_is_one_line(backend):
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-def test_an_error_of_the_block_stays_its_own(backend):
+def test_error_in_a_block_is_not_hidden(backend):
     backend("eager")
     model = a_model()
     compile_model(model, 32, print, blocks_only=True)
@@ -125,7 +125,7 @@ def test_an_error_of_the_block_stays_its_own(backend):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_cannot_compile_is_one_line(backend, capsys, monkeypatch, error):
+def test_compile_failure_is_one_line(backend, capsys, monkeypatch, error):
     def broken(graph, inputs):
         raise error
 
@@ -138,7 +138,7 @@ def test_what_cannot_compile_is_one_line(backend, capsys, monkeypatch, error):
     assert lines == [f"not compiling: {type(error).__name__}: {reason}"] * 2
 
 
-def test_dynamo_that_knows_no_such_python(capsys, monkeypatch):
+def test_unsupported_python(capsys, monkeypatch):
     def refuses(fn):
         raise RuntimeError("torch.compile is not supported on Python 3.99+")
 
@@ -150,7 +150,7 @@ def test_dynamo_that_knows_no_such_python(capsys, monkeypatch):
 
 @compiler
 @pytest.mark.slow
-def test_a_trial_compiles_once(monkeypatch):
+def test_trial_compiles_once(monkeypatch):
     trials, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn: trials.append(fn) or compile(fn))
     assert resolve_compile(True, CPU) and resolve_compile(True, CPU) and len(trials) == 1

@@ -1,4 +1,4 @@
-"""The config files that come with the code: each runs in every script, and sizes are GPT-2's."""
+"""The config files of the repository run in every script, and model sizes match GPT-2."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def kind(script):
 
 
 @pytest.mark.parametrize("name, millions", PRESETS.items())
-def test_a_preset_has_the_size_of_the_gpt2_it_is_named_for(name, millions):
+def test_presets_match_gpt2_sizes(name, millions):
     config = configure(train.TrainConfig, ["config/train_gpt2.py", preset(name)])
     assert config.init_from == "scratch" and config.max_iters == 600000
     sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
@@ -49,14 +49,14 @@ def test_a_preset_has_the_size_of_the_gpt2_it_is_named_for(name, millions):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_names_the_weights_to_finetune(name):
+def test_presets_name_the_weights_to_finetune(name):
     config = configure(train.TrainConfig, ["config/finetune_shakespeare.py", preset(name)])
     assert config.init_from == name and config.dataset == "shakespeare"
     config = configure(sample.SampleConfig, [preset(name)])
     assert config.init_from == "resume"
 
 
-def test_a_preset_of_another_size_finetunes_here(tmp_path, main, settings):
+def test_preset_of_another_size_finetunes(tmp_path, main, settings):
     """Through the same lines as GPT-2's, with weights from a folder instead of the hub."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=64)

@@ -1,4 +1,4 @@
-"""Config files and --key=value: nanoGPT's ways, checked, with mistakes told in one line."""
+"""Config files and --key=value: compatible with nanoGPT, checked, errors in one line."""
 
 import re
 from dataclasses import dataclass, field
@@ -534,18 +534,18 @@ def test_bare_path_names_a_run_or_checkpoint(Config, tmp_path):
         configure(Config, [str(tmp_path / "empty")])
 
 
-def test_a_tilde_after_the_equals_sign_is_home(monkeypatch):
+def test_tilde_after_equals_is_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/someone")
     assert configure(TrainConfig, ["--out_dir=~/out"]).out_dir == "/home/of/someone/out"
     assert configure(SampleConfig, ["--start=~/out"]).start == "~/out"  # a prompt
 
 
-def test_a_config_file_with_a_mark_of_windows_is_read(tmp_path):
+def test_config_file_with_a_byte_order_mark(tmp_path):
     (tmp_path / "config.py").write_text("\ufeffbatch_size = 3", encoding="utf-8")
     assert configure(TrainConfig, [str(tmp_path / "config.py")]).batch_size == 3
 
 
-def test_a_config_file_that_exits_is_one_line(tmp_path):
+def test_config_file_that_exits_is_one_line(tmp_path):
     (tmp_path / "config.py").write_text("raise SystemExit")
     with pytest.raises(UserError, match="line 1: SystemExit"):
         configure(TrainConfig, [str(tmp_path / "config.py")])

@@ -1,4 +1,4 @@
-"""`auto` chooses what works here, and says what does not."""
+"""Choice of device, precision and compilation, and memory estimates."""
 
 import shutil
 
@@ -16,7 +16,7 @@ CPU = Device(torch.device("cpu"), "float32")
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64, dropout=0.1)
 
 
-def test_auto_on_a_machine_without_gpu_is_the_cpu_in_float32(monkeypatch):
+def test_auto_without_gpu_is_cpu_float32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     device = open_device()
@@ -25,7 +25,7 @@ def test_auto_on_a_machine_without_gpu_is_the_cpu_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
-def test_a_device_that_is_not_there(name, monkeypatch):
+def test_unavailable_device_is_refused(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match=f"--device={name}"):
@@ -48,7 +48,7 @@ def test_float16_scales_its_gradients():
         (set(), "DEFAULT", "float32"),  # Arm, or an old processor
     ],
 )
-def test_cpu_training_dtype_is_a_rule(monkeypatch, units, capability, expected):
+def test_cpu_training_dtype(monkeypatch, units, capability, expected):
     """It follows from the CPU and the sizes: 16 × 128 tokens of 128 channels are 2^18."""
     for name in ("amx_tile", "avx512_bf16"):
         here = name in units
@@ -59,13 +59,13 @@ def test_cpu_training_dtype_is_a_rule(monkeypatch, units, capability, expected):
     assert cpu_training_dtype(1, 1024, 768) == expected  # GPT-2
 
 
-def test_cpu_training_dtype_without_such_reports(monkeypatch):
+def test_cpu_training_dtype_without_cpu_features(monkeypatch):
     for name in ("amx_tile", "avx512_bf16"):
         monkeypatch.delattr(torch.cpu, f"_is_{name}_supported")
     assert cpu_training_dtype(12, 1024, 768) == "float32"
 
 
-def test_compiling_that_cannot_work_is_one_line(monkeypatch, capsys):
+def test_unavailable_compiler_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert resolve_compile(True, CPU) is False
     assert "no C++ compiler" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_compiling_that_cannot_work_is_one_line(monkeypatch, capsys):
         ("Tesla T4", 65e12),
     ],
 )
-def test_the_peak_is_the_datasheets(monkeypatch, name, peak):
+def test_peak_is_from_the_datasheet(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     flops, source = Device(torch.device("cuda"), "bfloat16").peak_flops()
     assert flops == peak and "datasheet" in source
@@ -126,14 +126,14 @@ def test_the_peak_is_the_datasheets(monkeypatch, name, peak):
         "AMD Instinct MI300X",
     ],
 )
-def test_the_peak_of_a_relative_is_measured(monkeypatch, name):
+def test_peak_of_an_unknown_gpu_is_measured(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr("brisk.device.matmul_flops", lambda device: 1e12)
     flops, source = Device(torch.device("cuda"), "bfloat16").peak_flops()
     assert flops == 1e12 and "measured" in source
 
 
-def test_mps_is_float32_and_its_adamw_not_fused(monkeypatch):
+def test_mps_is_float32_without_fused_adamw(monkeypatch):
     """Its bfloat16 is no faster, and its fused kernel steps where it is told not to."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -145,11 +145,11 @@ def test_mps_is_float32_and_its_adamw_not_fused(monkeypatch):
         assert not any(group.get("fused") for group in optimizer.param_groups)
 
 
-def test_the_ceiling_is_a_rate_a_processor_can_have():
+def test_matmul_flops_is_plausible():
     assert 1e8 < matmul_flops(CPU, 256, 0.02) < 1e15
 
 
-def test_expected_memory_is_weights_and_what_the_batch_keeps():
+def test_expected_memory_of_weights_and_batch():
     two, four, eight = (expected_memory(GPT(SMALL), b, CPU) for b in (2, 4, 8))
     parameters = sum(p.numel() for p in GPT(SMALL).parameters())
     row = (four - two) / 2
@@ -158,7 +158,7 @@ def test_expected_memory_is_weights_and_what_the_batch_keeps():
     assert row > 2 * 10 * 32 * 64 * 4  # two blocks that keep ten float32 tensors (T, n_embd) each
 
 
-def test_frozen_layers_are_expected_to_take_their_weights_alone():
+def test_frozen_layers_need_weights_only():
     whole, frozen = GPT(SMALL), GPT(SMALL)
     frozen.freeze_layers(1)
     learned = sum(p.numel() for p in frozen.parameters() if p.requires_grad)
@@ -169,7 +169,7 @@ def test_frozen_layers_are_expected_to_take_their_weights_alone():
     assert none - one < spared + 2 * block
 
 
-def test_expected_memory_leaves_the_random_state_alone(monkeypatch, recwarn):
+def test_expected_memory_keeps_the_random_state(monkeypatch, recwarn):
     """Of this device only: PyTorch warns at length where it is to look at several GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     model = GPT(SMALL)
@@ -179,7 +179,7 @@ def test_expected_memory_leaves_the_random_state_alone(monkeypatch, recwarn):
     assert not recwarn.list
 
 
-def test_norms_of_bfloat16_weights_are_reckoned_in_float32():
+def test_norms_of_bfloat16_weights_are_float32():
     """As autocast runs them on a GPU: they keep a float32 copy (4 bytes) of what goes in."""
     model = GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.0, "n_embd": 256}))
     each, _, x = kept_by_block(model, Device(torch.device("cpu"), "bfloat16"), torch.bfloat16)
@@ -189,12 +189,12 @@ def test_norms_of_bfloat16_weights_are_reckoned_in_float32():
     assert each == pytest.approx(channels * 32 * 256, rel=0.05)
 
 
-def test_memory_is_told_in_a_unit_that_fits():
+def test_memory_units():
     assert format_bytes(40e6) == "40 MB" and format_bytes(3.44e9) == "3.4 GB"
     assert peak_memory(CPU) is None or peak_memory(CPU) > 1e7
 
 
-def test_the_schedule_warms_up_decays_and_stays():
+def test_schedule_warms_up_decays_and_stays():
     class Settings:
         learning_rate, min_lr, warmup_iters, decay_lr = 1.0, 0.1, 9, True
         schedule = "cosine"
@@ -211,7 +211,7 @@ def test_the_schedule_warms_up_decays_and_stays():
 
 
 @pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
-def test_cast_linear_weights_changes_no_logit(variant):
+def test_cast_linear_weights_keeps_logits(variant):
     device, idx = Device(torch.device("cpu"), "bfloat16"), random_ids()
     plain, cast = random_model(**variant), random_model(**variant)
     device.cast_linear_weights(cast)
@@ -222,7 +222,7 @@ def test_cast_linear_weights_changes_no_logit(variant):
     assert ours.equal(theirs)
 
 
-def test_cast_linear_weights_leaves_float32_alone():
+def test_cast_linear_weights_keeps_float32():
     model = random_model()
     Device(torch.device("cpu"), "float32").cast_linear_weights(model)
     assert model.lm_head.weight is model.transformer.wte.weight

@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, files that they name exist, and long pages have contents."""
+"""Documentation pages: links and file names are valid, long pages have a table of contents."""
 
 import re
 from functools import cache

@@ -1,4 +1,4 @@
-"""The example files and the commands of the pages run, and the tests that the pages name exist."""
+"""Example files and documented commands run, and the tests named in the pages exist."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ SLURM = {
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_the_job_for_slurm_saves_before_its_time_is_up_and_is_requeued(settings, tmp_path):
+def test_slurm_job_saves_and_is_requeued(settings, tmp_path):
     for name, body in SLURM.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def test_the_job_for_slurm_saves_before_its_time_is_up_and_is_requeued(settings,
     assert (tmp_path / "requeued").read_text() == "7\n"  # the end is the end
 
 
-def test_the_job_for_kubernetes_says_what_train_py_takes(monkeypatch):
+def test_kubernetes_job_has_valid_arguments(monkeypatch):
     monkeypatch.chdir(ROOT)
     service, job = yaml.safe_load_all((ROOT / "examples" / "kubernetes.yaml").read_text())
     assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
@@ -143,7 +143,7 @@ def test_scripts_accept_the_commands(page, monkeypatch):
     assert seen or page.stem in ("architecture", "guarantees"), page
 
 
-def test_the_readme_s_commands_run(quick_script, tmp_path):
+def test_readme_commands_run(quick_script, tmp_path):
     (tmp_path / "config").symlink_to(ROOT / "config")
     (tmp_path / "my.txt").write_text("ROMEO:\nThe answer, def " + 30 * TEXT)
     demo = "python train.py config/train_python_source.py --dataset=shakespeare_char"
@@ -163,7 +163,7 @@ def test_the_readme_s_commands_run(quick_script, tmp_path):
 
 
 @pytest.mark.parametrize("page", ["sampling", "data"])
-def test_python_of_the_pages_runs(page, train_tiny, tmp_path, monkeypatch, capsys):
+def test_python_in_pages_runs(page, train_tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text(TEXT)
     train_tiny(tmp_path / "out-shakespeare-char-fast")
@@ -171,7 +171,7 @@ def test_python_of_the_pages_runs(page, train_tiny, tmp_path, monkeypatch, capsy
         exec(block.replace('"ROMEO:"', '"Rough"'), {})
 
 
-def test_promises_name_tests_that_exist():
+def test_guarantees_name_existing_tests():
     page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
     section = page.split("## Promises and their tests")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][2:]

@@ -1,4 +1,4 @@
-"""A field of the network is written once, in `GPTConfig`; all else knows it from there."""
+"""A model field is defined once, in `GPTConfig`; scripts and --help derive it."""
 
 import shutil
 
@@ -39,7 +39,7 @@ assert "width_of_dummies=5 stays" in said, said
 """
 
 
-def test_a_new_field_is_known_everywhere(script, settings, tmp_path):
+def test_new_field_is_known_everywhere(script, settings, tmp_path):
     """train.py and bench.py take it within its bounds, help lists it, a checkpoint keeps it, and a
     resume holds on to it."""
     root = tmp_path / "code"

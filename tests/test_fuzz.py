@@ -1,4 +1,4 @@
-"""Any command line and any prompt: work, or one line and status 2. Random and hostile ones."""
+"""Random and hostile command lines and prompts work, or end in one line and status 2."""
 
 import importlib.util
 import math
@@ -6,7 +6,7 @@ import string
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEXT, TINY, ending
+from conftest import ROOT, TEXT, TINY, exit_line
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +77,7 @@ def command_lines(Config):
 def check_command_line(Config, argv):
     configured = []
     argv = [argument for argument in argv if argument not in ("--help", "-h")]
-    if ending(lambda: configured.append(configure(Config, argv))) is None:
+    if exit_line(lambda: configured.append(configure(Config, argv))) is None:
         check_values(configured[0], "")
         for key, kind in key_types(Config).items():
             value = getattr(configured[0], key)
@@ -89,7 +89,7 @@ def check_command_line(Config, argv):
 
 
 @pytest.mark.parametrize("script", CONFIGS)
-def test_a_command_line_is_understood_or_refused(script):
+def test_command_line_is_valid_or_refused(script):
     @settings(max_examples=20, suppress_health_check=SLOW, derandomize=True)
     @given(argv=command_lines(CONFIGS[script]))
     def check(argv):
@@ -110,7 +110,7 @@ def test_two_thousand_command_lines(script):
 
 
 @pytest.mark.parametrize("script", CONFIGS)
-def test_every_key_with_every_hostile_value(script):
+def test_hostile_values_of_every_key(script):
     """All at once: 70 keys of 60 values."""
     Config = CONFIGS[script]
     short = [value for value in HOSTILE if len(value) < 1000]
@@ -119,9 +119,9 @@ def test_every_key_with_every_hostile_value(script):
             check_command_line(Config, [f"--{key}={value}"])
 
 
-def test_a_long_value_is_told_in_a_short_line():
+def test_error_about_a_long_value_is_short():
     for argument in ("--batch_size=" + "x" * 10**6, "--" + "x" * 10**6 + "=1", "x" * 10**6):
-        assert len(ending(lambda a=argument: configure(train.TrainConfig, [a]))) < 1200
+        assert len(exit_line(lambda a=argument: configure(train.TrainConfig, [a]))) < 1200
 
 
 # Texts and paths that settings of type str take; `\0` cannot stand on a real command line, but in a
@@ -163,7 +163,7 @@ def trained(folder, data):
 
 
 @pytest.mark.parametrize("script", STRINGS)
-def test_no_path_is_too_odd(script, run, char_data, tmp_path, monkeypatch):
+def test_unusual_paths(script, run, char_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     module, keys = STRINGS[script]
@@ -184,33 +184,35 @@ def test_no_path_is_too_odd(script, run, char_data, tmp_path, monkeypatch):
                 given["task"] = "lambada"
             argv = [f"--{k}={v}" for k, v in given.items()]
             Config = CONFIGS[script]
-            ending(lambda m=module, c=Config, a=argv: m.main(configure(c, a)))
+            exit_line(lambda m=module, c=Config, a=argv: m.main(configure(c, a)))
 
 
 @pytest.mark.parametrize("path", PATHS + READ_ONLY)
-def test_no_run_is_too_odd_to_be_plotted(path, tmp_path, monkeypatch):
+def test_unusual_runs_are_plotted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert ending(plot.main, [path])
+    assert exit_line(plot.main, [path])
     if path in READ_ONLY:
         return
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n')
-    ending(plot.main, ["metrics.jsonl", f"--to={path}.svg", f"--title={path}"])
+    exit_line(plot.main, ["metrics.jsonl", f"--to={path}.svg", f"--title={path}"])
 
 
 @pytest.mark.parametrize(
     "device", ["meta", "cuda:-1", "cpu:99", "xla", "\ud800", "cpu\0", "fpga:0"]
 )
-def test_a_device_that_is_none(char_data, tmp_path, device):
+def test_invalid_device_is_refused(char_data, tmp_path, device):
     argv = {**TINY, "device": device, "data_dir": char_data, "out_dir": tmp_path / "out"}
     argv = [f"--{key}={value}" for key, value in argv.items()]
-    assert "device" in (ending(lambda: train.main(configure(train.TrainConfig, argv))) or "device")
+    assert "device" in (
+        exit_line(lambda: train.main(configure(train.TrainConfig, argv))) or "device"
+    )
 
 
 LARGE = [("n_layer", 10**9), ("n_embd", 2**40), ("n_embd", 2**62), ("mlp_width", 2**50)]
 
 
 @pytest.mark.parametrize(("key", "value"), [*LARGE, ("batch_size", 10**9)])
-def test_a_model_that_no_machine_holds_is_not_begun(char_data, forked, tmp_path, key, value):
+def test_huge_model_is_refused(char_data, forked, tmp_path, key, value):
     for script in ("train.py", "bench.py"):
         small = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "dtype")
         given = {name: TINY[name] for name in small} | {key: value}
@@ -243,7 +245,7 @@ def sampled(out_dir, **changes):
     """How sample.py ends."""
     given = {"out_dir": out_dir, "num_samples": 2, "max_new_tokens": 3, "device": "cpu", **changes}
     argv = [f"--{key}={value}" for key, value in given.items()]
-    return ending(lambda: sample.main(configure(sample.SampleConfig, argv)))
+    return exit_line(lambda: sample.main(configure(sample.SampleConfig, argv)))
 
 
 any_text = st.text(st.characters(exclude_categories=())) | st.text(string.printable)
@@ -279,12 +281,12 @@ def test_two_thousand_prompts(model_of, prompt, stop):
 
 
 @pytest.mark.parametrize("piece", ["a", " ", "\n", EOT, "Shall I "])
-def test_a_prompt_of_a_megabyte(model_of, tmp_path, piece):
+def test_prompt_of_a_megabyte(model_of, tmp_path, piece):
     path = tmp_path / "prompt.txt"
     path.write_text(piece * (2**20 // len(piece)))
     error = sampled(model_of, start=f"FILE:{path}")
     if error:  # so long a run of white space is too much for tiktoken's regular expressions
-        assert "cannot cut this text" in error and "bpe" in str(model_of) and piece.isspace()
+        assert "cannot split this text" in error and "bpe" in str(model_of) and piece.isspace()
 
 
 @settings(max_examples=20, suppress_health_check=SLOW, derandomize=True)

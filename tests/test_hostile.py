@@ -1,7 +1,6 @@
-"""No file that is read can run code, and none is believed: attacks, each of which would make a file
-on this disk if it worked.
+"""Hostile files cannot run code, and their claims are checked. Each attack would create a file.
 
-Config files are Python by design and stand outside of this.
+Config files are Python by design and not covered.
 """
 
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, ending
+from conftest import TINY, exit_line
 
 import export
 import plot
@@ -58,7 +57,7 @@ def directory(exported, tmp_path):
 
 def sampled(**changes):
     argv = [f"--{key}={value}" for key, value in {**SAMPLE, **changes}.items()]
-    return ending(lambda: sample.main(configure(sample.SampleConfig, argv)))
+    return exit_line(lambda: sample.main(configure(sample.SampleConfig, argv)))
 
 
 class Calls:
@@ -89,7 +88,7 @@ NAMES = list(attacks(Path("marker")))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_attacks_are_live(marker, name):
+def test_attacks_are_live(marker, name):
     pickle.loads(attacks(marker)[name])
     assert marker.exists()
 
@@ -117,7 +116,7 @@ def test_ckpt_pt_runs_nothing(trained, marker, tmp_path, name, bare):
         rewritten(trained / "ckpt.pt", path, payload)
     assert "ckpt.pt" in sampled(out_dir=tmp_path)
     resume = ["--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu"]
-    assert "ckpt.pt" in ending(lambda: train.main(configure(train.TrainConfig, resume)))
+    assert "ckpt.pt" in exit_line(lambda: train.main(configure(train.TrainConfig, resume)))
     assert not marker.exists()
 
 
@@ -128,7 +127,7 @@ def test_meta_pkl_runs_nothing(char_data, marker, tmp_path, name):
     (data / "meta.pkl").write_bytes(attacks(marker)[name])
     given = {**TINY, "data_dir": data, "out_dir": tmp_path / "out"}
     argv = [f"--{key}={value}" for key, value in given.items()]
-    assert "meta.pkl" in ending(lambda: train.main(configure(train.TrainConfig, argv)))
+    assert "meta.pkl" in exit_line(lambda: train.main(configure(train.TrainConfig, argv)))
     assert not marker.exists() and not (tmp_path / "out").exists()
 
 
@@ -145,7 +144,7 @@ def test_pytorch_model_bin_runs_nothing(trained, directory, marker, name, bare):
     assert not marker.exists()
 
 
-def test_a_number_in_a_meta_pkl_takes_no_memory(tmp_path, forked, char_data):
+def test_meta_pkl_index_allocates_no_memory(tmp_path, forked, char_data):
     """LONG_BINPUT with a number of four billion: the unpickler in C makes a table that long."""
     data = shutil.copytree(char_data, tmp_path / "data")
     (data / "meta.json").unlink()
@@ -160,13 +159,13 @@ def test_a_number_in_a_meta_pkl_takes_no_memory(tmp_path, forked, char_data):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_pickle_in_another_files_place_is_refused(directory, marker, name):
+def test_pickle_under_another_name_is_refused(directory, marker, name):
     (directory / name).write_bytes(attacks(marker)["mkdir, protocol 2"])
     assert name in sampled(init_from=directory)
     assert not marker.exists()
 
 
-def test_code_beside_a_model_is_not_run(directory, marker):
+def test_code_next_to_a_model_is_not_run(directory, marker):
     """What `trust_remote_code` would run elsewhere is no more than a file here."""
     code = f"open({str(marker)!r}, 'w')\nclass C: pass\n"
     for module in ("modeling_evil", "configuration_evil", "tokenization_evil", "conftest", "setup"):
@@ -182,9 +181,7 @@ def test_code_beside_a_model_is_not_run(directory, marker):
 
 @pytest.mark.parametrize("where", ["../outside", "/absolute", "sub/../../outside"])
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
-def test_an_index_of_weights_does_not_lead_out_of_its_folder(
-    directory, marker, tmp_path, where, suffix
-):
+def test_weight_index_stays_in_its_folder(directory, marker, tmp_path, where, suffix):
     outside = tmp_path / f"outside{suffix}"
     os.replace(directory / "model.safetensors", tmp_path / "outside.safetensors")
     (tmp_path / "outside.bin").write_bytes(attacks(marker)["exec"])
@@ -197,7 +194,7 @@ def test_an_index_of_weights_does_not_lead_out_of_its_folder(
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": []}}'])
-def test_what_is_no_index_of_weights(directory, index):
+def test_invalid_weight_index(directory, index):
     (directory / "model.safetensors").unlink()  # it would be taken before the index
     (directory / "model.safetensors.index.json").write_text(index)
     assert "index" in sampled(init_from=directory)
@@ -207,22 +204,22 @@ def code_as_text(marker):
     return f"__import__('os').mkdir({str(marker)!r})"
 
 
-def test_meta_json_is_text_and_no_code(char_data, marker, tmp_path):
+def test_meta_json_is_never_executed(char_data, marker, tmp_path):
     data = shutil.copytree(char_data, tmp_path / "data")
     meta, code = json.loads((data / "meta.json").read_text()), code_as_text(marker)
     for key in ("format", "dtype", "vocab_size", "splits", "tokenizer"):
         (data / "meta.json").write_text(json.dumps({**meta, key: code}))
-        assert "meta.json" in ending(load_tokenizer, data)
+        assert "meta.json" in exit_line(load_tokenizer, data)
     for kind in (code, "os.mkdir", "CharTokenizer", "__class__"):
         tokenizer = {**meta["tokenizer"], "kind": kind, "path": str(marker)}
         (data / "meta.json").write_text(json.dumps({**meta, "tokenizer": tokenizer}))
-        assert "no tokenizer of kind" in ending(load_tokenizer, data)
+        assert "unknown tokenizer kind" in exit_line(load_tokenizer, data)
     (data / "meta.json").write_text(json.dumps({**meta, "source": code}))
-    assert ending(load_tokenizer, data) is None
+    assert exit_line(load_tokenizer, data) is None
     assert not marker.exists()
 
 
-def test_metrics_jsonl_is_text_and_no_code(trained, marker, tmp_path):
+def test_metrics_jsonl_is_never_executed(trained, marker, tmp_path):
     run = tmp_path / "$\\frac{$"  # a name that matplotlib would typeset
     run.mkdir()
     lines = (trained / "metrics.jsonl").read_bytes()
@@ -230,13 +227,13 @@ def test_metrics_jsonl_is_text_and_no_code(trained, marker, tmp_path):
     hostile += [b'{"step": 1' + b"0" * 400 + b', "loss": 1}', b'{"step": 1e999, "loss": NaN}']
     (run / "metrics.jsonl").write_bytes(b"\n".join([*hostile, lines]))
     argv = [str(run), f"--to={tmp_path / 'a.png'}", "--title=$\\frac{$"]
-    assert ending(plot.main, argv) is None and (tmp_path / "a.png").exists()
+    assert exit_line(plot.main, argv) is None and (tmp_path / "a.png").exists()
     (run / "metrics.jsonl").write_bytes(b"\n".join(hostile))
-    assert "no losses" in ending(plot.main, argv)
+    assert "no losses" in exit_line(plot.main, argv)
     assert not marker.exists()
 
 
-def test_a_file_of_prompts_names_no_other_file(trained, tmp_path, capsys):
+def test_prompt_file_cannot_name_other_files(trained, tmp_path, capsys):
     """FILE: is what a person types; a line of somebody's list of prompts does not get it."""
     (tmp_path / "secret.txt").write_text("Shall I compare thee")
     (tmp_path / "prompts.txt").write_text(f"FILE:{tmp_path / 'secret.txt'}\n")
@@ -260,7 +257,7 @@ HUGE = [10**9, 10**12, 10**18, 2**63, -1, 0, 2.5, "12", None]
 
 
 @pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "vocab_size", "block_size"])
-def test_sizes_that_a_checkpoint_claims_are_not_believed(trained, tmp_path, forked, key):
+def test_sizes_in_a_checkpoint_are_checked(trained, tmp_path, forked, key):
     for value in HUGE:
         path = with_claims(trained, tmp_path / "ckpt.pt", **{key: value})
         assert sampled(init_from=path) is not None
@@ -271,7 +268,7 @@ def test_sizes_that_a_checkpoint_claims_are_not_believed(trained, tmp_path, fork
 
 
 @pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "vocab_size", "n_positions"])
-def test_sizes_that_a_config_json_claims_are_not_believed(directory, forked, tmp_path, key):
+def test_sizes_in_config_json_are_checked(directory, forked, tmp_path, key):
     config = json.loads((directory / "config.json").read_text())
     for value in [*HUGE, [], {}, True, float("nan"), float("inf")]:
         (directory / "config.json").write_text(json.dumps({**config, key: value}))
@@ -283,22 +280,22 @@ def test_sizes_that_a_config_json_claims_are_not_believed(directory, forked, tmp
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 10**6, 0])
-def test_the_length_that_a_safetensors_header_claims(directory, length):
+def test_length_in_a_safetensors_header(directory, length):
     path = directory / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     assert "model.safetensors" in sampled(init_from=directory)
 
 
 @pytest.mark.parametrize("tokens", [10**18, 2**63, -1, 0, 1.5, "9", None, [], True])
-def test_the_tokens_that_a_meta_json_claims(char_data, tmp_path, tokens):
+def test_token_counts_in_meta_json(char_data, tmp_path, tokens):
     data = shutil.copytree(char_data, tmp_path / "data")
     meta = json.loads((data / "meta.json").read_text())
     meta["splits"]["train"]["tokens"] = tokens
     (data / "meta.json").write_text(json.dumps(meta))
-    assert "meta.json" in ending(load_tokenizer, data)
+    assert "meta.json" in exit_line(load_tokenizer, data)
 
 
-def test_a_weight_that_repeats_one_number_without_end(trained, tmp_path):
+def test_expanded_weight_is_refused(trained, tmp_path):
     state = torch.load(trained / "ckpt.pt", weights_only=True)["model"]
     weight = torch.zeros(1).expand(10**12, 16)
     for odd in (weight, torch.zeros(3, dtype=torch.int64), torch.empty(3, device="meta"), 1.0):
@@ -307,7 +304,7 @@ def test_a_weight_that_repeats_one_number_without_end(trained, tmp_path):
         assert "is not a weight" in sampled(init_from=path)
 
 
-def test_a_compressed_checkpoint_is_refused(trained, tmp_path):
+def test_compressed_checkpoint_is_refused(trained, tmp_path):
     """PyTorch does not compress: what does is not its file, and may be a thousand times as large
     when unpacked."""
     path = tmp_path / "ckpt.pt"
@@ -320,7 +317,7 @@ def test_a_compressed_checkpoint_is_refused(trained, tmp_path):
     assert "larger than the file" in sampled(init_from=path)
 
 
-def test_a_record_that_is_listed_a_thousand_times_is_not_read_as_often(trained, tmp_path):
+def test_repeated_record_is_refused(trained, tmp_path):
     path = Path(shutil.copy(trained / "ckpt.pt", tmp_path))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data/long", bytes(2**16))
@@ -334,15 +331,15 @@ SETTINGS += [("learning_rate", float("nan")), ("eval_iters", 2**70), ("rows", "c
 
 
 @pytest.mark.parametrize(("key", "value"), SETTINGS)
-def test_settings_in_a_checkpoint_are_checked_like_typed_ones(trained, tmp_path, key, value):
+def test_settings_in_a_checkpoint_are_checked(trained, tmp_path, key, value):
     settings = torch.load(trained / "ckpt.pt", weights_only=True)["config"]
     with_claims(trained, tmp_path / "ckpt.pt", config={**settings, key: value})
     argv = ["--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu"]
-    error = ending(lambda: train.main(configure(train.TrainConfig, argv)))
+    error = exit_line(lambda: train.main(configure(train.TrainConfig, argv)))
     assert f"{key}={value!r} in the checkpoint" in error
 
 
-def test_a_part_that_cannot_be_right_is_named(trained, tmp_path):
+def test_invalid_entry_is_named(trained, tmp_path):
     for key, value in {
         "iter_num": -1,
         "position": 2**63,
@@ -371,16 +368,16 @@ def odd_optimizers(state):
     )
 
 
-def test_an_odd_optimizer_state_is_one_line(trained, tmp_path):
+def test_invalid_optimizer_state_is_one_line(trained, tmp_path):
     state = torch.load(trained / "ckpt.pt", weights_only=True)["optimizer"]
     argv = ["--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu", "--max_iters=3"]
     for odd in odd_optimizers(state):
         with_claims(trained, tmp_path / "ckpt.pt", optimizer=odd)
-        error = ending(lambda: train.main(configure(train.TrainConfig, argv)))
+        error = exit_line(lambda: train.main(configure(train.TrainConfig, argv)))
         assert error and "optimizer" in error
 
 
-def test_an_error_does_not_steer_the_terminal():
+def test_error_has_no_terminal_controls():
     hostile = "\x1b]0;owned\x07 \x1b[2J \x9b31m \u202e" + "x" * 10**6 + "\r\nend"
     line = one_line(hostile)
     assert len(line) < 1100 and line.isprintable() and line.endswith("end")

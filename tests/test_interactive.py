@@ -1,4 +1,4 @@
-"""A conversation with a model: prompts and commands at a terminal, and from a pipe."""
+"""Interactive sampling: prompts and commands at a terminal and from a pipe."""
 
 import io
 import os
@@ -62,7 +62,7 @@ def batch(folder, capsys):
 # ----------------------------------------------------------------------------- from a pipe
 
 
-def test_each_line_is_a_prompt_and_takes_the_next_sample(converse, batch):
+def test_each_line_is_a_prompt(converse, batch):
     out, notices = converse("ab", "ab", "语言 x", "")
     first, second, third, fourth = texts(out)
     assert [first, second] == batch("ab", samples=2)  # the same prompt again, another text
@@ -82,7 +82,7 @@ def test_settings_change_between_prompts(converse, batch):
     assert notices == []
 
 
-def test_several_samples_a_prompt_and_their_numbers(converse, batch):
+def test_several_samples_for_a_prompt(converse, batch):
     out, _ = converse("ab", "/num_samples 2", "ab", "ab", argv=["--stop=z"])
     assert texts(out) == batch("ab", "--stop=z", samples=5)
     out, _ = converse("ab", argv=["--num_samples=3"])
@@ -99,14 +99,14 @@ def test_stop_and_words_by_command(converse, batch):
     assert texts(out) == batch("ab", "--max_words=99")  # tokens bound words where both are given
 
 
-def test_the_likeliest_next_tokens_by_command(converse, batch):
+def test_top_next_by_command(converse, batch):
     out, _ = converse("/top_next 2", "ab", "/top_next 0", "/temperature=0", "ab")
     table, text = out.split(DASHES)[:2]
     drawn = text[2]
     assert table.startswith(f"1  {drawn!r}") and len(table.splitlines()) == 2
 
 
-def test_a_prompt_may_begin_with_a_slash_or_come_from_a_file(converse, batch, folder):
+def test_prompt_with_a_slash_or_from_a_file(converse, batch, folder):
     tokenizer = CharTokenizer("\nab/").to_dict()
     write_checkpoint(folder / "out" / "ckpt.pt", 4, tokenizer=tokenizer)
     (folder / "prompt.txt").write_text("a\nb")
@@ -138,7 +138,7 @@ def test_a_prompt_may_begin_with_a_slash_or_come_from_a_file(converse, batch, fo
         ("a\0b", "outside the vocabulary"),
     ],
 )
-def test_a_mistake_is_one_line_and_changes_nothing(converse, batch, line, words):
+def test_wrong_command_changes_nothing(converse, batch, line, words):
     out, notices = converse(line, "/settings", "ab")
     assert len(notices) == 2 and notices[0].startswith("error: ") and words in notices[0]
     assert notices[1].startswith("temperature=0.8  top_k=200  top_p=1.0  max_new_tokens=30")
@@ -157,7 +157,7 @@ def test_nothing_is_read_after_quit(converse):
     assert converse("/quit", "ab") == ("", [])
 
 
-def test_out_gets_every_sample_with_the_settings_of_its_time(converse):
+def test_out_records_samples_with_settings(converse):
     out, _ = converse("ab", "/temperature 0.5", "/seed 3", "语", "", argv=["--out=talk.jsonl"])
     written = records("talk.jsonl")
     assert [(one["prompt"], one["sample"]) for one in written] == [("ab", 0), ("语", 0), ("", 1)]
@@ -166,7 +166,7 @@ def test_out_gets_every_sample_with_the_settings_of_its_time(converse):
     assert shown == texts(out)
 
 
-def test_a_model_of_documents_ends_each_by_itself(converse, batch, folder):
+def test_document_model_ends_each_text(converse, batch, folder):
     trained = {
         "tokenizer": CharTokenizer("\nab", eot=True).to_dict(),
         "config": {"rows": "documents"},
@@ -178,7 +178,7 @@ def test_a_model_of_documents_ends_each_by_itself(converse, batch, folder):
     assert EOT not in out
 
 
-def test_a_backslash_continues_a_prompt_on_the_next_line(converse, batch):
+def test_backslash_continues_a_prompt(converse, batch):
     out, notices = converse("ab\\", "\\", "the end", "ab", "x\\")  # the last has no next line
     assert texts(out) == [
         *batch("ab\n\nthe end"),
@@ -190,7 +190,7 @@ def test_a_backslash_continues_a_prompt_on_the_next_line(converse, batch):
     assert out == ""
 
 
-def test_continue_goes_on_from_the_last_text(converse, batch):
+def test_continue_extends_the_last_text(converse, batch):
     out, _ = converse("/temperature 0", "ab", "/continue", "/max_new_tokens 7", "/continue")
     long = batch("ab", "--temperature=0", tokens=67)[0]
     assert texts(out) == [long[:-37], long[:-7], long]
@@ -200,7 +200,7 @@ def test_continue_goes_on_from_the_last_text(converse, batch):
     assert [one["prompt"] for one in records("talk.jsonl")] == ["ab", "ab", second, second]
 
 
-def test_there_is_nothing_to_continue(converse, batch):
+def test_continue_without_a_text(converse, batch):
     _, notices = converse("/continue", "/top_next 2", "ab", "/continue", "/top_next 0", "ab")
     assert [line.split(":")[0] for line in notices] == ["error"] * 2
     assert "there is no text to continue" in notices[0]
@@ -228,7 +228,7 @@ def environment(terminal="dumb"):
     return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": terminal}
 
 
-def test_through_a_real_pipe(folder, batch):
+def test_pipe(folder, batch):
     lines = "语 ab\n/nonsense\n/temperature=0\nthe end"  # without an end of line
     done = subprocess.run(
         [sys.executable, SCRIPT, "--device=cpu", "--interactive", "--max_new_tokens=30"],
@@ -317,7 +317,7 @@ def terminal(folder):
 ENDLESS = "--max_new_tokens=1_000_000"  # longer than any test
 
 
-def test_at_a_terminal(terminal, batch):
+def test_terminal(terminal, batch):
     at = terminal("--max_new_tokens=30")
     assert "/help" in at.expect("\n> ")
     at.type("语 ab\n")
@@ -332,7 +332,7 @@ def test_at_a_terminal(terminal, batch):
     assert at.status() == 0
 
 
-def test_tab_and_lines_at_a_terminal(terminal, batch):
+def test_terminal_tab_and_history(terminal, batch):
     at = terminal("--max_new_tokens=30")
     at.expect("\n> ")
     at.type("/tempera\t0\n/temperat\t\n")
@@ -354,7 +354,7 @@ def test_tab_and_lines_at_a_terminal(terminal, batch):
     assert at.status() == 0
 
 
-def test_a_paste_is_one_prompt(terminal, batch):
+def test_paste_is_one_prompt(terminal, batch):
     readline = pytest.importorskip("readline")
     if "libedit" in readline.__doc__:
         pytest.skip("libedit has no bracketed paste")
@@ -369,7 +369,7 @@ def test_a_paste_is_one_prompt(terminal, batch):
     assert at.status() == 0
 
 
-def test_a_stopped_text_can_be_continued(terminal, folder):
+def test_stopped_text_can_be_continued(terminal, folder):
     at = terminal("--max_new_tokens=1_000_000", "--out=talk.jsonl")
     at.expect("\n> ")
     at.type("ab\n")
@@ -385,7 +385,7 @@ def test_a_stopped_text_can_be_continued(terminal, folder):
     assert one["prompt"].endswith(shown.removesuffix("\n> ").partition("^C")[0][-100:])
 
 
-def test_a_terminal_gets_no_control_characters(folder):
+def test_terminal_gets_no_control_characters(folder):
     """They could move the cursor, clear the screen or set the title; a pipe gets the text as it
     is."""
     pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals of this kind")
@@ -432,7 +432,7 @@ def test_ctrl_c_stops_a_text_and_clears_a_line(terminal, folder):
     assert [(one["prompt"], one["sample"], len(one["text"])) for one in written] == [("ab", 2, 7)]
 
 
-def test_a_text_redirected_to_a_file_has_no_sign_in_it(terminal, folder, batch):
+def test_redirected_text_has_no_prompt_sign(terminal, folder, batch):
     with open(folder / "text.txt", "wb") as file:
         at = terminal("--max_new_tokens=30", stdout=file)
         at.expect("\n> ")
@@ -443,7 +443,7 @@ def test_a_text_redirected_to_a_file_has_no_sign_in_it(terminal, folder, batch):
     assert texts((folder / "text.txt").read_text(encoding="utf-8")) == batch("ab")
 
 
-def test_ctrl_c_from_a_pipe_leaves(folder):
+def test_ctrl_c_in_a_pipe_exits(folder):
     """There is no one to go on typing."""
     if sys.platform == "win32":
         pytest.skip("Windows has no such signal")
@@ -464,7 +464,7 @@ def test_ctrl_c_from_a_pipe_leaves(folder):
     assert process.returncode == 130 and errors.endswith(b"interrupted\n")
 
 
-def test_a_killed_session_leaves_whole_lines(folder):
+def test_killed_session_leaves_complete_lines(folder):
     argv = ["--interactive", "--max_new_tokens=20", "--out=talk.jsonl"]
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--device=cpu", *argv],

@@ -1,4 +1,4 @@
-"""The network: GPT-2's in nanoGPT's form, with nothing seen ahead of its time."""
+"""The default model is GPT-2 as in nanoGPT, and attention is causal."""
 
 import importlib.util
 import math

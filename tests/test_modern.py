@@ -1,4 +1,4 @@
-"""What came after GPT-2, field by field: its definition, cached, counted, trained and resumed."""
+"""The later model fields: definitions, caching, parameter counts, training and resuming."""
 
 import math
 import shutil

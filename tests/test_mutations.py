@@ -1,10 +1,10 @@
-"""Damaged files, thousands of them: each is refused in one line, or what is read from it is right.
+"""Randomly damaged files are refused in one line, or read correctly.
 
-Random changes, seeded: cut, lengthened, flipped bits, zeros, other bytes, pieces twice or left out,
-another file in its place, nothing, a folder; and in files that have a structure (JSON, what is in a
-checkpoint) values of another kind or size, with checksums that are right. Where a format has a
-checksum, or says a size twice, "right" means equal to what was written; where it has none (weights
-and sizes of a Hugging Face directory, letters in a meta.json), it means whole and usable.
+Seeded changes: truncation, appended bytes, flipped bits, zeros, duplicated and missing parts,
+another file, an empty file, a folder; in structured files (JSON, checkpoints) also values of a
+different type or size, with valid checksums. For formats with a checksum, "correctly" means equal
+to the original; otherwise (a Hugging Face directory, characters in a meta.json) complete and
+usable.
 """
 
 import copy
@@ -16,7 +16,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, ending
+from conftest import TEXT, TINY, exit_line
 
 import export
 import train
@@ -224,7 +224,7 @@ def counted(files, kind, seeds):
     for seed in seeds:
         path = files.damage(kind, random.Random(f"{kind} {seed}"))
         try:
-            error = ending(files.read, kind, path)
+            error = exit_line(files.read, kind, path)
         except Exception as failure:
             raise AssertionError(f"{kind}, seed {seed}: {failure!r}") from failure
         read, refused = read + (error is None), refused + (error is not None)
@@ -248,7 +248,7 @@ def in_processes(files, forked, kind, seeds):
 
 # In the slow variant 2,000 of each kind; drawing takes a tenth of a second.
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_refused_or_read_right(files, kind):
+def test_damaged_file_is_refused_or_read_right(files, kind):
     few = {"metrics": 10, "ckpt.pt": 25}.get(kind, 100)
     read, refused = counted(files, kind, range(few))
     assert read > 0 or kind == "train.bin"  # some damage changes nothing that counts
@@ -263,30 +263,30 @@ def test_two_thousand_damaged_files(files, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_met_by_a_script(files, forked, kind):
+def test_damaged_file_in_a_script(files, forked, kind):
     in_processes(files, forked, kind, range(2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_fifty_damaged_files_met_by_a_script(files, forked, kind):
+def test_fifty_damaged_files_in_a_script(files, forked, kind):
     in_processes(files, forked, kind, range(1000, 1050))
 
 
 # ----------------------------------------------------------------------------- of another set
 
 
-def test_bins_of_another_set_are_noticed(files, tmp_path):
+def test_bins_of_another_set_are_detected(files, tmp_path):
     """By their sizes always; those of equal sizes by --verify_data."""
     for change, noticed in (
         (lambda ids: ids[:-1], "does not match meta.json"),
-        (lambda ids: np.roll(ids, 1), "its checksum is not the one in meta.json"),
+        (lambda ids: np.roll(ids, 1), "its checksum does not match meta.json"),
     ):
         data = shutil.copytree(files.data, tmp_path / noticed[:4], dirs_exist_ok=True)
         change(files.ids).tofile(data / "train.bin")
         given = {**TINY, "data_dir": data, "out_dir": tmp_path / "out", "verify_data": True}
         argv = [f"--{key}={value}" for key, value in given.items()]
-        assert noticed in ending(lambda a=argv: train.main(configure(train.TrainConfig, a)))
+        assert noticed in exit_line(lambda a=argv: train.main(configure(train.TrainConfig, a)))
         assert not (tmp_path / "out").exists()
 
 
@@ -295,37 +295,37 @@ def test_whole_data_is_verified_and_trained_on(files, tmp_path, main, settings):
     assert 1 in run.series("loss")
 
 
-def test_without_a_meta_json_there_is_nothing_to_verify_by(files, tmp_path, settings):
+def test_verify_needs_a_meta_json(files, tmp_path, settings):
     data = shutil.copytree(files.data, tmp_path / "data")
     (data / "meta.json").unlink()
     argv = settings(tmp_path / "out", data_dir=data, verify_data=True)
-    assert "no meta.json" in ending(lambda: train.main(configure(train.TrainConfig, argv)))
+    assert "no meta.json" in exit_line(lambda: train.main(configure(train.TrainConfig, argv)))
 
 
-def test_train_and_val_swapped_are_noticed(files, tmp_path):
+def test_swapped_train_and_val_are_detected(files, tmp_path):
     data = shutil.copytree(files.data, tmp_path / "data")
     shutil.move(data / "train.bin", data / "kept")
     shutil.move(data / "val.bin", data / "train.bin")
     shutil.move(data / "kept", data / "val.bin")
-    assert "does not match meta.json" in ending(read_meta, data)
+    assert "does not match meta.json" in exit_line(read_meta, data)
 
 
-def test_a_vocabulary_of_another_size_is_noticed(files, tmp_path):
+def test_other_vocab_size_is_detected(files, tmp_path):
     data = shutil.copytree(files.data, tmp_path / "data")
     meta = json.loads((data / "meta.json").read_text())
     meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"][:-1]
     (data / "meta.json").write_text(json.dumps(meta))
-    assert "its tokenizer" in ending(load_tokenizer, data)
+    assert "its tokenizer" in exit_line(load_tokenizer, data)
 
 
 # ----------------------------------------------------------------------------- byte pairs
 
 
-def test_byte_pairs_in_a_checkpoint_without_all_bytes(trained_pairs):
+def test_bpe_without_all_bytes_is_refused(trained_pairs):
     """tiktoken would take them, and end the process at the first text with such a byte."""
     tokens = trained_pairs["tokens"].split(" ")
     for odd in (tokens[1:], [*tokens, tokens[5]], tokens[256:], ["", *tokens[1:]]):
-        assert ending(from_dict, {**trained_pairs, "tokens": " ".join(odd)})
+        assert exit_line(from_dict, {**trained_pairs, "tokens": " ".join(odd)})
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def trained_pairs():
     return train_bpe([TEXT], 300).to_dict()
 
 
-def test_two_hundred_damaged_descriptions_of_byte_pairs(trained_pairs):
+def test_two_hundred_damaged_bpe_dicts(trained_pairs):
     for seed in range(200):
         rng = random.Random(seed)
         description = change_value(rng, trained_pairs)
@@ -348,4 +348,4 @@ def test_two_hundred_damaged_descriptions_of_byte_pairs(trained_pairs):
             ids = tokenizer.encode(TEXT + "é\0", allow_eot=True)
             assert tokenizer.decode(ids) == TEXT + "é\0"
 
-        ending(use)
+        exit_line(use)

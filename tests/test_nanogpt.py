@@ -1,7 +1,7 @@
-"""With nanoGPT beside: each takes the other's checkpoints, data files and config files.
+"""Compatibility with nanoGPT in both directions: checkpoints, data files and config files.
 
-Set NANOGPT to a checkout of https://github.com/karpathy/nanoGPT. Its scripts run in a temporary
-copy, as they are.
+Set NANOGPT to a checkout of https://github.com/karpathy/nanoGPT. Its scripts run unmodified in a
+temporary copy.
 """
 
 import importlib.util
@@ -109,7 +109,7 @@ def open_as_they_do(their_model, path):
 # ----------------------------------------------------------------------------- their files, here
 
 
-def test_their_data_files_are_read_as_they_are(root, text):
+def test_their_data_files_are_read(root, text):
     folder = root / "data" / DATASET
     assert read_meta(folder) is None
     tokenizer = load_tokenizer(folder)
@@ -118,7 +118,7 @@ def test_their_data_files_are_read_as_they_are(root, text):
     assert tokenizer.vocab_size == len(set(text))
 
 
-def test_their_checkpoint_goes_on_here(inside, theirs, resume, tmp_path):
+def test_their_checkpoint_resumes_here(inside, theirs, resume, tmp_path):
     folder, console = theirs
     out = shutil.copytree(folder, tmp_path / "out")
     run = resume(out, max_iters=11)
@@ -136,7 +136,7 @@ def test_their_checkpoint_goes_on_here(inside, theirs, resume, tmp_path):
     assert run.checkpoint("ckpt.pt")["iter_num"] == 12
 
 
-def test_their_checkpoint_is_sampled_here(inside, theirs, text, capsys):
+def test_their_checkpoint_samples_here(inside, theirs, text, capsys):
     argv = ["--out_dir=out-theirs", "--num_samples=2", "--max_new_tokens=30", *ON_CPU]
     sample.main(configure(sample.SampleConfig, argv))
     out = capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_their_checkpoint_is_sampled_here(inside, theirs, text, capsys):
     assert set(out) <= set(text) | {"-"}
 
 
-def test_their_config_files_mean_the_same_here(root, monkeypatch, capsys):
+def test_their_config_files_work_here(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     monkeypatch.setattr("time.time", lambda: 0.0)  # stands in the name of a run
     for file in sorted((root / "config").glob("*.py")):
@@ -175,7 +175,7 @@ def run_config(root, main, name, out_dir, **changes):
     return settings, main(argv)
 
 
-def test_there_are_no_other_config_files(root):
+def test_all_their_config_files_are_tested(root):
     assert sorted(path.stem for path in (root / "config").glob("*.py")) == sorted(CONFIGS)
 
 
@@ -217,7 +217,7 @@ def test_their_evaluation_configs_run_here(inside, gpt2_ids, main, tmp_path, nam
 # ----------------------------------------------------------------------------- our files, there
 
 
-def test_our_checkpoint_is_sampled_there(root, ours, script, text):
+def test_our_checkpoint_samples_there(root, ours, script, text):
     argv = [f"--out_dir={ours}", "--num_samples=2", "--max_new_tokens=30", *ON_CPU]
     out = succeed(script("sample.py", *argv, root=root, cwd=root))
     assert "Loading meta from" in out  # the characters, not GPT-2's
@@ -226,7 +226,7 @@ def test_our_checkpoint_is_sampled_there(root, ours, script, text):
     assert set("".join(samples)) <= set(text)
 
 
-def test_our_checkpoint_goes_on_there_and_comes_back(root, ours, script, resume):
+def test_our_checkpoint_resumes_there_and_back(root, ours, script, resume):
     last = load_checkpoint(ours / "last.pt")
     argv = [*sizes(out_dir=ours, max_iters=12), "--init_from=resume"]
     console = succeed(script("train.py", *argv, root=root, cwd=root))
@@ -245,7 +245,7 @@ def test_our_checkpoint_goes_on_there_and_comes_back(root, ours, script, resume)
 
 
 @pytest.mark.parametrize("whose", ["theirs", "ours"])
-def test_both_models_compute_the_same(theirs, ours, their_model, whose):
+def test_models_match(theirs, ours, their_model, whose):
     path = {"theirs": theirs[0], "ours": ours}[whose] / "ckpt.pt"
     there, here = open_as_they_do(their_model, path), GPT.from_checkpoint(path).eval()
     generator = torch.Generator().manual_seed(0)
@@ -259,7 +259,7 @@ def test_both_models_compute_the_same(theirs, ours, their_model, whose):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_both_optimizers_take_the_same_steps(their_model, bias):
+def test_optimizers_match(their_model, bias):
     shape = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=bias)
     torch.manual_seed(0)
     here, there = GPT(GPTConfig(**shape)), their_model.GPT(their_model.GPTConfig(**shape))
@@ -281,7 +281,7 @@ def test_both_optimizers_take_the_same_steps(their_model, bias):
         torch.testing.assert_close(weight, here.state_dict()[name], atol=1e-7, rtol=0)
 
 
-def test_both_start_from_the_same_distribution(their_model):
+def test_initializations_match(their_model):
     shape = dict(block_size=64, vocab_size=300, n_layer=3, n_head=2, n_embd=64, bias=True)
     here, there = GPT(GPTConfig(**shape)), their_model.GPT(their_model.GPTConfig(**shape))
     ours, theirs = here.state_dict(), there.state_dict()

@@ -1,4 +1,4 @@
-"""The tour runs from top to bottom, on characters and on Chinese, and shows what it says."""
+"""The notebook runs, and its pictures show the model's numbers."""
 
 import json
 
@@ -35,7 +35,7 @@ def tour(monkeypatch):
     return run
 
 
-def test_the_tour_runs_from_top_to_bottom(tour, train_tiny, tmp_path):
+def test_tour_runs(tour, train_tiny, tmp_path):
     train_tiny(tmp_path / "out")
     text, pictures = tour(tmp_path / "out", "Shall I comp")
     assert "logits: (1, 12, " in text
@@ -44,7 +44,7 @@ def test_the_tour_runs_from_top_to_bottom(tour, train_tiny, tmp_path):
     assert len(pictures) == 3  # attention, next tokens, the run
 
 
-def test_the_tour_runs_on_chinese(tour, train_tiny, tmp_path):
+def test_tour_runs_on_chinese(tour, train_tiny, tmp_path):
     poem = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\n" * 30
     splits = {"train": [poem], "val": [poem[:100]]}
     write_dataset(tmp_path / "data", CharTokenizer(sorted(set(poem))), splits, "a poem")
@@ -54,7 +54,7 @@ def test_the_tour_runs_on_chinese(tour, train_tiny, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, *VARIANTS], ids=str)
-def test_the_attention_drawn_is_that_of_the_model(settings):
+def test_plotted_attention_matches_the_model(settings):
     """The weights times the values are the result of the kernel, in every block."""
     cells = json.loads((ROOT / "notebooks" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
     [source] = ["".join(c["source"]) for c in cells if "attention_weights(" in "".join(c["source"])]

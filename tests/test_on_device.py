@@ -1,7 +1,7 @@
-"""The device computes as a CPU does in float64. BRISK_TEST_DEVICE=cuda runs these on a GPU.
+"""Results on the device match a CPU in float64. Run on a GPU with BRISK_TEST_DEVICE=cuda.
 
-An error is the norm of a difference as a share of the norm: at most 1e-4 in float32 and 2e-2 where
-products are in bfloat16, whose unit of rounding is 4e-3.
+The relative error ‖difference‖ / ‖expected‖ must be at most 1e-4 in float32, and 2e-2 with bfloat16
+products, whose unit roundoff is 4e-3.
 """
 
 import copy
@@ -189,7 +189,7 @@ def run_on(main, settings, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @BOTH
-def test_a_run(device, run_on, optimizer, dtype, limit):
+def test_run_matches_the_cpu(device, run_on, optimizer, dtype, limit):
     """Losses of the first steps beside a CPU's in float32; to the end they part."""
     cpu = Device(torch.device("cpu"), "float32")
     expected = run_on("cpu", cpu, optimizer=optimizer, max_iters=3)
@@ -215,7 +215,7 @@ def test_resume_is_exact(device, run_on, resume, tmp_path, dtype):
     assert same(again.checkpoint()["model"], whole.checkpoint()["model"])
 
 
-def test_float16_with_its_scaler_learns(device, run_on):
+def test_float16_with_scaler_learns(device, run_on):
     """The first steps may overflow and be left out while the scale falls from 65536."""
     if device.type == "cpu":
         pytest.skip("a CPU takes long for it")
@@ -228,7 +228,7 @@ def test_float16_with_its_scaler_learns(device, run_on):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @BOTH
-def test_one_process_of_torchrun(
+def test_torchrun_with_one_process(
     device, run_on, settings, torchrun, tmp_path, parallel, dtype, limit
 ):
     if device.type == "cpu":
@@ -245,7 +245,7 @@ def test_one_process_of_torchrun(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("on_spike", ["stop", "skip"])
-def test_no_step_waits_for_the_device(device, settings, tmp_path, optimizer, on_spike):
+def test_no_step_synchronizes(device, settings, tmp_path, optimizer, on_spike):
     if device.type != "cuda":
         pytest.skip("needs a GPU; test_stays_on_device.py looks for the same")
     changes = {"device": "cuda", "optimizer": optimizer, "on_spike": on_spike, "spike_factor": 10.0}
@@ -262,7 +262,7 @@ def test_no_step_waits_for_the_device(device, settings, tmp_path, optimizer, on_
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-def test_nothing_is_compiled_after_the_first_steps(device, settings, tmp_path, recomputed):
+def test_no_compilation_after_the_first_steps(device, settings, tmp_path, recomputed):
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()

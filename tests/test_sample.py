@@ -1,4 +1,4 @@
-"""sample.py as a person meets it: the text on standard output, mistakes in one line."""
+"""sample.py: text on standard output, errors in one line."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def in_a_process(folder, *argv):
     )
 
 
-def test_as_a_script(folder):
+def test_script(folder):
     done = in_a_process(folder, "--start=语 ab", "--num_samples=2", "--max_new_tokens=30")
     assert done.returncode == 0, done.stderr
     found = texts(done.stdout.decode("utf-8").replace("\r\n", "\n"))
@@ -113,21 +113,21 @@ def test_as_a_script(folder):
     assert b"ckpt.pt" in done.stderr and b"cpu" in done.stderr
 
 
-def test_a_mistake_is_one_line_and_status_2(folder):
+def test_wrong_input_is_one_line_and_status_2(folder):
     done = in_a_process(folder, "--start=ABC é")
     assert done.returncode == 2 and done.stdout == b""
     last = done.stderr.decode("latin-1").splitlines()[-1]
     assert last.startswith("error:") and "'A'" in last and b"Traceback" not in done.stderr
 
 
-def test_a_checkpoint_with_a_bpe_inside_needs_no_network(folder):
+def test_checkpoint_with_bpe_needs_no_network(folder):
     write_checkpoint(folder / "bpe" / "ckpt.pt", 320, tokenizer=tiny_bpe().to_dict())
     done = in_a_process(folder, "--out_dir=bpe", "--start=the", "--num_samples=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("utf-8").startswith("the")
 
 
-def test_number_of_samples_and_the_default_prompt(run):
+def test_num_samples_and_default_prompt(run):
     found = texts(run(samples=4))
     assert len(found) == 4 and len(set(found)) == 4
     assert all(text.startswith("\n") and len(text) == 41 for text in found)
@@ -135,7 +135,7 @@ def test_number_of_samples_and_the_default_prompt(run):
     assert texts(run("--start=ab", tokens=0)) == ["ab"] * 3
 
 
-def test_text_depends_on_the_seed_and_the_number_only(run, monkeypatch):
+def test_text_depends_on_seed_and_number_only(run, monkeypatch):
     found = texts(run(samples=5))
     assert texts(run(samples=2)) == found[:2]
     assert set(texts(run("--seed=2", samples=5))).isdisjoint(found)
@@ -143,7 +143,7 @@ def test_text_depends_on_the_seed_and_the_number_only(run, monkeypatch):
     assert texts(run(samples=5)) == found
 
 
-def test_prompts_share_batches_that_have_room_for_all(run, folder, monkeypatch):
+def test_prompts_share_batches(run, folder, monkeypatch):
     lines = ["a", "bb the", "语", "long " * 8, "c", "d"]
     (folder / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
     found = texts(run("--prompts=prompts.txt", "--max_words=4", samples=2, tokens=20))
@@ -168,7 +168,7 @@ def test_prompts_share_batches_that_have_room_for_all(run, folder, monkeypatch):
         assert sizes == expected
 
 
-def test_temperature_top_k_and_top_p_reach_the_generation(run):
+def test_temperature_top_k_and_top_p(run):
     greedy = texts(run("--temperature=0"))
     assert len(set(greedy)) == 1
     for option in ("--top_k=1", "--top_p=0"):
@@ -176,7 +176,7 @@ def test_temperature_top_k_and_top_p_reach_the_generation(run):
     assert len(set(texts(run("--top_k=0", "--temperature=2")))) == 3
 
 
-def test_past_the_window_exact_window_sees_all_of_it(run):
+def test_exact_window(run):
     found, exact = (texts(run(f"--exact_window={flag}", tokens=60)) for flag in (False, True))
     within = len("\n") + 32  # the token after a full window is the first to see less
     assert [text[:within] for text in found] == [text[:within] for text in exact]
@@ -185,7 +185,7 @@ def test_past_the_window_exact_window_sees_all_of_it(run):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
-def test_compiled_blocks_write_the_same_text(run, folder):
+def test_compiled_blocks_generate_the_same_text(run, folder):
     options = ["--temperature=0", "--num_samples=2", "--max_new_tokens=70"]
     for window in ("--exact_window=False", "--exact_window=True"):
         plain = in_a_process(folder, *options, window)
@@ -194,7 +194,7 @@ def test_compiled_blocks_write_the_same_text(run, folder):
         assert compiled.stdout == plain.stdout and len(plain.stdout) > 2 * 70
 
 
-def test_a_prompt_from_a_file_longer_than_the_window(run, folder):
+def test_prompt_file_longer_than_the_window(run, folder):
     prompt = "语言模型 and more\n" * 5
     (folder / "prompt.txt").write_text(prompt, encoding="utf-8")
     assert all(text.startswith(prompt) for text in texts(run("--start=FILE:prompt.txt")))
@@ -202,7 +202,7 @@ def test_a_prompt_from_a_file_longer_than_the_window(run, folder):
     assert texts(run("--start=FILE:empty.txt")) == texts(run())
 
 
-def test_a_prompt_file_that_cannot_be_read(run, folder):
+def test_unreadable_prompt_file(run, folder):
     with pytest.raises(UserError, match=r"nowhere\.txt"):
         run("--start=FILE:nowhere.txt")
     (folder / "latin1.txt").write_bytes(b"caf\xe9")
@@ -210,14 +210,14 @@ def test_a_prompt_file_that_cannot_be_read(run, folder):
         run("--start=FILE:latin1.txt")
 
 
-def test_stop_text_cuts_each_sample(run):
+def test_stop_text_ends_each_sample(run):
     whole = texts(run("--start=ab", samples=6, tokens=200))
     cut = texts(run("--start=ab", "--stop=b", samples=6, tokens=200))
     assert cut == ["ab" + text[2:].partition("b")[0] for text in whole]
     assert cut != whole
 
 
-def test_end_of_text_cuts_each_sample_and_is_not_shown(run, folder):
+def test_end_of_text_ends_each_sample(run, folder):
     tokenizer = CharTokenizer("\nab", eot=True).to_dict()
     write_checkpoint(folder / "out" / "ckpt.pt", 4, tokenizer=tokenizer)
     whole = texts(run("--temperature=2", "--rows=windows", samples=6))
@@ -227,7 +227,7 @@ def test_end_of_text_cuts_each_sample_and_is_not_shown(run, folder):
     assert texts(run(f"--start={EOT}ab", "--rows=windows", tokens=0))[0] == EOT + "ab"
 
 
-def test_generation_ends_once_all_samples_are_cut(run, monkeypatch):
+def test_generation_ends_with_the_last_sample(run, monkeypatch):
     steps, sample_token = [], generate.sample_token
     counted = lambda *a: steps.append(1) or sample_token(*a)  # noqa: E731
     monkeypatch.setattr(generate, "sample_token", counted)
@@ -240,7 +240,7 @@ def test_generation_ends_once_all_samples_are_cut(run, monkeypatch):
 
 
 @pytest.mark.parametrize("description", ["meta.json", "meta.pkl"])
-def test_a_classic_checkpoint_of_a_compiled_model(run, folder, description):
+def test_classic_checkpoint_of_a_compiled_model(run, folder, description):
     write_checkpoint(folder / "out" / "ckpt.pt", len(CHARACTERS), prefix="_orig_mod.")
     data = folder / "data" / "letters"
     if description == "meta.json":
@@ -256,17 +256,17 @@ def test_a_classic_checkpoint_of_a_compiled_model(run, folder, description):
     assert all(text.startswith("语") for text in texts(run("--start=语")))
 
 
-def test_without_any_description_the_tokenizer_is_gpt2s(run, folder, monkeypatch):
+def test_default_tokenizer_is_gpt2(run, folder, monkeypatch):
     monkeypatch.setattr("brisk.interop.pretrained.gpt2", tiny_bpe)
     write_checkpoint(folder / "out" / "ckpt.pt", 320)
     assert texts(run("--start=the end"))[0].startswith("the end")
     assert "assuming GPT-2 encodings" in run.notices
     write_checkpoint(folder / "out" / "ckpt.pt", 65)
-    with pytest.raises(UserError, match="259 tokens, the model 65"):
+    with pytest.raises(UserError, match="259 tokens, but the model has 65"):
         run()
 
 
-def test_init_from_a_file_and_a_hugging_face_directory(run, folder, monkeypatch):
+def test_init_from_a_file_or_directory(run, folder, monkeypatch):
     expected = run()
     (folder / "out" / "ckpt.pt").rename(folder / "model.pt")
     assert run("--init_from=model.pt") == expected
@@ -279,7 +279,7 @@ def test_init_from_a_file_and_a_hugging_face_directory(run, folder, monkeypatch)
     assert texts(run("--init_from=exported", "--start=the"))[0].startswith("the")
 
 
-def test_what_there_is_nothing_to_sample_from(run, folder):
+def test_nothing_to_sample_from(run, folder):
     with pytest.raises(UserError, match="did you mean resume"):
         run("--init_from=resum")
     with pytest.raises(UserError, match="did you mean gpt2-xl"):
@@ -307,7 +307,7 @@ def records(path):
     return [json.loads(line) for line in lines]
 
 
-def test_out_has_what_was_printed_and_how_it_was_drawn(run, monkeypatch):
+def test_out_records_texts_and_settings(run, monkeypatch):
     monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 2 * 32)  # two at once, then one
     found = texts(run("--start=语 ab", "--out=samples.jsonl", "--top_p=0.9", "--stop=z"))
     written = records("samples.jsonl")
@@ -319,7 +319,7 @@ def test_out_has_what_was_printed_and_how_it_was_drawn(run, monkeypatch):
     assert "语 ab" in Path("samples.jsonl").read_text(encoding="utf-8")  # for people too
 
 
-def test_a_recorded_sample_can_be_drawn_again(run):
+def test_recorded_sample_is_reproducible(run):
     run("--start=ab", "--out=samples.jsonl", "--temperature=1.5", "--seed=7", "--max_words=3")
     for one in records("samples.jsonl"):
         keys = ("seed", "temperature", "top_k", "top_p", "max_words", "stop")
@@ -328,7 +328,7 @@ def test_a_recorded_sample_can_be_drawn_again(run):
         assert again[-1] == one["prompt"] + one["text"]
 
 
-def test_samples_are_on_the_disk_while_the_next_are_drawn(run, monkeypatch):
+def test_out_is_written_after_each_batch(run, monkeypatch):
     monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 1)
     counts, sample_token = set(), generate.sample_token
 
@@ -352,7 +352,7 @@ def test_out_overwrites_nothing(run, folder):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full")
-def test_a_full_disk_is_one_line(run):
+def test_full_disk_is_one_line(run):
     with pytest.raises(UserError, match="No space left"):
         run("--out=/dev/full")
 
@@ -395,7 +395,7 @@ def test_prompts_are_lines_of_a_file(run, folder):
         (["--out=new.jsonl", "--top_next=3"], "leave one of them out"),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_loaded(run, folder, monkeypatch, argv, words):
+def test_settings_are_checked_before_loading(run, folder, monkeypatch, argv, words):
     (folder / "latin1.txt").write_bytes(b"caf\xe9")
     monkeypatch.setattr(sample, "read_pretrained", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=words):
@@ -404,12 +404,12 @@ def test_mistakes_are_told_before_the_model_is_loaded(run, folder, monkeypatch, 
 
 
 @pytest.mark.parametrize("setting", ["max_words=-1", "top_next=-1", "top_next=x", "max_words=1.5"])
-def test_numbers_that_make_no_sense(setting):
+def test_invalid_numbers(setting):
     with pytest.raises(UserError, match="whole number of at least 0"):
         configure(sample.SampleConfig, [f"--{setting}"])
 
 
-def test_such_a_mistake_is_one_line_and_status_2(folder):
+def test_invalid_number_is_status_2(folder):
     done = in_a_process(folder, "--out=out")
     assert done.returncode == 2 and done.stdout == b""
     assert done.stderr.startswith(b"error: ") and len(done.stderr.splitlines()) == 1
@@ -418,7 +418,7 @@ def test_such_a_mistake_is_one_line_and_status_2(folder):
 # ----------------------------------------------------------------------------- words, likeliest
 
 
-def test_max_words_ends_each_sample_after_a_whole_word(run, folder):
+def test_max_words_ends_after_a_whole_word(run, folder):
     tokenizer = CharTokenizer("\n ab").to_dict()  # a word takes four characters or so
     write_checkpoint(folder / "out" / "ckpt.pt", 4, tokenizer=tokenizer)
     whole = texts(run("--start=a", "--temperature=3", samples=6, tokens=400))
@@ -433,7 +433,7 @@ def test_max_words_ends_each_sample_after_a_whole_word(run, folder):
         )
 
 
-def test_max_words_alone_is_not_bounded_by_the_default_of_tokens(folder, capsys):
+def test_max_words_lifts_the_token_limit(folder, capsys):
     tokenizer = CharTokenizer("\n ab").to_dict()
     write_checkpoint(folder / "out" / "ckpt.pt", 4, tokenizer=tokenizer)
     argv = ["--start=a", "--temperature=3", "--max_words=300", "--num_samples=1", "--device=cpu"]
@@ -442,7 +442,7 @@ def test_max_words_alone_is_not_bounded_by_the_default_of_tokens(folder, capsys)
     assert len(text) > 502 and len(text[1:].split()) == 300
 
 
-def test_a_model_of_documents_begins_and_ends_them_by_itself(run, folder):
+def test_document_model_begins_and_ends_documents(run, folder):
     trained = {"tokenizer": CharTokenizer("\nab", eot=True).to_dict()}
     write_checkpoint(folder / "out" / "ckpt.pt", 4, **trained)
     plain = texts(run(f"--start={EOT}a", "--temperature=2", "--rows=windows", samples=6))
@@ -455,7 +455,7 @@ def test_a_model_of_documents_begins_and_ends_them_by_itself(run, folder):
     assert stopped == [text.partition("b")[0] for text in expected]  # the end stops it all the same
 
 
-def test_the_unknown_word_is_never_drawn(run, folder, monkeypatch):
+def test_unknown_word_is_never_sampled(run, folder, monkeypatch):
     """A tokenizer that names a token as standing for what it does not know."""
     monkeypatch.setattr(CharTokenizer, "unk", CHARACTERS.index("模"), raising=False)
     assert "模" not in run("--temperature=5", "--top_k=0", samples=20)
@@ -465,7 +465,7 @@ def test_the_unknown_word_is_never_drawn(run, folder, monkeypatch):
     assert "模" in run("--top_next=99")
 
 
-def test_a_model_of_words(run, folder):
+def test_word_model(run, folder):
     tokenizer = WordTokenizer("the cat sat on a mat c++ don't".split())
     write_checkpoint(
         folder / "out" / "ckpt.pt", tokenizer.vocab_size, tokenizer=tokenizer.to_dict()
@@ -482,7 +482,7 @@ def test_a_model_of_words(run, folder):
 
 
 @pytest.mark.parametrize("eot", [False, True])
-def test_a_prompt_of_stop_words_is_noted_and_has_no_words(run, folder, eot):
+def test_prompt_of_stop_words_is_noted(run, folder, eot):
     words = WordTokenizer("cat sat on a mat".split(), stop_words=["the", "of"], eot=eot)
     write_checkpoint(folder / "out" / "ckpt.pt", words.vocab_size, tokenizer=words.to_dict())
     options = ["--max_words=4", "--temperature=2", "--rows=windows", "--out=samples.jsonl"]
@@ -501,7 +501,7 @@ def test_help_is_in_groups(capsys):
         assert all(comment for keys in groups.values() for comment in keys.values())
 
 
-def test_the_likeliest_next_token_is_the_one_that_greedy_takes(run):
+def test_top_next_matches_greedy(run):
     lines = run("--start=ab 语", "--top_next=4").splitlines()
     assert len(lines) == 5 and lines[-1] + "\n" == DASHES
     drawn = texts(run("--start=ab 语", "--temperature=0", tokens=1, samples=1))[0][-1]
@@ -518,7 +518,7 @@ def test_the_likeliest_next_token_is_the_one_that_greedy_takes(run):
 
 
 @pytest.mark.parametrize("tokenizer", [tiny_bpe(), ByteTokenizer()], ids=["bpe", "byte"])
-def test_likeliest_tokens_that_are_parts_of_characters(run, folder, tokenizer):
+def test_top_next_of_partial_characters(run, folder, tokenizer):
     write_checkpoint(folder / "out" / "ckpt.pt", 320, tokenizer=tokenizer.to_dict())
     out = run("--start=语", "--top_next=300")
     assert r"b'\xe8'" in out and "'a'" in out and r"'\n'" in out and repr(EOT) in out

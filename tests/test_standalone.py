@@ -1,4 +1,4 @@
-"""model.py copied out alone trains and generates; beside the package it never falls back."""
+"""model.py works without the package; with it, the fallbacks are never used."""
 
 import os
 import shutil
@@ -73,7 +73,7 @@ def test_model_alone_trains_and_generates(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_broken_package_is_not_taken_for_none(tmp_path):
+def test_broken_package_is_an_error(tmp_path):
     shutil.copy(MODEL, tmp_path)
     (tmp_path / "brisk").mkdir()
     (tmp_path / "brisk" / "__init__.py").touch()
@@ -97,7 +97,7 @@ def test_short_loop_samples_like_the_package(temperature, top_k, alone, monkeypa
     assert found.equal(greedy) == (top_k != 99) and found[:, :5].equal(idx)
 
 
-def test_plain_optimizer_and_loss_are_those_of_the_package(alone, monkeypatch):
+def test_plain_optimizer_and_loss_match(alone, monkeypatch):
     """The same groups in the same order, so that states are exchangeable, and the same step."""
     updated, losses = [], []
     for has_brisk in (False, True):

@@ -1,5 +1,5 @@
-"""A training step and a decode step leave the host out: no tensor on it, no number read from the
-device, nothing sent to it. Tried on PyTorch's meta device, which has shapes and no numbers."""
+"""Training and decode steps do not use the host: no host tensors, no synchronization, no copies.
+Tested on PyTorch's meta device, whose tensors have shapes but no data."""
 
 import sys
 from contextlib import nullcontext
@@ -150,7 +150,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("lengths, copies", [((5, 5, 5), 0), ((5, 9, 7), 1)], ids=str)
 @pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
-def test_decode_step_of_ragged_rows_sends_positions_only(on_meta, variant, lengths, copies):
+def test_ragged_decode_step_sends_positions_only(on_meta, variant, lengths, copies):
     """The lengths of the rows are on the host, where the scheduling happens."""
     model = a_model(**variant).eval()
     with torch.device("cpu"):
@@ -163,7 +163,7 @@ def test_decode_step_of_ragged_rows_sends_positions_only(on_meta, variant, lengt
 
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu])
-def test_these_tests_see_the_host(on_meta, read):
+def test_host_access_is_detected(on_meta, read):
     """What they are for: a number read, a copy."""
     x = torch.ones(())
     with OnDeviceOnly(), pytest.raises((RuntimeError, NotImplementedError, AssertionError)):

@@ -1,4 +1,4 @@
-"""The training loop: what a run computes, writes and says, and that it goes on where it stopped."""
+"""The training loop: results, files and output of a run, and resuming it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The scripts that judge recipes: what they judge on, and what they print."""
+"""The benchmarks that compare recipes: ablation, race, stability and magnitudes."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def letters(tmp_path):
     return tmp_path / "letters"
 
 
-def test_trials_see_the_last_twentieth_of_the_training_text_and_nothing_else(letters, tmp_path):
+def test_tuning_set_excludes_val(letters, tmp_path):
     trials.write_tuning_set(letters, tmp_path / "tuning")
     ids = np.fromfile(letters / "train.bin", dtype="<u2")
     parts = [np.fromfile(tmp_path / "tuning" / f"{s}.bin", dtype="<u2") for s in ("train", "val")]
@@ -43,7 +43,7 @@ def test_trials_see_the_last_twentieth_of_the_training_text_and_nothing_else(let
     assert load_tokenizer(tmp_path / "tuning").vocab_size == 3
 
 
-def test_a_summary_of_losses():
+def test_summary_of_losses():
     of = trials.summary([{"loss": n, "step_ms": n} for n in (1.0, 2.0, 6.0)])
     assert of == {"losses": [1, 2, 6], "mean": 3, "spread": pytest.approx(7**0.5), "step_ms": 2}
     broken = trials.summary([{"loss": float("inf"), "step_ms": 1}, {"loss": 1.0, "step_ms": 1}])
@@ -60,7 +60,7 @@ def quick_starts(forked, monkeypatch):
     monkeypatch.setattr(trials, "subprocess", SimpleNamespace(run=run))
 
 
-def test_an_ablation_takes_back_one_part_at_a_time(letters, tmp_path, capsys, quick_starts):
+def test_ablation_removes_one_part_at_a_time(letters, tmp_path, capsys, quick_starts):
     recipe = tmp_path / "recipe.py"
     recipe.write_text('optimizer = "muon"\nposition = "rotary"\nqk_norm = True\n')
     argv = [f"--config={recipe}", f"--data_dir={letters}", f"--more={TINY}", "--seeds=2"]
@@ -77,32 +77,32 @@ def test_an_ablation_takes_back_one_part_at_a_time(letters, tmp_path, capsys, qu
         ablation.main(configure(ablation.AblationConfig, [*argv, "--only=rotari"]))
 
 
-def test_the_shipped_recipe_has_the_parts_that_the_ablation_takes_back():
+def test_shipped_recipe_has_the_ablated_parts():
     fast = ROOT / "config" / "train_shakespeare_char_fast.py"
     assert {"muon", "rotary"} <= set(ablation.parts_of(fast, ""))
 
 
-def test_a_trial_that_fails_says_why_in_one_line(letters):
+def test_failed_trial_is_one_line(letters):
     with pytest.raises(UserError, match="n_embd=9 is not divisible"):
         trials.trial(letters, [*TINY.split(), "--n_embd=9", "--n_head=2"])
 
 
-def test_a_race_needs_a_peer():
-    with pytest.raises(UserError, match="no checkout of nanoGPT"):
+def test_race_needs_a_peer():
+    with pytest.raises(UserError, match="not a checkout of nanoGPT"):
         race.main(configure(race.RaceConfig, []))
 
 
 # ---------------------------------------------------------------------------- stability
 
 
-def test_a_good_range_is_around_the_best_rate_and_has_no_gap():
+def test_good_range_is_contiguous():
     losses = {1: 2.09, 2: 2.2, 4: 2.1, 8: 2.0, 16: 2.05, 32: float("inf"), 64: 2.0}
     assert stability.good_range(losses, 0.05) == (4, 16)
     assert stability.good_range(losses, 0.1) == (1, 16)
     assert stability.good_range({1: 2.0, 2: 3.0}, 0.05) == (1, 1)
 
 
-def test_a_row_of_two_seeds():
+def test_row_of_two_seeds():
     inf = float("inf")
     by_seed = {1: {1: 3.0, 2: 2.0, 4: 2.1, 8: inf}, 2: {1: 3.0, 2: 2.6, 4: 2.0, 8: 2.05}}
     of = stability.row(by_seed, tolerance=0.05, worst=3.0)
@@ -116,10 +116,10 @@ def test_a_row_of_two_seeds():
     assert line.startswith("| a recipe | 2.000 |") and "| ≥ 2 | 2, 2 |" in line
 
 
-def test_knowing_frequencies_is_worth_their_entropy(letters):
+def test_unigram_loss(letters):
     # a and b as often in training, and the c of the rest seen once, by the one that is added
     expected = -np.log(1 / (2 * 1001 + 1))
-    assert stability.loss_of_letters(letters) == pytest.approx(expected)
+    assert stability.unigram_loss(letters) == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def study(letters, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_study_goes_on_where_it_was_stopped(study, tmp_path, monkeypatch):
+def test_interrupted_study_continues(study, tmp_path, monkeypatch):
     ran, train = [], stability.loss_of_run
     monkeypatch.setattr(stability, "loss_of_run", lambda *a: ran.append(a[1:]) or train(*a))
     lines = study("--only=plain", "--seeds=1")
@@ -153,18 +153,18 @@ def test_a_study_goes_on_where_it_was_stopped(study, tmp_path, monkeypatch):
     assert len(set(losses)) == 8 and all(0 < loss < 5 for loss in losses)
 
 
-def test_a_run_whose_numbers_are_none_is_lost(letters):
+def test_non_finite_run_is_lost(letters):
     keys = f"{TINY} --lr_decay_iters=2 --norm=rms"
     assert stability.loss_of_run(letters, keys, 1e30, 1) == float("inf")
     assert 0 < stability.loss_of_run(letters, keys, 1e-3, 1) < 20
 
 
-def test_a_recipe_that_is_not_there(study):
+def test_unknown_recipe_is_refused(study):
     with pytest.raises(UserError, match="did you mean normed"):
         study("--only=norned")
 
 
-def test_every_recipe_of_the_study_is_one_of_train_py(letters):
+def test_recipes_are_valid_for_train_py(letters):
     for keys in stability.RECIPES.values():
         argv = stability.keys_of(stability.StabilityConfig(), keys).split()
         root = ROOT
@@ -175,7 +175,7 @@ def test_every_recipe_of_the_study_is_one_of_train_py(letters):
 
 
 @pytest.mark.parametrize("changes", [{}, {"position": "rotary", "qk_norm": True, "n_kv_head": 1}])
-def test_magnitudes_are_those_of_the_numbers_inside(changes):
+def test_magnitudes(changes):
     torch.manual_seed(0)
     sizes = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16}
     model = GPT(GPTConfig(**sizes, **changes)).eval()
@@ -200,7 +200,7 @@ def test_magnitudes_are_those_of_the_numbers_inside(changes):
         assert 1 < found["attention"] <= 8**0.5 + 1e-4
 
 
-def test_a_line_for_each_checkpoint_of_a_run(letters, tmp_path, capsys):
+def test_magnitudes_of_each_checkpoint(letters, tmp_path, capsys):
     with pytest.raises(UserError, match="--keep_last"):
         magnitudes.main(configure(magnitudes.MagnitudesConfig, [f"--out_dir={tmp_path}"]))
     argv = [*TINY.split(), f"--data_dir={letters}", f"--out_dir={tmp_path}", "--eval_interval=1"]

@@ -1,7 +1,6 @@
-"""What a person can get wrong ends in one line on standard error and exit status 2.
+"""Wrong input ends in one line on standard error and exit status 2.
 
-Each mistake is made in a process of its own, as a person makes it. Where a system can fork, most
-of them have PyTorch loaded already.
+Each case runs in a separate process, forked with PyTorch loaded if possible.
 """
 
 import os
@@ -123,33 +122,33 @@ def assert_one_line(result, words):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(make, folder, name):
+def test_wrong_input_is_one_line_and_status_2(make, folder, name):
     result = make(name)
     assert_one_line(result, [word.replace(HERE, str(folder)) for word in MISTAKES[name][1]])
     assert not (folder / "out").exists() and not (folder / "none").exists()  # nor a run
 
 
 @pytest.mark.parametrize("steps, batch_size, world_size, near", [(5, 3, 2, 4), (1, 1, 8, 8)])
-def test_a_batch_that_cannot_be_shared(steps, batch_size, world_size, near):
+def test_indivisible_batch_is_refused(steps, batch_size, world_size, near):
     with pytest.raises(UserError) as caught:
         Ranks(0, 0, world_size).micro_batches(steps, batch_size)
     assert f"--gradient_accumulation_steps={near} " in str(caught.value)
     assert f"{world_size} processes" in str(caught.value)
 
 
-def test_an_error_of_many_lines_becomes_one(capsys):
+def test_long_error_becomes_one_line(capsys):
     with pytest.raises(SystemExit) as left, one_line_errors():
         raise UserError("first\n  second\nthird")
     assert left.value.code == 2
     assert capsys.readouterr().err == "error: first second third\n"
 
 
-def test_a_programmers_mistake_keeps_its_traceback():
+def test_programming_error_keeps_its_traceback():
     with pytest.raises(ValueError, match="shape"), one_line_errors():
         raise ValueError("shape")
 
 
-def test_under_torchrun_one_process_of_a_machine_speaks(capsys, monkeypatch):
+def test_torchrun_prints_one_line_per_node(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit), one_line_errors():
         raise UserError("told once is enough")
@@ -175,7 +174,7 @@ def test_training_outlives_its_console(settings, tmp_path, end):
     ],
     ids=str,
 )
-def test_ranks_that_cannot_be_are_one_line(settings, tmp_path, variables):
+def test_invalid_ranks_are_one_line(settings, tmp_path, variables):
     command = [sys.executable, str(ROOT / "train.py"), *settings(tmp_path / "out")]
     env = os.environ | variables
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)

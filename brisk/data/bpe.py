@@ -1,4 +1,4 @@
-"""Byte-pair encodings: GPT-2's, and those trained here."""
+"""Byte-pair encoding: GPT-2's vocabulary, and training a new one."""
 
 import base64
 import random
@@ -9,46 +9,46 @@ from itertools import product
 from brisk.data.tokenizer import EOT, REPLACEMENT, Tokenizer
 from brisk.errors import UserError
 
-# How GPT-2 cuts text before pairs are merged: words, numbers, signs, white space.
+# GPT-2 splits text into words, numbers, punctuation and white space before it merges pairs.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# As tiktoken writes it: it cuts every text in the same way, but is faster.
-TIKTOKENS_PATTERN = (
+# tiktoken's spelling of it: equivalent, but faster.
+TIKTOKEN_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
-GPT2_PATTERNS = (GPT2_PATTERN, TIKTOKENS_PATTERN)
-# A character of each category of Unicode (but surrogates, which no text in UTF-8 has), and further
-# ones that patterns tell apart.
+GPT2_PATTERNS = (GPT2_PATTERN, TIKTOKEN_PATTERN)
+# One character of each Unicode category (except surrogates, which UTF-8 cannot encode), and others
+# that patterns distinguish.
 KINDS = "aAǅʰ中\u0301\u0903\u20dd1Ⅷ²_-()«»!+$^©\u2028\u2029 \x00\u200b\ue000\u0378"
 KINDS += "'’stſ\n\r\t\x0b\x1c\x85\xa0\u3000\u200d\ufeff/.🙂éא"
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding (Sennrich et al. 2016; on bytes, Radford et al. 2019), run by tiktoken.
+    """Byte-pair encoding (Sennrich et al. 2016; on bytes, Radford et al. 2019) with tiktoken.
 
     Args:
-        encoding: a `tiktoken.Encoding` whose ordinary tokens are numbered from 0 without a gap.
+        encoding: a `tiktoken.Encoding`. The ids of its ordinary tokens start at 0 and have no gaps.
 
-    Raises ValueError for one that has no id for some byte.
+    Raises ValueError if a byte has no id.
     """
 
     kind = "bpe"
 
     def __init__(self, encoding):
         if not all(bytes([byte]) in encoding._mergeable_ranks for byte in range(256)):
-            raise ValueError("the byte pairs lack single bytes, so some text has no ids")
+            raise ValueError("the vocabulary lacks single bytes, so some text cannot be encoded")
         self.encoding = encoding
         self.eot = encoding._special_tokens.get(EOT)
         self.vocab_size = encoding.n_vocab
 
     def encode_ordinary(self, text):
-        # As tiktoken's encode_ordinary, but without a Python int for each token.
+        # like tiktoken's encode_ordinary, but without a Python int for each token
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair, which no UTF-8 has: U+FFFD, as there
-            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self.encode_ordinary(whole)
-        except ValueError as error:  # its regular expressions end at a million spaces in a row
-            raise UserError(f"the tokenizer cannot cut this text: {error}") from error
+        except UnicodeEncodeError:  # a lone surrogate: replaced by U+FFFD, as tiktoken does
+            valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.encode_ordinary(valid)
+        except ValueError as error:  # its regex engine fails on a million spaces in a row
+            raise UserError(f"the tokenizer cannot split this text: {error}") from error
 
     def token_bytes(self, token):
         try:
@@ -57,7 +57,7 @@ class BPETokenizer(Tokenizer):
             return REPLACEMENT
 
     def to_dict(self):
-        # tiktoken shows its tables under these names only, and its own README says to use them.
+        # tiktoken has no public names for these; its README uses the private ones
         ranks = self.encoding._mergeable_ranks
         tokens = [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)]
         return {
@@ -70,7 +70,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, description):
-        """The tokenizer that `to_dict` described. Raises ValueError for a damaged description."""
+        """Rebuild a tokenizer from the dict of `to_dict`. Raises ValueError if it is damaged."""
         tokens = [base64.b64decode(token) for token in description["tokens"].split(" ")]
         ranks = {token: rank for rank, token in enumerate(tokens)}
         encoding = tiktoken().Encoding(
@@ -80,32 +80,32 @@ class BPETokenizer(Tokenizer):
             special_tokens=description["special_tokens"],
         )
         if len(ranks) < len(tokens):
-            raise ValueError("a token is there twice")
+            raise ValueError("a token occurs twice")
         tokenizer = cls(encoding)
-        if not cuts_all(encoding):
-            raise ValueError("its pattern does not cut text into pieces")
+        if not splits_all_text(encoding):
+            raise ValueError("its pattern does not match all text")
         return tokenizer
 
 
-def cuts_all(encoding):
-    """Whether the pattern of a `tiktoken.Encoding` cuts any text into pieces and leaves nothing
-    out: with another, tiktoken drops text, or ends the process.
+def splits_all_text(encoding):
+    """Whether the pattern of a `tiktoken.Encoding` splits any text into pieces without omissions.
+    With a pattern that does not, tiktoken drops text or aborts the process.
 
-    This cannot be proved of every pattern, so it is tried: on characters of every kind, alone, in
-    pairs, in runs and mixed, and on code points in their order. It takes about 40 ms.
+    This cannot be proved for every pattern, so it is tested: on characters of every category,
+    alone, in pairs, in runs and mixed, and on consecutive code points. It takes about 40 ms.
     """
-    import regex  # as tiktoken does
+    import regex  # tiktoken's fallback engine
 
     pattern = encoding._pat_str
     if pattern in GPT2_PATTERNS:
         return True
     end = time.monotonic() + 2
 
-    def left():
+    def left():  # seconds; a pattern may backtrack for hours
         return max(end - time.monotonic(), 0.001)
 
     try:
-        # Atomic and possessive: each piece begins where the last one ends, nothing is tried again.
+        # atomic and possessive: each piece starts where the last one ended, without backtracking
         piece, pieces = regex.compile(pattern), regex.compile(f"(?>{pattern})++")
         short, long = trial_texts()
         for text in short:
@@ -116,12 +116,12 @@ def cuts_all(encoding):
             return False
     except (regex.error, TimeoutError, RecursionError):
         return False
-    return encoding.decode(encoding.encode_ordinary(long[0])) == long[0]  # the engine in use
+    return encoding.decode(encoding.encode_ordinary(long[0])) == long[0]  # with tiktoken's engine
 
 
 @cache
 def trial_texts():
-    """(short, long) texts for `cuts_all`."""
+    """Return (short, long): lists of texts for `splits_all_text`."""
     words = [*KINDS, "it's", "WE'LL", "don’t", "12,345.6", "a_b", "\r\n", "\n\n", "  \n", "://"]
     runs = [kind * length for kind in KINDS for length in (3, 4, 5, 8, 17, 64)]
     mix = "".join(random.Random(0).choices([*words, *runs[::6]], k=5000))
@@ -132,27 +132,27 @@ def trial_texts():
 
 
 def gpt2():
-    """GPT-2's tokenizer: 50257 ids, the last of them <|endoftext|>."""
+    """GPT-2's tokenizer: 50257 ids, <|endoftext|> last. Raises `UserError` without a network."""
     try:
         return BPETokenizer(tiktoken().get_encoding("gpt2"))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            "cannot get GPT-2's vocabulary from the network; set TIKTOKEN_CACHE_DIR to a folder "
-            f"where tiktoken has stored it before ({type(error).__name__})"
+            "cannot download GPT-2's vocabulary; set TIKTOKEN_CACHE_DIR to a folder where tiktoken "
+            f"has stored it ({type(error).__name__})"
         ) from error
 
 
 def train_bpe(texts, vocab_size):
-    """A byte-pair encoding learned from `texts` (an iterable of strings), with `vocab_size` ids:
-    the 256 bytes, the merged pairs, and <|endoftext|>. Where the text has fewer pairs, so has it.
+    """Train a byte-pair encoding on `texts` (an iterable of strings) and return its tokenizer.
 
-    Raises `UserError` where the vocabulary has no room for the bytes.
+    Its `vocab_size` ids are the 256 bytes, the merged pairs and <|endoftext|>; fewer if the text
+    has too few pairs. Raises `UserError` if `vocab_size` is below 257.
     """
     if vocab_size < 257:
-        raise UserError(f"vocab_size={vocab_size}: a BPE has at least the 256 bytes and {EOT}")
+        raise UserError(f"vocab_size={vocab_size} is below 257: a BPE has 256 bytes and {EOT}")
     ids = learn_pairs(texts, vocab_size - 1).get_vocab()
     if len(ids) < vocab_size - 1:
-        print(f"vocab_size={vocab_size}: this text has too few pairs, taking {len(ids) + 1}")
+        print(f"vocab_size={vocab_size}: this text has too few pairs, using {len(ids) + 1}")
         vocab_size = len(ids) + 1
     alphabet = byte_alphabet()
     ranks = {bytes(alphabet[letter] for letter in token): ids[token] for token in ids}
@@ -165,14 +165,14 @@ def train_bpe(texts, vocab_size):
 
 
 def learn_pairs(texts, vocab_size):
-    """A `tokenizers.Tokenizer` with the bytes and the most frequent pairs of `texts`."""
+    """Train a `tokenizers.Tokenizer` with `vocab_size` ids on `texts`."""
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
         raise UserError("training a BPE needs tokenizers: pip install tokenizers") from error
     pieces = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # A run of a million letters would take hours: learning looks at this much of it at a time.
+    # a run of a million letters would take hours, so training splits it into pieces of 64
     short = pre_tokenizers.Split(Regex(r"[\s\S]{1,64}"), "isolated")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence([pieces, short, as_bytes])
@@ -185,8 +185,8 @@ def learn_pairs(texts, vocab_size):
 
 
 def byte_alphabet():
-    """The 256 characters as which the tokenizers library writes bytes (GPT-2's encoder.py):
-    visible ones stand for themselves, the others are numbered from 256 on."""
+    """{character: byte}: the 256 characters by which the tokenizers library represents bytes, as
+    in GPT-2's encoder.py. Printable bytes represent themselves, the others start at U+0100."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     shown = {chr(byte): byte for byte in visible}
@@ -194,7 +194,7 @@ def byte_alphabet():
 
 
 def tiktoken():
-    """The module tiktoken, imported when a BPE is asked for: characters and bytes do without."""
+    """Import tiktoken, which only a BPE needs. Raises `UserError` if it is not installed."""
     try:
         import tiktoken
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Tables in csv and tsv files, as people and spreadsheets write them."""
+"""Read csv and tsv files in the dialects of common spreadsheets."""
 
 import csv
 from collections import deque
@@ -9,20 +9,21 @@ from brisk.data.text_files import Lines, TextFile
 from brisk.errors import UserError, note
 
 SEPARATORS = [",", ";", "\t", "|"]
-PEEKED = 100  # rows by which the separator and the columns of text are found
+PEEKED = 100  # first rows, from which the separator and the text columns are inferred
 
 
 class CsvFile:
-    """The rows of a csv or tsv file with a header, as dicts.
+    """Iterable of the rows of a csv or tsv file with a header, as dicts.
 
-    Fields are separated by commas (tabs in a .tsv), or by whichever of ; tab | its first rows
-    agree on. Quotes, separators and line breaks inside fields are read right (RFC 4180). Rows that
-    have another number of fields than the header, or a quote that does not end, are left out, and
-    told.
+    Fields are separated by commas (tabs in a .tsv), or by the one of ; tab | that splits the first
+    rows most evenly. Fields may contain quotes, separators and line breaks (RFC 4180). Rows with
+    an unclosed quote, or with more or fewer fields than the header, are skipped with a note.
+
+    Raises `UserError` for an empty file, a malformed header and duplicate column names.
     """
 
     def __init__(self, path, encoding="auto"):
-        self.text, self.told = TextFile(path, encoding), False
+        self.text, self.noted = TextFile(path, encoding), False
         self.path = self.text.path
         default = "\t" if suffix_of(self.path) == ".tsv" else ","
         self.delimiter, self.skipped, first = default, 0, ""
@@ -30,25 +31,25 @@ class CsvFile:
             if first := line.strip("\n"):
                 break
             self.skipped += 1  # empty lines before the header
-        if first.startswith("sep=") and len(first) == 5:  # a line of Excel's
+        if first.startswith("sep=") and len(first) == 5:  # Excel writes such a line
             self.skipped, self.delimiter = self.skipped + 1, first[4]
         else:
             usual_first = sorted(SEPARATORS, key=lambda separator: separator != default)
             self.delimiter = max(usual_first, key=self.agreement)
         if self.delimiter != default:
-            note(f"{path}: fields are separated by {self.delimiter!r}")
+            note(f"{path}: the field separator is {self.delimiter!r}")
         _, self.columns = next(self.read(self.delimiter), (1, []))
         if self.columns == []:
             raise EmptyFile(f"{path} is empty")
         if self.columns is None:
-            raise UserError(f"{path}: its first row, the header, is malformed")
+            raise UserError(f"{path}: the first row, the header, is malformed")
         names = [name for name in self.columns if name]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"{path} has two columns named {twice[0]}; rename one of them")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path} has two columns named {duplicates[0]}; rename one of them")
 
     def agreement(self, separator):
-        """The share of the first rows that have as many fields as the header, by this separator;
-        0 where the header has one field."""
+        """The fraction of the first rows with as many fields as the header if fields are separated
+        by `separator`; 0 if the header has one field."""
         rows = [row for _, row in islice(self.read(separator), PEEKED) if row != []]
         if not rows or not rows[0] or len(rows[0]) == 1:
             return 0
@@ -56,10 +57,10 @@ class CsvFile:
 
     @property
     def text_columns(self):
-        """The columns with texts that are no numbers in the first rows."""
+        """The columns that are not numeric in the first rows."""
         rows = list(islice(self, PEEKED))
         if not rows:
-            raise EmptyFile(f"{self.path} has a header and no rows")
+            raise EmptyFile(f"{self.path} has a header but no rows")
         named = [column for column in self.columns if column]
         found = [c for c in named if any(not is_number(row[c]) for row in rows)]
         return found or (named if len(named) == 1 else [])
@@ -71,8 +72,8 @@ class CsvFile:
         return (row[column] for row in self)
 
     def read(self, delimiter):
-        """Pairs (line, fields) of each row, the header too; no fields of a malformed row."""
-        csv.field_size_limit(2**24)  # characters; the length of a quote that does not end
+        """Yield (line number, fields) of each row and the header; fields are None if malformed."""
+        csv.field_size_limit(2**24)  # characters; bounds an unclosed quote
         lines = islice(Lines(self.text, "\n"), self.skipped, None)
         taken, ahead, start, reader = [], deque(), self.skipped + 1, None
 
@@ -89,7 +90,7 @@ class CsvFile:
                 return
             except csv.Error as error:
                 row = reader = None
-                if "expected after" not in str(error):  # a quote without end costs its line only
+                if "expected after" not in str(error):  # unclosed quote: skip only its first line
                     ahead.extendleft(reversed(taken[1:]))
                     del taken[1:]
             yield start, row
@@ -101,17 +102,17 @@ class CsvFile:
         for line, fields in islice(self.read(self.delimiter), 1, None):
             if fields is not None and len(fields) == len(self.columns):
                 yield dict(zip(self.columns, fields, strict=True))
-            elif fields != []:  # an empty line is no row
+            elif fields != []:  # an empty line is not a row
                 malformed.append(line)
-        if malformed and not self.told:
-            self.told = True
-            what = f"{len(malformed)} malformed rows, the first at line {malformed[0]}"
-            note(f"{self.path}: left out {what}")
+        if malformed and not self.noted:
+            self.noted = True
+            rows = f"{len(malformed)} malformed rows, the first at line {malformed[0]}"
+            note(f"{self.path}: skipped {rows}")
 
-    def need(self, column):
+    def require_column(self, column):
         if not self.has_column(column):
             columns = ", ".join(self.columns)
-            raise UserError(f"{self.path} has no column {column}, it has {columns}")
+            raise UserError(f"{self.path} has no column {column}; its columns are {columns}")
 
 
 def is_number(field):

@@ -1,13 +1,13 @@
-"""Raw text → `train.bin`, `val.bin` and `meta.json`: what every `prepare.py` shares.
+"""Read and write data sets: `train.bin`, `val.bin` and `meta.json`.
 
-The bins are raw little-endian token ids, and `meta.json` says all there is to know of them:
+The .bin files are raw little-endian token ids. `meta.json` describes them:
 
     {"format": 1, "dtype": "uint16", "vocab_size": 65, "source": "tinyshakespeare.txt",
      "splits": {"train": {"tokens": …, "bytes": …, "characters": …, "documents": …, "sha256": …},
                 "val": {…}},
      "tokenizer": {…}}
 
-`bytes` and `characters` count the text before it was tokenized (UTF-8), `tokens` the ids.
+`bytes` (in UTF-8) and `characters` count the text, `tokens` the ids.
 """
 
 import hashlib
@@ -33,10 +33,9 @@ FORMAT = 1
 
 
 def read_meta(data_dir):
-    """The contents of `data_dir/meta.json`, checked; None where there is no such file, as in a
-    data set that nanoGPT prepared.
+    """Read and check `data_dir/meta.json`. Returns None if it is missing, as for nanoGPT's data.
 
-    Raises `UserError` for a damaged file, and where a bin beside it has another size than it says.
+    Raises `UserError` if it is damaged, or if the size of a .bin file does not match it.
     """
     path = Path(data_dir) / "meta.json"
     if not path.exists():
@@ -56,7 +55,7 @@ def read_meta(data_dir):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); {again}") from error
     if not known or not whole:
-        raise UserError(f"{path} is not a description of format {FORMAT}; {again}")
+        raise UserError(f"{path} is not a data set description of format {FORMAT}; {again}")
     for split, tokens in sizes.items():
         file = path.parent / f"{split}.bin"
         if file.exists() and file.stat().st_size != tokens * itemsize:
@@ -65,25 +64,27 @@ def read_meta(data_dir):
 
 
 def verify_data(data_dir, meta):
-    """Raise `UserError` unless each bin in `data_dir` has the checksum that `meta`, the contents of
-    its `meta.json`, states. Reads all of both."""
+    """Raise `UserError` unless each .bin file in `data_dir` has the checksum in `meta`, its
+    `meta.json`. Reads the files completely."""
     if meta is None:
-        raise UserError(f"{data_dir} has no meta.json, and so no checksums to verify the data by")
+        raise UserError(f"{data_dir} has no meta.json, so there are no checksums to verify")
     for split, counts in meta["splits"].items():
         file = Path(data_dir, f"{split}.bin")
         if file.exists() and checksum(file) != counts.get("sha256"):
-            raise UserError(f"{file} is damaged: its checksum is not the one in meta.json")
+            raise UserError(f"{file} is damaged: its checksum does not match meta.json")
 
 
 def load_tokenizer(data_dir, meta=None):
-    """The tokenizer of a prepared data set: from its `meta.json`, else from nanoGPT's `meta.pkl`,
-    else None (nanoGPT's GPT-2 sets, and those without any text). `meta` is the contents of
-    `meta.json`, where they have been read."""
+    """Load the tokenizer of a data set from its `meta.json`, else from nanoGPT's `meta.pkl`.
+    Returns None if both are missing, as in nanoGPT's GPT-2 data sets.
+
+    `meta` is the contents of `meta.json` if they have been read already.
+    """
     if meta := meta or read_meta(data_dir):
         tokenizer = from_dict(meta["tokenizer"])
         if tokenizer.vocab_size != meta["vocab_size"]:
-            sizes = f"{meta['vocab_size']} tokens, its tokenizer {tokenizer.vocab_size}"
-            raise UserError(f"{Path(data_dir, 'meta.json')} is damaged: it says {sizes}")
+            sizes = f"{meta['vocab_size']}, but its tokenizer has {tokenizer.vocab_size} tokens"
+            raise UserError(f"{Path(data_dir, 'meta.json')} is damaged: vocab_size is {sizes}")
         return tokenizer
     meta_pkl = Path(data_dir) / "meta.pkl"
     return read_meta_pkl(meta_pkl) if meta_pkl.exists() else None
@@ -93,7 +94,7 @@ def load_tokenizer(data_dir, meta=None):
 
 
 def split_text(text, share=0.1):
-    """The first characters for training and the last `share` for validation, as in nanoGPT."""
+    """Split a text: the last fraction `share` of it is for validation, as in nanoGPT."""
     n = int(len(text) * (1 - share))
     return {"train": [text[:n]], "val": [text[n:]]}
 
@@ -103,20 +104,20 @@ def write_dataset(
 ):
     """Tokenize documents and write `directory/<split>.bin` and `meta.json`.
 
-    Ids go to disk as they come, so memory does not grow with the text (see `tokenize_files`).
-    Everything is written to `directory/.writing` first, where a run that was killed is gone on
-    with; `meta.json` moves in before the bins.
+    Memory use does not grow with the text (see `tokenize_files`). Files are written to
+    `directory/.writing` first, so that a killed process can be continued, and then moved:
+    `meta.json` before the .bin files.
 
     Args:
-        splits: name → documents ("train" and "val"): a collection, not an iterator, of strings,
-            or of iterables of strings for documents that may be larger than memory.
-        source: where the text comes from, in words.
-        end_documents: whether `tokenizer.eot` follows each document.
-        workers: processes that tokenize; one for each core by default.
+        splits: {"train": documents, "val": documents}. Documents are a re-iterable collection of
+            strings, or of iterables of strings if a document may be larger than memory.
+        source: origin of the text, for `meta.json`.
+        end_documents: append `tokenizer.eot` to each document.
+        workers: number of processes that tokenize. Default: one for each core.
         extra: further entries of `meta.json`.
 
-    Returns the contents of `meta.json`. Raises `UserError` for a split without tokens, and where
-    the files cannot be written.
+    Returns the contents of `meta.json`. Raises `UserError` for a split without tokens, and if the
+    files cannot be written.
     """
     from filelock import FileLock, Timeout  # not needed to read a data set
 
@@ -134,38 +135,39 @@ def write_dataset(
                 counts = write_bin(file, tokenizer, documents, end_documents, workers)
                 if not counts["tokens"]:
                     shutil.rmtree(writing, ignore_errors=True)
-                    raise UserError(f"there is too little text: none of it falls to {split}")
+                    raise UserError(f"the text is too short: no tokens are left for {split}")
                 print(f"{split} has {counts['tokens']:,} tokens")
                 meta["splits"][split] = counts
             move_in(directory, writing, meta, tokenizer)
     except UserError:
-        if not any(writing.glob("*.progress")):  # nothing that took long
+        if not any(writing.glob("*.progress")):  # nothing to continue from
             shutil.rmtree(writing, ignore_errors=True)
         raise
     except Timeout as error:
-        raise UserError(f"another process is preparing {directory} at this moment") from error
-    except BrokenPipeError:  # nobody reads what is printed
+        raise UserError(f"another process is writing to {directory}; wait for its end") from error
+    except BrokenPipeError:  # `prepare.py | head`; see `one_line_errors`
         raise
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to {directory}: {reason}") from error
     shutil.rmtree(writing, ignore_errors=True)
     if (fewest := min(counts["tokens"] for counts in meta["splits"].values())) <= 256:
-        print(f"note: a split of {fewest} tokens is short: block_size must be smaller than that")
+        print(f"note: a split has only {fewest} tokens; block_size must be smaller than that")
     return meta
 
 
 def join_datasets(directory, folders, source):
-    """Put prepared data sets of one tokenizer together, in order, as one in `directory`.
+    """Concatenate the data sets in `folders`, which share a tokenizer, to one in `directory`.
 
-    Returns the contents of its `meta.json`. Raises `UserError` where they do not go together.
+    Returns the contents of its `meta.json`. Raises `UserError` if their tokenizers differ, or if
+    the files cannot be written.
     """
     metas = [read_meta(folder) for folder in folders]
     if any(meta["tokenizer"] != metas[0]["tokenizer"] for meta in metas):
         raise UserError(f"the sets in {Path(folders[0]).parent} have different tokenizers")
     joined = {**metas[0], "source": source, "splits": {}}
     directory = Path(directory)
-    for leftover in directory.glob(".writing-*"):  # of a process that was killed
+    for leftover in directory.glob(".writing-*"):  # from a killed process
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with TemporaryDirectory(prefix=".writing-", dir=directory) as temporary:
@@ -187,7 +189,7 @@ def join_datasets(directory, folders, source):
 
 
 def keep_what_fits(writing, meta, end_documents):
-    """Empty the folder `writing` of what another tokenizer, or another version, wrote there."""
+    """Delete the files in `writing` unless they were made with this format and tokenizer."""
     identity = json.dumps([meta["format"], meta["tokenizer"], end_documents])
     note = writing / "made-with"
     if not note.exists() or note.read_text(encoding="utf-8") != identity:
@@ -198,10 +200,10 @@ def keep_what_fits(writing, meta, end_documents):
 
 
 def move_in(directory, writing, meta, tokenizer):
-    """Put the finished files in their place, with the description first."""
+    """Move the finished files from `writing` to `directory`, `meta.json` first."""
     write_description(writing, meta, tokenizer)
     bins = [f"{split}.bin" for split in meta["splits"]]
-    # Away with the old first: none of it can be taken for what the new meta.json describes.
+    # delete the old files first: the new meta.json must never describe them
     for name in ["meta.pkl", *bins]:
         (directory / name).unlink(missing_ok=True)
     descriptions = ["meta.json"] + ["meta.pkl"] * (writing / "meta.pkl").exists()
@@ -210,7 +212,7 @@ def move_in(directory, writing, meta, tokenizer):
 
 
 def write_description(directory, meta, tokenizer):
-    """Write `meta.json`, and for characters nanoGPT's `meta.pkl`, which its scripts read."""
+    """Write `meta.json`, and for a character tokenizer also `meta.pkl`, which nanoGPT reads."""
     text = json.dumps(meta, indent=1)
     (Path(directory) / "meta.json").write_text(text + "\n", encoding="utf-8")
     if tokenizer.kind == "char":

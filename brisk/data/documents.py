@@ -1,8 +1,7 @@
-"""Documents in files of any kind, compressed or not, or in a data set of the Hugging Face hub.
+"""Read documents from text files, tables, archives, or a data set on the Hugging Face hub.
 
-Whatever it is read from, a corpus is a collection that can be gone through again and again, and
-a document is a string, or a `TextFile` where it may be larger than memory: so nothing here holds
-more of a corpus than a thousand rows, or a million characters.
+A corpus is a re-iterable collection of documents. A document is a string, or a `TextFile` if it may
+be larger than memory. At most a thousand rows or a million characters are in memory.
 """
 
 import glob
@@ -28,29 +27,28 @@ from brisk.data.text_files import Lines, TextFile
 from brisk.data.tokenize_files import cores
 from brisk.errors import UserError, note
 
-SHOWN = 5  # files left out that are named
+SHOWN = 5  # skipped files to name
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 PARTS_OF_A_SET = {"meta.json", "meta.pkl", "train.bin", "val.bin"}
-FEW, LONG = 100, 10_000  # documents, and characters of all of them, see `split_documents`
-COUNTED = 100_000  # documents up to which a split is exact; beyond, chance is exact enough
+FEW, LONG = 100, 10_000  # documents, and characters in all of them; see `split_documents`
+COUNTED = 100_000  # a split of fewer documents has the exact fraction; of more, the expected one
 
 
 # ----------------------------------------------------------------------------- collections
 
 
 class Corpus:
-    """The documents of files one after another: a text is one, a table has one in each row.
+    """Documents of one or more files: a text file is one document, a table has one in each row.
 
     Args:
-        sources: paths of files and folders and patterns such as docs/*.md, or one name of a
-            data set on the Hugging Face hub, all separated by commas. A zip archive is read as a
-            folder is.
-        column: where a table has its text; if empty, its column `text`, or its only one of text.
-        encoding: of text and csv files; told by their bytes where it is "auto".
-        lines: whether each line of a text is a document of its own.
+        sources: files, folders and glob patterns such as docs/*.md, separated by commas; or the
+            name of a data set on the Hugging Face hub. A zip archive is read like a folder.
+        column: column of a table with the text; if empty, `text`, or the only text column.
+        encoding: encoding of text and csv files; "auto" detects it.
+        lines: make each line of a text file a document.
 
-    Files among others that are empty or no text are left out with a line. Raises `UserError` where
-    there are no documents to be had.
+    If there are several files, empty and binary ones are skipped with a note. Raises `UserError` if
+    no documents are left.
     """
 
     def __init__(self, sources, column="", encoding="auto", lines=False):
@@ -86,13 +84,13 @@ class Corpus:
 
 
 def part_of(file, Table, column, encoding, lines, alone):
-    """The documents of one file, a `Table` or a text; `alone` is whether there are no others."""
+    """The documents of one file, a `Table` or text. `alone`: it is the only file of the corpus."""
     if Table:
         try:
             return Column(Table(file, encoding), column)
         except EmptyFile:
             raise
-        except UserError:  # among others, json of another kind (settings, say) is a text
+        except UserError:  # in a folder, json that is not a table (settings, say) counts as text
             if alone or suffix_of(file) != ".json":
                 raise
     text = TextFile(file, encoding)
@@ -102,8 +100,11 @@ def part_of(file, Table, column, encoding, lines, alone):
 
 
 def with_members(files):
-    """The files, with those in zip archives in place of the archives; and pairs (archive, error) of
-    those that cannot be read. Raises the error where there is one archive alone."""
+    """Replace zip archives among `files` by their members.
+
+    Returns the files, and pairs (archive, error) of unreadable archives. Raises the error if the
+    archive is the only file.
+    """
     found, left_out = [], []
     for file in files:
         try:
@@ -116,19 +117,20 @@ def with_members(files):
 
 
 def tell_left_out(left_out):
-    """Say which files were left out, each with a line of its own where it could be repaired."""
-    groups = {NotText: "no text", EmptyFile: "empty"}
-    for kind, what in groups.items():
+    """Print which files were skipped: binary and empty ones in one line each, others with their
+    error."""
+    groups = {NotText: "not text", EmptyFile: "empty"}
+    for kind, reason in groups.items():
         names = [file.name for file, error in left_out if type(error) is kind]
         if names:
             shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
             files = "1 file that is" if len(names) == 1 else f"{len(names)} files that are"
-            note(f"left out {files} {what}: {shown}")
+            note(f"skipped {files} {reason}: {shown}")
     others = [error for _, error in left_out if type(error) not in groups]
     for error in others[:SHOWN]:
-        note(f"left out: {error}")
+        note(f"skipped: {error}")
     if len(others) > SHOWN:
-        note(f"left out {len(others) - SHOWN} more files like these")
+        note(f"skipped {len(others) - SHOWN} more files with errors")
 
 
 class HubTable:
@@ -142,7 +144,7 @@ class HubTable:
 
 
 class Picked:
-    """The documents of a corpus whose key `is_wanted`."""
+    """The documents of a corpus for whose `key_of` the predicate `is_wanted` holds."""
 
     def __init__(self, corpus, is_wanted):
         self.corpus, self.is_wanted = corpus, is_wanted
@@ -152,7 +154,7 @@ class Picked:
 
 
 class Shortened:
-    """The documents of a corpus, those whose key is `key` up to their character `n`."""
+    """The documents of a corpus; those whose `key_of` is `key` are cut after `n` characters."""
 
     def __init__(self, corpus, key, n):
         self.corpus, self.key, self.n = corpus, key, n
@@ -163,7 +165,7 @@ class Shortened:
 
 
 class Span:
-    """The characters from `first` to before `last` of a document, in pieces."""
+    """The characters [first, last) of a document, in pieces."""
 
     def __init__(self, document, first, last):
         self.document, self.first, self.last = document, first, last
@@ -179,7 +181,7 @@ class Span:
 
 
 def pieces(documents):
-    """The text of all documents in order, in strings of bounded length."""
+    """Yield the text of all documents in order, in strings of bounded length."""
     for document in documents:
         yield from [document] if isinstance(document, str) else document
 
@@ -188,12 +190,14 @@ def pieces(documents):
 
 
 def split_documents(corpus, share):
-    """Split a corpus for training and validation: by document, picked by a hash of their text, so
-    that equal ones are on the same side and nothing depends on their order. A document alone is
-    split in itself, the last `share` of it for validation; so is one of a few that has more than
-    half of the text, and the others are for training.
+    """Split a corpus for training and validation; `share` is the fraction for validation.
 
-    Returns {"train": …, "val": …}. Raises `UserError` where there are no documents.
+    Documents are assigned by a hash of their text: equal documents are on the same side, and their
+    order does not matter. A single document is split at its end. So is the largest of fewer than
+    `FEW` documents if it has more than half of the text; the others are then for training.
+
+    Returns {"train": …, "val": …}. Raises `UserError` if there are no documents, or if all are
+    equal.
     """
     keys = list(map(key_of, islice(corpus, COUNTED)))
     if not keys:
@@ -217,7 +221,7 @@ def split_documents(corpus, share):
     if len(keys) == COUNTED:
         bound = int(share * 2**64)
     elif len(different) == 1:
-        raise UserError(f"all {len(keys)} documents are equal: none is left for validation")
+        raise UserError(f"all {len(keys)} documents are equal; add others, for validation")
     else:
         count = min(max(1, math.ceil(share * len(different))), len(different) - 1)
         bound = different[count]
@@ -228,19 +232,19 @@ def split_documents(corpus, share):
 
 
 def key_of(document):
-    """A number of 64 bits that depends on a document's text (the first million characters)."""
+    """A 64-bit hash of the first million characters of a document."""
     text = document if isinstance(document, str) else next(iter(document), "")
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
 def sample_evenly(documents, megabytes):
-    """Pieces of the documents' text, spread evenly over it, of about so many million bytes."""
+    """Yield pieces of the documents' text, spread evenly, with a total of about `megabytes` MB."""
     size = sum(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces(documents))
     share, taken, seen = min(1.0, megabytes * 1e6 / max(1, size)), 0, 0
     for piece in pieces(documents):
         seen += len(piece)
-        wanted = int(seen * share) - taken  # what is due at this place
+        wanted = int(seen * share) - taken  # characters to take from this piece
         if wanted > 0:
             yield piece[:wanted]
             taken += min(wanted, len(piece))
@@ -250,12 +254,15 @@ def sample_evenly(documents, megabytes):
 
 
 def find_files(sources):
-    """The files that paths, folders and patterns, separated by commas, stand for, in order;
-    none where `sources` looks like the name of a data set on the hub. Hidden ones are left out."""
+    """Return the files that `sources` names: paths, folders and patterns, separated by commas.
+
+    Hidden files in folders are skipped. Returns [] if `sources` looks like a data set on the hub.
+    Raises `UserError` for a path that does not exist.
+    """
     found = []
     listed = [part.strip() for part in sources.split(",") if part.strip()]
     if sources == "-":
-        raise UserError("standard input cannot be read again; save it in a file: --input=PATH")
+        raise UserError("standard input can be read only once; save it to a file: --input=PATH")
     for source in [sources] if os.path.exists(sources) else listed:
         path = Path(source)
         if not os.path.exists(path) and source.startswith("~"):  # not expanded after --input=
@@ -272,9 +279,9 @@ def find_files(sources):
             if path.is_dir():
                 raise UserError(f"there are no files in {source}")
             if path.is_symlink():
-                raise UserError(f"{source} is a link that leads nowhere")
+                raise UserError(f"{source} is a broken link")
             if "://" in source:
-                raise UserError(f"{source} is an address; download it first, then --input=PATH")
+                raise UserError(f"{source} is a URL; download it first, then --input=PATH")
             is_a_file = suffix_of(path) in {*TABLES, ".txt", ".md", ".py"}
             name_of_a_set = source == sources and source.count("/") <= 1 and not is_a_file
             if name_of_a_set and not path.exists() and not glob.has_magic(source):
@@ -285,7 +292,7 @@ def find_files(sources):
 
 
 def files_in(folder):
-    """The files below a folder, in order, without hidden ones and data sets that were made here."""
+    """All files in a folder, sorted, except hidden files and those of prepared data sets."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     made = {file.parent for file in files if file.name == "meta.json"}
     made &= {file.parent for file in files if file.name == "train.bin"}
@@ -298,16 +305,16 @@ def files_in(folder):
 
 
 def load_documents(source):
-    """The `datasets.Dataset` of `source`: a set on the hub, a file, or a folder of files of one
-    kind. A document is a line of .jsonl, a row of .parquet (its column `text`) or a whole .txt.
+    """Load a `datasets.Dataset` from the hub, a file, or a folder of files of one kind. A document
+    is a line of .jsonl, a row of .parquet (its column `text`) or a whole .txt file.
 
-    Raises `UserError` where there are no documents to be had.
+    Raises `UserError` if it cannot be loaded.
     """
     if not (files := find_files(source)):
         return load(source, num_proc=cores())
     kinds = {KINDS.get(suffix_of(file), "text") for file in files}
     if len(kinds) != 1:
-        raise UserError(f"{source} should have files of one kind only, it has {', '.join(kinds)}")
+        raise UserError(f"{source} has files of several kinds: {', '.join(kinds)}; name one kind")
     kind = kinds.pop()
     options = {"sample_by": "document"} if kind == "text" else {}
     return load(kind, data_files=list(map(str, files)), **options)

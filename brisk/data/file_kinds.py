@@ -1,15 +1,15 @@
-"""Files that are not plain text, told by their first bytes, and how to get the text out of them."""
+"""Recognize binary files by their first bytes, and suggest how to extract their text."""
 
 import re
 import shlex
 
-HEAD = 4096  # bytes that `kind_of_file` looks at
+HEAD = 4096  # bytes that `kind_of_file` needs
 
 PANDOC = "convert it: pandoc -t plain -o {stem}.txt {name}"
 OFFICE = "convert it: soffice --headless --convert-to txt:Text {name}"
 PARQUET = "save it as parquet"
 UNPACK = "unpack it and give the folder"
-# Signatures no text begins with: (bytes, kind, advice).
+# Signatures that text never begins with: (bytes, kind, advice).
 SIGNATURES = [
     (b"%PDF-", "a PDF", "convert it: pdftotext {name}"),
     (b"{\\rtf", "rich text (RTF)", PANDOC),
@@ -33,7 +33,7 @@ SIGNATURES = [
     (b"\xca\xfe\xba\xbe", "a program", ""),
     (b"\xed\xab\xee\xdb", "an rpm package", ""),
 ]
-# Signatures a text could begin with too: they count where a zero byte follows.
+# Signatures that text may begin with: they count only if the head has a zero byte.
 WEAK_SIGNATURES = [
     (rb"GIF8[79]a|BM|II\*\x00|MM\x00\*|RIFF....WEBP|....ftyp(heic|avif|mif1)", "an image"),
     (rb"ID3|OggS|fLaC|RIFF....WAVE|MThd|FORM....AIFF|\xff[\xe2-\xfb]", "audio"),
@@ -44,7 +44,7 @@ WEAK_SIGNATURES = [
     (rb"wOF[F2]|OTTO|\x00\x01\x00\x00\x00", "a font"),
     (rb".{60}BOOKMOBI", "a Mobipocket book"),
 ]
-# Formats that are zip archives: (a member they have, the start of another's name, kind, advice).
+# Formats based on zip: (name of a member, prefix of another member, kind, advice).
 IN_ZIP = [
     ("[Content_Types].xml", "word/", "a Word document", PANDOC),
     ("[Content_Types].xml", "ppt/", "a PowerPoint document", OFFICE),
@@ -56,7 +56,7 @@ IN_ZIP = [
 
 
 def kind_of_file(head):
-    """(kind, advice) of a file that begins with the bytes `head`, or None where it may be text."""
+    """Return (kind, advice) for a file that begins with `head`; None if it may be text."""
     for signature, kind, advice in SIGNATURES:
         if head.startswith(signature):
             return kind, advice
@@ -72,8 +72,8 @@ def kind_of_file(head):
 
 
 def kind_of_zip(names):
-    """(kind, advice) of a document or model that is a zip archive with members of these names; None
-    where it is an archive of files."""
+    """Return (kind, advice) for a document or model stored as a zip archive with members of these
+    names; None for an ordinary archive."""
     for member, start, kind, advice in IN_ZIP:
         if member in names and any(name.startswith(start) for name in names):
             return kind, advice
@@ -85,7 +85,7 @@ def kind_of_zip(names):
 
 
 def refusal(path, kind, advice):
-    """One line that says what a file is, and how to get at its text."""
+    """The error message for a binary file: its kind, and how to extract its text."""
     name, stem = shlex.quote(str(path)), shlex.quote(str(path).rsplit(".", 1)[0])
     advice = advice and "; " + advice.format(name=name, stem=stem)
-    return f"{path} is no text: it is {kind}{advice}"
+    return f"{path} is not text: it is {kind}{advice}"

@@ -1,4 +1,4 @@
-"""Documents in jsonl and json files: an object or a string on each line, or an array of them."""
+"""Read jsonl and json files: an object or a string on each line, or one array of them."""
 
 import json
 from itertools import islice
@@ -7,20 +7,20 @@ from brisk.data.raw_files import EmptyFile, suffix_of
 from brisk.data.text_files import Lines, TextFile
 from brisk.errors import UserError
 
-LARGEST = 2**27  # characters of a json file that is one array: all of it is in memory
-PEEKED = 100  # rows by which the columns are found
+LARGEST = 2**27  # characters of a json array, which is read into memory
+PEEKED = 100  # first rows, from which the columns are inferred
 
 
 class JsonFile:
-    """The rows of a jsonl file, or of a json file that is one array; a json file with an object on
+    """The rows of a jsonl file, or of a json file that is one array. A .json file with an object on
     each line is read as jsonl.
 
-    Raises `UserError`, with the line, for what is no JSON.
+    Raises `UserError` with the line number for invalid JSON.
     """
 
     def __init__(self, path, encoding="auto"):
         self.path, self.text = path, TextFile(path, encoding)
-        self.is_lines = self.begins_with_a_row()
+        self.is_lines = self.is_jsonl()
         rows = [row for _, row in islice(self.rows(), PEEKED)]
         if not rows:
             raise EmptyFile(f"{path} is empty")
@@ -34,9 +34,9 @@ class JsonFile:
             ]
         )
 
-    def begins_with_a_row(self):
-        """Whether the file is jsonl: not an array, and in a .json the first line is a row in itself
-        and others follow."""
+    def is_jsonl(self):
+        """Whether each line is a row: not an array; and in a .json file, the first line is valid
+        JSON and not the only one."""
         line, _, rest = next(iter(self.text), "").lstrip().partition("\n")
         if suffix_of(self.path) != ".json":
             return not line.startswith("[{") and not line.strip() == "["
@@ -48,11 +48,11 @@ class JsonFile:
             return False
 
     def rows(self):
-        """Pairs (line, or number in the array; object or string)."""
+        """Yield (place, row): a line number or an array index, in words, and a dict or string."""
         for number, row in self.lines() if self.is_lines else self.array():
             if not isinstance(row, dict | str):
                 kind = {list: "an array", type(None): "null"}.get(type(row), "a number")
-                raise UserError(f"{self.path}, {number} is {kind}, not an object or a string")
+                raise UserError(f"{self.path}, {number} is {kind}, not an object or string")
             yield number, row
 
     def lines(self):
@@ -63,9 +63,9 @@ class JsonFile:
             try:
                 yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                reason = "it has bytes of zero" if "\0" in line else f"it is no JSON ({error})"
+                reason = "it has zero bytes" if "\0" in line else f"it is not JSON ({error})"
                 if not any(later.strip() for _, later in lines):
-                    reason += "; it is the last line, is the file whole?"
+                    reason += "; it is the last line: the file may be incomplete"
                 raise UserError(f"{self.path}, line {number}: {reason}") from error
 
     def array(self):
@@ -74,8 +74,8 @@ class JsonFile:
             text += piece
             if len(text) > LARGEST:
                 raise UserError(
-                    f"{self.path} is one array of more than {LARGEST // 10**6} MB; make it jsonl: "
-                    f"jq -c '.[]' {self.path} > new.jsonl"
+                    f"{self.path} is one array of more than {LARGEST // 10**6} MB; convert it to "
+                    f"jsonl: jq -c '.[]' {self.path} > new.jsonl"
                 )
         if not text.strip():
             return
@@ -83,16 +83,17 @@ class JsonFile:
             rows = json.loads(text)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", 1)
-            raise UserError(f"{self.path}, line {line}: it is no JSON ({error})") from error
+            raise UserError(f"{self.path}, line {line}: it is not JSON ({error})") from error
         rows = rows if isinstance(rows, list) else [rows]
         yield from ((f"item {number}", row) for number, row in enumerate(rows, start=1))
 
     def has_column(self, column):
-        """Whether any row has it: the first ones need not."""
+        """Whether any row has `column`. Reads all rows if the first ones do not."""
         return column in self.columns or any(column in row for _, row in self.rows())
 
     def texts(self, column):
-        """The strings themselves, or the values of `column`; rows without one are left out."""
+        """Yield the values of `column`, or the rows themselves if they are strings (column "").
+        Rows without a value are skipped."""
         for number, row in self.rows():
             if isinstance(row, str) != (column == ""):
                 raise UserError(f"{self.path}, {number}: some rows are objects, others strings")
@@ -100,4 +101,4 @@ class JsonFile:
             if isinstance(text, str):
                 yield text
             elif text is not None:
-                raise UserError(f"{self.path}, {number}: the column {column} holds no text")
+                raise UserError(f"{self.path}, {number}: the column {column} is not text")

@@ -1,8 +1,8 @@
-"""Token files on disk → batches on the device, each batch a pure function of (seed, position).
+"""Batches from token files. A batch is a pure function of (seed, position).
 
-`position` is the number of windows consumed so far, one integer. An epoch visits every window
-once, in an order shuffled afresh, on a grid that a fresh random offset shifts; nothing else is
-remembered, so a run continues exactly where it stopped, on any number of ranks.
+`position` is the number of rows consumed so far. It is the only state, so a run resumes exactly, on
+any number of ranks. Each epoch visits every row once, in a new random order and with a new random
+offset of the windows.
 """
 
 import os
@@ -16,20 +16,20 @@ from brisk import repository
 from brisk.data.document_index import document_index
 from brisk.errors import UserError, did_you_mean
 
-SCAN = 1 << 26  # tokens that are checked against the vocabulary when a file is opened
+SCAN = 1 << 26  # tokens checked against the vocabulary when a file is opened
 
 
 class TokenFile:
-    """A file of little-endian token ids, cut into rows of `block_size` tokens and their targets.
+    """A file of little-endian token ids, divided into rows of `block_size` tokens with targets.
 
-    With `rows="windows"` a row is any stretch of `block_size + 1` tokens. With `rows="documents"`
-    it is the end-of-text token `eot` and then a document from its start; targets past the
-    document's end are -1, and what a document has beyond `block_size` tokens is left out.
+    With `rows="windows"`, a row is a window of `block_size + 1` consecutive tokens. With
+    `rows="documents"`, it is the end-of-text token `eot` followed by one document, truncated to
+    `block_size` tokens; targets after its end are -1.
 
-    For an evaluation, `evenly=n` takes n rows spread evenly over the whole file, in order and the
-    same in every run whatever its seed, instead of shuffled epochs.
+    `evenly=n`, for evaluation, takes n rows spread evenly over the file, in order and independent
+    of the seed, instead of shuffled epochs.
 
-    Raises `UserError` where the file is missing, too short, or has ids of `vocab_size` or more.
+    Raises `UserError` if the file is too short, truncated, or has ids of `vocab_size` or more.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class TokenFile:
         self.evenly = evenly
         size, width = os.path.getsize(path), np.dtype(dtype).itemsize
         if size % width:
-            raise UserError(f"{path} is cut short: {size} bytes are no whole number of ids")
+            raise UserError(f"{path} is truncated: {size} bytes is not a multiple of {width}")
         if size // width <= block_size:
-            what = f"{size // width} tokens, a window of block_size={block_size} takes one more"
-            raise UserError(f"{path} has {what}; use a longer text or a smaller --block_size")
+            counts = f"{size // width} tokens, block_size={block_size} needs {block_size + 1}"
+            raise UserError(f"{path} has {counts}; use a longer text or a smaller --block_size")
         self.tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
         self.check(self.tokens[:SCAN])
         self.documents = self.find_documents(eot) if rows == "documents" else None
@@ -61,16 +61,16 @@ class TokenFile:
             self.rows = len(self.documents)
 
     def find_documents(self, eot):
-        """(first, end) of each document: its first token, and just past its end-of-text."""
+        """Return (first, end) of each document, see `document_index`."""
         if eot is None:
             raise UserError(f"rows=documents: the tokenizer of {self.path} has no end-of-text")
         documents = document_index(self.path, self.tokens, eot)
         if len(documents) == 0:
-            raise UserError(f"rows=documents: {self.path} has no document that ends")
+            raise UserError(f"rows=documents: {self.path} has no end-of-text after a document")
         return documents
 
     def indices(self, positions):
-        """The (epoch, row) pairs at `positions` (an array): every row once in an epoch."""
+        """Return the arrays (epochs, rows) for an array of positions."""
         if self.evenly:
             return np.zeros_like(positions), positions * self.rows // self.evenly % self.rows
         epochs, ranks = np.divmod(positions, self.rows)
@@ -81,11 +81,12 @@ class TokenFile:
         return epochs, rows
 
     def batch(self, position, count):
-        """`count` rows from `position` on: (x, y), int64 tensors of shape (count, block_size)."""
+        """Return inputs and targets (x, y) of `count` rows from `position` on: int64 tensors,
+        (count, block_size)."""
         epochs, rows = self.indices(position + np.arange(count))
         T = self.block_size
         if self.documents is None:
-            slack = len(self.tokens) - 1 - self.rows * T  # tokens that no row of a grid reaches
+            slack = len(self.tokens) - 1 - self.rows * T  # largest offset of the windows
             keys = [hash64(self.seed + 1, int(epoch)) for epoch in epochs]
             offsets = [0 if self.evenly else key % (slack + 1) for key in keys]
             first = rows * T + np.array(offsets, dtype=np.int64)
@@ -101,7 +102,7 @@ class TokenFile:
         return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
 
     def targets(self, position, count):
-        """How many targets that are not -1 the `count` rows from `position` on have."""
+        """The number of targets other than -1 in `count` rows from `position` on."""
         if self.documents is None:
             return count * self.block_size
         _, rows = self.indices(position + np.arange(count))
@@ -111,20 +112,20 @@ class TokenFile:
     def check(self, ids, where=""):
         if ids.size and (highest := int(ids.max())) >= self.vocab_size:
             raise UserError(
-                f"{self.path} holds the token id {highest}{where}, the model's vocabulary ends at "
-                f"{self.vocab_size - 1}: this data set is not made for this model"
+                f"{self.path} has the token id {highest}{where}, but the model's vocabulary ends "
+                f"at {self.vocab_size - 1}; prepare the data with the model's tokenizer"
             )
 
 
 def find_data_dir(data_dir, dataset):
-    """The folder of token files: `data_dir` where it is given, else `data/<dataset>`.
+    """The folder of token files: `data_dir` if given, else `data/<dataset>`.
 
-    Raises `UserError` with the command that makes the data set where it is not there.
+    Raises `UserError` if it is missing, with the command that makes it.
     """
     folder = Path(data_dir) if data_dir else Path("data", dataset)
     clone = repository()
     if not folder.is_dir() and not data_dir and clone:
-        folder = clone / folder  # started from another directory
+        folder = clone / folder  # the working directory is not the repository
     path = data_dir or dataset
     if not folder.is_dir() and os.path.isfile(path):
         raise UserError(f"{path} is a file; to train on its text: --input={path}")
@@ -135,25 +136,26 @@ def find_data_dir(data_dir, dataset):
         if not known and not clone:
             made = "prepare it in a clone of briskGPT and name its folder: --data_dir=PATH"
         elif not (folder / "prepare.py").exists():
-            made = f"data sets that can be made here: {', '.join(known) or 'none'}"
+            made = f"known data sets: {', '.join(known) or 'none'}"
             made += did_you_mean(folder.name, known)
         raise UserError(f"no {' and no '.join(missing)} in {folder}; {made}")
     return folder
 
 
 def to_device(batch, device):
-    """The tensors of `batch` on `device`; to a GPU by way of pinned memory, without waiting."""
+    """Move the tensors of `batch` to `device`; to a GPU asynchronously, from pinned memory."""
     if device.type == "cuda":
         return tuple(t.pin_memory().to(device.device, non_blocking=True) for t in batch)
     return tuple(t.to(device.device) for t in batch)
 
 
 def shuffled(ranks, n, key):
-    """Where a pseudo-random permutation of range(n), picked by `key`, sends `ranks` (an array).
+    """Apply a pseudo-random permutation of range(n), selected by `key`, to the array `ranks`.
 
-    A Feistel network over the smallest even number of bits that holds n, followed again while it
-    leads out of range(n) (Black & Rogaway 2002, Ciphers with Arbitrary Finite Domains, section 3,
-    cycle walking): no table of n entries, and no library's generator, whose stream might change.
+    A Feistel network over the smallest even number of bits that holds n, repeated for values
+    outside range(n) (cycle walking; Black & Rogaway 2002, Ciphers with Arbitrary Finite Domains,
+    section 3). It needs no table of n entries, and does not depend on the random generator of a
+    library, whose stream might change.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -167,9 +169,9 @@ def shuffled(ranks, n, key):
     return values.astype(np.int64)
 
 
-@lru_cache(maxsize=256)  # those of an epoch are asked for in every step
+@lru_cache(maxsize=256)  # each step of an epoch needs the same hashes
 def hash64(*numbers):
-    """A well-mixed 64-bit number for a few integers."""
+    """A 64-bit hash of integers."""
     value = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         value = mix(value + np.uint64(number % (1 << 64)) + np.uint64(0x9E3779B97F4A7C15))

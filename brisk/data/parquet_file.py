@@ -1,4 +1,4 @@
-"""Tables in parquet files."""
+"""Read parquet files."""
 
 from contextlib import contextmanager
 
@@ -6,7 +6,7 @@ from brisk.data.raw_files import EmptyFile, ZipMember, blocks
 from brisk.errors import UserError, format_bytes
 
 STRINGS = ("string", "large_string", "string_view")
-LARGEST_MEMBER = 2**30  # bytes of a parquet file in a zip archive: it is read from memory
+LARGEST_MEMBER = 2**30  # bytes of a parquet file in a zip archive, which is read into memory
 
 
 class ParquetFile:
@@ -24,23 +24,23 @@ class ParquetFile:
         if not count:
             raise EmptyFile(f"{path} has no rows")
         if len(kinds) < len(self.columns):
-            raise UserError(f"{path} has two columns of one name; rename one of them")
+            raise UserError(f"{path} has two columns with the same name; rename one of them")
 
     def has_column(self, column):
         return column in self.columns
 
     def texts(self, column):
-        """Rows without a text are left out."""
+        """Yield the values of `column`; null rows are skipped."""
         if column not in self.text_columns:
             kind = self.kinds[column]
-            raise UserError(f"{self.path}: the column {column} holds no text but {kind}")
+            raise UserError(f"{self.path}: the column {column} is {kind}, not text")
         with self.opened() as file:
             for batch in file.iter_batches(1000, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
     @contextmanager
     def opened(self):
-        """The `pyarrow.parquet.ParquetFile`, whose failures become one line."""
+        """A context with the `pyarrow.parquet.ParquetFile`. Its errors become `UserError`."""
         try:
             import pyarrow
             from pyarrow.parquet import ParquetFile

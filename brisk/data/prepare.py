@@ -1,4 +1,4 @@
-"""Text of your own → a data set: what `data/custom/prepare.py` and a run on a text file share."""
+"""Make a data set from any text, for `data/custom/prepare.py` and `train.py --input`."""
 
 import hashlib
 import json
@@ -21,29 +21,29 @@ from brisk.data.tokenizer import ByteTokenizer, CharTokenizer, code_points, lear
 from brisk.errors import UserError, note
 
 SAMPLE = 2**24  # characters that `measure_text` reads
-TINY, SMALL_CJK = 20e3, 2e6  # bytes below which characters are the tokens
-FEW = 16  # different characters up to which they are, too: sums, DNA
-BPE_SIZES = [(0.5e6, 1024), (2e6, 2048), (8e6, 4096), (float("inf"), 8192)]  # below so many bytes
-MOST_WORDS = 8192  # known words where no number is given
-# Code points of scripts that put no space between words, or that have thousands of characters.
+TINY, SMALL_CJK = 20e3, 2e6  # bytes; smaller texts are tokenized by character
+FEW = 16  # texts with at most this many different characters too: sums, DNA
+BPE_SIZES = [(0.5e6, 1024), (2e6, 2048), (8e6, 4096), (float("inf"), 8192)]  # (bytes, vocab_size)
+MOST_WORDS = 8192  # default vocabulary of words
+# Code points of scripts without spaces between words, or with thousands of characters.
 CJK = [(0x2E80, 0x9FFF), (0xAC00, 0xD7AF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)]
 
 
 @dataclass(frozen=True)
 class TextStats:
-    """Size and script of a text; `bytes` and `characters` are estimates unless `is_whole`."""
+    """Size and script of a text. `bytes` and `characters` are estimates unless `is_whole`."""
 
     bytes: int  # in UTF-8
     characters: int
     is_whole: bool  # whether all of the text was read
-    distinct: int  # different characters in what was read
-    cjk: float  # share of Chinese, Japanese and Korean characters
-    letters: float  # share of alphabetic characters, those included
+    distinct: int  # different characters in the text read
+    cjk: float  # fraction of Chinese, Japanese and Korean characters
+    letters: float  # fraction of alphabetic characters, including CJK
 
 
 def measure_text(corpus, size=0, limit=SAMPLE):
-    """The `TextStats` of a corpus, from its first `limit` characters; where there are more, the
-    total is estimated from `size`, the bytes of its files."""
+    """Compute the `TextStats` of a corpus from its first `limit` characters. The totals of a longer
+    corpus are estimated from `size`, the number of bytes in its files."""
     counts, length, characters, is_whole = np.zeros(0x110000, dtype=np.int64), 0, 0, True
     for text in in_large_pieces(corpus):
         if characters >= limit:
@@ -66,7 +66,7 @@ def measure_text(corpus, size=0, limit=SAMPLE):
 
 
 def in_large_pieces(documents, size=2**20):
-    """The text of all documents in strings of at least `size` characters, but for the last."""
+    """Yield the text of all documents in strings of at least `size` characters except the last."""
     waiting, length = [], 0
     for piece in pieces(documents):
         waiting.append(piece)
@@ -78,19 +78,19 @@ def in_large_pieces(documents, size=2**20):
 
 
 def choose_tokenizer(stats):
-    """The tokenizer for a text of such `TextStats`: ("char", 0), or ("bpe", its vocab_size).
+    """Choose a tokenizer from `TextStats`: ("char", 0), or ("bpe", vocab_size).
 
-    Bits per byte of validation text after 60 s of one core, divided by those with characters (the
-    model of config/train_shakespeare_char_cpu.py, one seed, two cores shared with other work):
+    Measured: bits per byte of validation text after 60 s of training on one core, relative to
+    character tokens (the model of config/train_shakespeare_char_cpu.py, one seed, shared machine).
 
         text                        bpe of 512  1024  2048  4096
         English abstracts, 50 kB          0.90  0.86
         Chinese reviews, 0.3 MB           1.13  1.04  1.00  1.00
         Shakespeare, 1.1 MB               0.89  0.86  0.84  0.84
 
-    So a BPE learns alphabetic text faster, and Chinese characters are as good as its tokens. In
-    180 s characters reach 0.95 on the abstracts, the lowest before they overfit: the BPE stays
-    ahead. Texts above 1.1 MB were not measured; the sizes continue the trend.
+    A BPE learns alphabetic text faster; on Chinese text it is no better than characters. On the
+    abstracts characters reach 0.95 after 180 s and then overfit, so the BPE stays ahead. Texts
+    above 1.1 MB were not measured; their sizes extrapolate the trend.
     """
     small = SMALL_CJK if stats.cjk > 0.3 else TINY
     if stats.bytes < small or stats.distinct <= FEW:
@@ -99,8 +99,8 @@ def choose_tokenizer(stats):
 
 
 def bpe_size(stats):
-    """The vocabulary of a BPE by the size of its text: four times the text, twice the tokens."""
-    if stats.cjk > 0.3:  # thousands of characters come before any word
+    """Vocabulary size of a BPE. It doubles when the text is four times as large."""
+    if stats.cjk > 0.3:  # thousands of characters need an id before any word
         return BPE_SIZES[-1][1]
     return next(size for limit, size in BPE_SIZES if stats.bytes < limit)
 
@@ -120,23 +120,23 @@ def prepare(
     num_proc=0,
     reuse=True,
 ):
-    """Make a data set of `inputs` and return the path of its folder.
+    """Make a data set from `inputs` and return its folder.
 
     Args:
-        inputs: files, folders, patterns, separated by commas, or a data set on the hub.
-        folder: where to write; if empty, data/<name of the first input>, or data/<name>-2 and so
-            on where that has another text or was made with other choices.
+        inputs: files, folders and patterns, separated by commas; or a data set on the hub.
+        folder: output folder; if empty, data/<name of the first input>. If that was made from
+            another text or with other arguments: data/<name>-2, and so on.
         tokenizer: auto (see `choose_tokenizer`), char, byte, word, bpe or gpt2.
-        vocab_size: of a BPE, or the most words; 0: by the size of the text.
+        vocab_size: vocabulary of a BPE, or maximum number of words; 0: depends on the text size.
         column, documents, encoding: see `Corpus`.
-        val_share: share of the documents for validation; of a single one, its end.
-        bpe_sample: MB of training text that a BPE is learned from.
+        val_share: fraction of the documents for validation; of a single one, its end.
+        bpe_sample: MB of training text to train a BPE on.
         min_count: rarer words are unknown.
-        num_proc: processes that tokenize; one for each core if 0.
-        reuse: keep a set in the folder that was made from the same contents with the same choices,
-            and refuse to replace another; otherwise whatever is there is replaced.
+        num_proc: number of processes that tokenize; 0: one for each core.
+        reuse: keep a data set that was made from the same contents with the same arguments, and
+            refuse to replace a different one. Otherwise replace it.
 
-    Raises `UserError` where the inputs cannot be used.
+    Raises `UserError` if the inputs cannot be used.
     """
     if not inputs.strip(", "):
         raise UserError("name a file, a folder or a data set on the hub: --input=PATH")
@@ -148,7 +148,7 @@ def prepare(
     if reuse:
         folder, is_made = find_folder(folder, inputs, wanted)
         if is_made:
-            print(f"{folder} was made from this text; using it as it is")
+            print(f"{folder} was made from this text; using it")
             return folder
     corpus = Corpus(inputs, column, encoding, lines=documents == "lines")
     size = sum(size for _, size, _ in before)
@@ -161,12 +161,13 @@ def prepare(
         words = (text for document in splits["train"] for text, _ in parts(document))
         made = learn_words(words, min_count, vocab_size or MOST_WORDS, eot=not is_one)
         if len(made.words) < vocab_size:
-            print(f"vocab_size={vocab_size}: {len(made.words):,} words are there often enough")
+            found = f"only {len(made.words):,} words occur at least {min_count} times"
+            print(f"vocab_size={vocab_size}: {found}")
     elif tokenizer == "bpe":
         made = train_bpe(sample_evenly(splits["train"], bpe_sample), vocab_size)
     else:
         made = ByteTokenizer() if tokenizer == "byte" else gpt2()
-    print(f"{tokenizer} tokens, {made.vocab_size:,} of them")
+    print(f"tokenizer: {tokenizer}, {made.vocab_size:,} tokens")
     splits["val"] = Unchanged(splits["val"], files, before)
     source = Path(inputs).name if os.path.exists(inputs) else inputs
     write_dataset(folder, made, splits, source, not is_one, num_proc, extra={"made_from": wanted})
@@ -174,14 +175,14 @@ def prepare(
 
 
 def resolve(tokenizer, vocab_size, corpus, size):
-    """The tokenizer and vocabulary that auto and 0 stand for; `size` is the bytes of the files."""
+    """Return (tokenizer, vocab_size) with auto and 0 resolved. `size`: bytes in the files."""
     if tokenizer not in ("auto", "bpe") or (tokenizer == "bpe" and vocab_size):
         return tokenizer, vocab_size
     stats = measure_text(corpus, size)
     if tokenizer == "auto":
         tokenizer = choose_tokenizer(stats)[0]
         if tokenizer == "bpe" and not find_spec("tokenizers"):
-            note("characters instead of a BPE, which needs tokenizers: pip install tokenizers")
+            note("using characters: a BPE needs tokenizers: pip install tokenizers")
             tokenizer = "char"
     return tokenizer, vocab_size or bpe_size(stats)
 
@@ -198,7 +199,7 @@ def characters_of(documents):
 
 
 class Unchanged:
-    """Documents of files that must not change before all of them are read."""
+    """The documents of files. Raises `UserError` at the end if a file changed since `before`."""
 
     def __init__(self, documents, files, before):
         self.documents, self.files, self.before = documents, files, before
@@ -207,21 +208,20 @@ class Unchanged:
         yield from self.documents
         now = stamps(self.files)
         if changed := [file for file, *_ in set(self.before) - set(now)]:
-            raise UserError(f"{min(changed)} changed while it was read; run this again")
+            raise UserError(f"{min(changed)} changed during reading; run this again")
 
     def __length_hint__(self):
         return length_hint(self.documents, 0)
 
 
 def stamps(files):
-    """(name, size, time of change) of each file."""
+    """(name, size, modification time) of each file."""
     found = ((file, file.stat()) for file in files if file.exists())
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
 
 
 def checksum_of(files, inputs):
-    """A SHA-256 of the contents of the files, and of the suffixes by which they are read; a data
-    set on the hub is known by its name alone."""
+    """SHA-256 of the contents and suffixes of the files; of the name of a data set on the hub."""
     try:
         parts = [f"{''.join(file.suffixes)} {checksum(file)}" for file in files]
     except OSError as error:
@@ -232,9 +232,9 @@ def checksum_of(files, inputs):
 
 
 def find_folder(folder, inputs, wanted):
-    """The folder to write to, and whether it already holds the set that is `wanted`.
+    """Return the folder to write to, and whether it already has the data set `wanted`.
 
-    Raises `UserError` where the folder was named and holds another set.
+    Raises `UserError` if `folder` is given and has a different data set.
     """
     name = re.sub(r"[^\w-]+", "_", first_name(inputs)).strip("_") or "text"
     names = [folder] if folder else [f"data/{name}", *(f"data/{name}-{i}" for i in range(2, 1000))]
@@ -242,24 +242,24 @@ def find_folder(folder, inputs, wanted):
         state = state_of(path, wanted)
         if state != "other":
             if not folder and path.name != name:
-                print(f"data/{name} has another text or other tokens; this one is in {path}")
+                print(f"data/{name} has another text or tokenizer; using {path}")
             return path, state == "made"
     raise UserError(
-        f"{names[0]} has another text, or one made with other choices; name another folder, or "
+        f"{names[0]} was made from another text or with other arguments; name another folder, or "
         "remove it"
     )
 
 
 def first_name(inputs):
-    """The name of the first of the inputs, without its suffixes."""
+    """The name of the first input, without suffixes."""
     first = Path(inputs if os.path.exists(inputs) else inputs.split(",")[0].strip())
     name = first.resolve().name if first.exists() else first.name
     return name.split(".")[0] or name
 
 
 def state_of(folder, wanted):
-    """made: a folder has the set that is `wanted`; free: it has none, or a damaged one made from
-    the same; other: anything else."""
+    """The state of a folder: "made" if it has the data set `wanted`; "free" if it has no data set,
+    or a damaged one made the same way; otherwise "other"."""
     names = ("meta.json", "meta.pkl", "train.bin", "val.bin", "prepare.py")
     if not folder.is_file() and not any((folder / name).exists() for name in names):
         return "free"

@@ -1,4 +1,4 @@
-"""Bytes of files: decompressed, and of the members of zip archives."""
+"""Read the bytes of files, of compressed files, and of members of zip archives."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from brisk.errors import UserError, format_bytes
 
 PIECE = 2**20  # bytes read at a time
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
-# First bytes of compressed files, for those whose name does not say so.
+# First bytes of compressed files, for files without a telling suffix.
 SIGNATURES = [
     (b"\x1f\x8b\x08", "gzip"),
     (b"BZh", "bz2"),
@@ -21,21 +21,21 @@ SIGNATURES = [
     (b"\x28\xb5\x2f\xfd", "zstd"),
 ]
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
-# Text is compressed to a twentieth or so; a file that grows to more than this is an attack.
+# Text compresses to about a twentieth. A much higher ratio indicates a decompression bomb.
 LARGEST_RATIO, HARMLESS = 300, 2**28
 
 
 class EmptyFile(UserError):
-    """A file without documents: an error where it is alone, no loss among others."""
+    """A file without documents: an error if it is the only one, else skipped."""
 
 
 class NotText(UserError):
-    """A file that holds no text, and none that could be taken from it."""
+    """A binary file from which no text can be extracted."""
 
 
 @dataclass(frozen=True)
 class ZipMember:
-    """A file in a zip archive, read where it is; its name is shown as archive.zip/name."""
+    """A file in a zip archive, read without unpacking it. Printed as archive.zip/name."""
 
     archive: Path
     info: zipfile.ZipInfo
@@ -56,7 +56,7 @@ class ZipMember:
 
 
 def suffix_of(path):
-    """The suffix that says what is in a file, not how it is compressed: .jsonl of a.jsonl.gz"""
+    """The suffix of a path before that of its compression: .jsonl of a.jsonl.gz."""
     ends = [end.lower() for end in path.suffixes]
     while len(ends) > 1 and ends[-1] in COMPRESSED:
         ends.pop()
@@ -67,9 +67,9 @@ def suffix_of(path):
 
 
 def blocks(path):
-    """The bytes of a file, decompressed, a block at a time; an empty one at the end.
+    """Yield the decompressed bytes of a file in blocks, and an empty block at the end.
 
-    Raises `UserError` for a file that cannot be read, or not to its end.
+    Raises `UserError` if the file cannot be read to its end.
     """
     try:
         with open_raw(path) as packed, decompressed(packed, path) as file:
@@ -78,14 +78,14 @@ def blocks(path):
                 length += len(block)
                 if length > max(HARMLESS, size * LARGEST_RATIO):
                     raise UserError(
-                        f"{path} grows to more than {LARGEST_RATIO} times its size when it is "
-                        f"decompressed ({format_bytes(size)}); decompress it first if that is right"
+                        f"{path} ({format_bytes(size)}) expands to more than {LARGEST_RATIO} times "
+                        "its size; decompress it first if that is intended"
                     )
                 yield block
             yield b""
     except UserError:
         raise
-    except (OSError, EOFError, ValueError) as error:  # of the file, or of a decompressor
+    except (OSError, EOFError, ValueError) as error:  # from the file or a decompressor
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from error
     except Exception as error:  # zlib, lzma, zipfile and zstd have errors of their own
@@ -93,7 +93,7 @@ def blocks(path):
 
 
 def open_raw(path):
-    """The bytes of a file as they are, or of a member of an archive."""
+    """Open a file, or a member of an archive, in binary mode."""
     if isinstance(path, ZipMember):
         return opened_zip(path.archive).open(path.info)
     if os.path.exists(path) and not os.path.isdir(path):
@@ -104,7 +104,7 @@ def open_raw(path):
 def refuse_special(path):
     """Raise `UserError` for a FIFO, a socket or a device: reading might block, or never end."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} is not a regular file; save its text in one first")
+        raise UserError(f"{path} is not a regular file; save its text to a file first")
 
 
 def packed_size(path):
@@ -112,27 +112,27 @@ def packed_size(path):
 
 
 def decompressed(file, path):
-    """`file`, through a decompressor where its name or its first bytes ask for one."""
-    from fsspec.compression import compr  # torch needs it, so it is there
+    """Wrap `file` in a decompressor if its name or its first bytes indicate compression."""
+    from fsspec.compression import compr  # a dependency of torch
     from fsspec.utils import infer_compression
 
     head = file.read(8)
     file.seek(0)
     if head.startswith(ZIP) or str(path).lower().endswith(".zip"):
         if isinstance(path, ZipMember):
-            raise UserError(f"{path} is an archive in an archive; unpack it first")
+            raise UserError(f"{path} is an archive inside an archive; unpack it first")
         return blocks_of_only_member(path)
     method = infer_compression(str(path).lower())
     method = method or next((name for start, name in SIGNATURES if head.startswith(start)), None)
     if method is None:
         return file
     if method not in compr:
-        raise UserError(f"cannot read {path}: this needs another package: pip install zstandard")
+        raise UserError(f"cannot read {path}: {method} needs a package: pip install zstandard")
     return compr[method](file, mode="rb")
 
 
 def first_bytes(path):
-    """The first bytes of a file, decompressed: enough to tell what it is."""
+    """The first `HEAD` bytes of a file, decompressed."""
     head = b""
     for block in blocks(path):
         head += block
@@ -142,20 +142,20 @@ def first_bytes(path):
 
 
 def refuse_binary(path):
-    """Raise `UserError` where a file is known to be no text, by its first bytes."""
+    """Raise `UserError` if the first bytes of a file are those of a binary format."""
     if kind := kind_of_file(first_bytes(path)):
         raise (UserError if kind[1] else NotText)(refusal(path, *kind))
 
 
 def bytes_of(path):
-    """The bytes of a file as they are, a block at a time."""
+    """Yield the bytes of a file in blocks, without decompression."""
     with open(path, "rb") as file:
         while block := file.read(PIECE):
             yield block
 
 
 def checksum(path):
-    """The SHA-256 of a file in hex."""
+    """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     for block in bytes_of(path):
         digest.update(block)
@@ -179,33 +179,33 @@ def open_zip(path, _stamp):
 
 
 def opened_zip(path):
-    """The `ZipFile` of an archive, kept open: its members are read one by one, and again."""
+    """The `ZipFile` of an archive. It stays open, as its members are read one by one."""
     status = os.stat(path)
     return open_zip(str(path), (status.st_size, status.st_mtime_ns))
 
 
 def members_of(path):
-    """The files in a zip archive, as `ZipMember`s, in the order of their names.
+    """Return the files in a zip archive as `ZipMember`s, sorted by name.
 
-    Hidden ones and those that macOS adds are left out. Raises `UserError` for an archive that is
-    damaged, empty or encrypted, and for documents that are zip archives inside.
+    Skips hidden files and those that macOS adds. Raises `UserError` for an archive that is damaged,
+    empty or encrypted, and for documents in zip-based formats.
     """
     try:
         infos = [info for info in opened_zip(path).infolist() if is_regular(info)]
-    except Exception as error:  # a damaged directory of members can raise any error there is
+    except Exception as error:  # a damaged archive can raise any exception
         raise UserError(f"cannot read {path}: {error}") from error
     if kind := kind_of_zip({info.filename for info in infos}):
         raise UserError(refusal(path, *kind))
     infos = [info for info in infos if not is_clutter(PurePosixPath(info.filename))]
     if not infos:
-        raise UserError(f"{path} is an archive without files")
+        raise UserError(f"{path} is an empty archive")
     if any(info.flag_bits & 1 for info in infos):
         raise UserError(f"{path} is encrypted; unpack it first")
     return [ZipMember(Path(path), info) for info in sorted(infos, key=lambda i: i.filename)]
 
 
 def is_regular(info):
-    """Whether a member is a file: not a folder, nor a link, whose content is another's name."""
+    """Whether a member is a file, not a folder or a symbolic link."""
     return info.filename[-1:] not in ("", "/") and not stat.S_ISLNK(info.external_attr >> 16)
 
 
@@ -214,7 +214,7 @@ def is_clutter(path):
 
 
 def blocks_of_only_member(path):
-    """A zip archive of one file, opened as that file."""
+    """Open the only member of a zip archive. Raises `UserError` if there are several."""
     members = members_of(path)
     if len(members) > 1:
         raise UserError(f"{path} has {len(members)} files; unpack it and name one of them")

@@ -1,4 +1,4 @@
-"""Tokenizers in files: as a dict in `meta.json` and checkpoints, and nanoGPT's `meta.pkl`."""
+"""Load tokenizers from `meta.json` and checkpoints, and from nanoGPT's `meta.pkl`."""
 
 import pickle
 
@@ -8,9 +8,9 @@ from brisk.errors import UserError
 
 
 def from_dict(description):
-    """The tokenizer that `to_dict` described; needs no files and no network.
+    """Build a tokenizer from the dict that its `to_dict` returned. Needs no files or network.
 
-    Raises `UserError` where the description is not one.
+    Raises `UserError` if the dict is damaged.
     """
     try:
         kind = description["kind"]
@@ -25,17 +25,17 @@ def from_dict(description):
             return BPETokenizer.from_dict(description)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"the description of the tokenizer is damaged ({error!r})") from error
-    raise UserError(f"there is no tokenizer of kind {kind!r} here; a newer version may have it")
+    raise UserError(f"unknown tokenizer kind {kind!r}; a newer version may support it")
 
 
 def same_tokenizer(a, b):
-    """Whether two tokenizers give every text the same ids. Neither the label of a byte-pair
-    encoding nor the spelling of GPT-2's pattern counts: a tokenizer.json keeps neither."""
+    """Whether two tokenizers encode every text to the same ids."""
     return comparable(a) == comparable(b)
 
 
 def comparable(tokenizer):
-    """The description of a tokenizer without the parts that change no id."""
+    """The dict of a tokenizer without the parts that do not affect ids: the name of a BPE, and the
+    spelling of GPT-2's pattern. A tokenizer.json does not keep them."""
     description = tokenizer.to_dict()
     description.pop("name", None)
     if description.get("pattern") in GPT2_PATTERNS:
@@ -44,9 +44,9 @@ def comparable(tokenizer):
 
 
 def read_meta_pkl(path):
-    """The tokenizer of a character set that nanoGPT prepared, from its `meta.pkl`.
+    """Load the character tokenizer in nanoGPT's `meta.pkl`.
 
-    Raises `UserError` for a file that is damaged or holds anything but plain values.
+    Raises `UserError` if the file is damaged or has anything except plain values.
     """
     try:
         with open(path, "rb") as file:
@@ -54,16 +54,16 @@ def read_meta_pkl(path):
         characters = [itos[i] for i in range(len(itos))]
         eot = characters[-1:] == [EOT]
         return CharTokenizer(characters[:-1] if eot else characters, eot)
-    except Exception as error:  # a damaged pickle can raise any error there is
+    except Exception as error:  # a damaged pickle can raise any exception
         raise UserError(f"cannot read the characters in {path}: {error!r}") from error
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Admits dicts, lists, tuples, strings, numbers, and numpy integers, which become ints.
+    """Unpickler for dicts, lists, tuples, strings, numbers and numpy integers, which become ints.
 
-    A pickle may name any function to be called; here a name finds one of two stand-ins for
-    numpy's own, or an error. It is the unpickler written in Python: the one in C makes a table as
-    long as the largest number that a few bytes in the file say.
+    A pickle can name any function to call. Here the only names are two that load numpy integers,
+    and each is replaced by a harmless function. The base class is the unpickler in Python: the one
+    in C allocates a memo table as large as any index in the file.
     """
 
     def find_class(self, module, name):

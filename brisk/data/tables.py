@@ -1,8 +1,7 @@
-"""Tables with a column of texts: csv, tsv, jsonl, json and parquet files.
+"""Tables with a text column: csv, tsv, jsonl, json and parquet files.
 
-Each can be iterated again and again, and little of its file is in memory (a json file that is one
-array: all of it). A table has a `path`, its `columns`, the `text_columns` among them, and
-`texts(column)`.
+A table has a `path`, its `columns`, its `text_columns`, and `texts(column)`, which can be called
+repeatedly. Tables are read in pieces, except a json file that is one array.
 """
 
 from brisk.data.csv_file import CsvFile
@@ -16,14 +15,14 @@ TABLES |= {".json": JsonFile, ".parquet": ParquetFile}
 
 
 def table_of(path, head):
-    """The class that reads a file that begins with the bytes `head`; None for a file of text."""
+    """The class for a table that begins with the bytes `head`; None for other files."""
     if head.startswith(b"PAR1"):
         return ParquetFile
     return TABLES.get(suffix_of(path))
 
 
 class Column:
-    """The texts in one column of a table: the one named, else `text`, else the only one of text."""
+    """The texts in one column of a table, see `choose_column`."""
 
     def __init__(self, table, column=""):
         self.table, self.column = table, choose_column(table, column)
@@ -33,16 +32,19 @@ class Column:
 
 
 def choose_column(table, column=""):
-    """The name of the column to read. Raises `UserError` where there is none, or a choice."""
+    """Return `column` if given, else `text`, else the only text column.
+
+    Raises `UserError` if it does not exist, or if several columns have text.
+    """
     columns = ", ".join(table.columns) or "none"
     found = table.text_columns
     if column or "text" in table.columns:
         if column and not table.has_column(column):
-            raise UserError(f"{table.path} has no column {column}, it has {columns}")
+            raise UserError(f"{table.path} has no column {column}; its columns are {columns}")
         return column or "text"
     if len(found) != 1:
         remedy = f"; choose one: --column={found[0]}" if found else ""
-        raise UserError(f"{table.path} has no column text, it has {columns}{remedy}")
-    if found[0]:  # texts without a name: an array of strings
-        note(f"{table.path}: the texts are in its column {found[0]}")
+        raise UserError(f"{table.path} has no column text; its columns are {columns}{remedy}")
+    if found[0]:  # "" for an array of strings
+        note(f"{table.path}: reading the text in column {found[0]}")
     return found[0]

@@ -1,4 +1,4 @@
-"""Raw text on disk: finding it, detecting its encoding, and reading it a piece at a time."""
+"""Find text files, detect their encoding, and read them in pieces."""
 
 import codecs
 import hashlib
@@ -14,10 +14,10 @@ from pathlib import Path
 from brisk.data.raw_files import NotText, ZipMember, blocks, checksum, refuse_binary
 from brisk.errors import UserError, note
 
-# Besides UTF-8 and whatever has a byte order mark. Few on purpose: the more there are, the
-# likelier a wrong one fits. Each is the largest of its family (GB18030 reads GBK and GB2312).
+# Candidates for text that is not UTF-8 and has no byte order mark. The list is short on purpose:
+# the more candidates, the likelier a wrong one fits. GB18030 includes GBK and GB2312.
 ENCODINGS = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252"]
-MARKS = [  # longest first: UTF-32's mark begins with UTF-16's
+MARKS = [  # byte order marks, longest first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -28,13 +28,12 @@ MARKS = [  # longest first: UTF-32's mark begins with UTF-16's
 
 
 class TextFile:
-    """The text of a file, possibly compressed (.gz, .bz2, .xz, .zst, .zip), as an iterable of
-    strings of about a million characters; it can be gone through again and again.
+    """Re-iterable over the text of a file in strings of about a million characters.
 
-    A byte order mark is left out, and line ends become "\\n". `encoding` is what it was read as.
+    The file may be compressed (.gz, .bz2, .xz, .zst, .zip). The byte order mark is removed, and
+    line ends become "\\n". The attribute `encoding` is the detected encoding.
 
-    Raises `UserError` for a file that cannot be read, that is no text, or that is not in that
-    encoding throughout.
+    Raises `UserError` if the file cannot be read, is binary, or is not valid in that encoding.
     """
 
     def __init__(self, path, encoding="auto"):
@@ -45,9 +44,9 @@ class TextFile:
             self.encoding = detect_encoding(self.path)
         else:
             try:
-                "".encode(encoding)  # fails for what is no encoding of text, such as hex, too
+                "".encode(encoding)  # also rejects codecs that are not text encodings, such as hex
             except (LookupError, UnicodeError) as error:
-                raise UserError(f"--encoding={encoding}: Python knows no such encoding") from error
+                raise UserError(f"--encoding={encoding}: Python has no such encoding") from error
 
     def __iter__(self):
         decoder = codecs.getincrementaldecoder(self.encoding)()
@@ -60,18 +59,18 @@ class TextFile:
             except UnicodeError as error:
                 place = position - waiting + getattr(error, "start", 0)
                 raise UserError(
-                    f"{self.path} is not {self.encoding} at byte {place}; name its encoding "
-                    f"(--encoding=gb18030, say), or convert it: {iconv(self.path, 'NAME')}"
+                    f"{self.path} is not {self.encoding} at byte {place}; name its encoding, such "
+                    f"as --encoding=gb18030, or convert it: {iconv(self.path, 'NAME')}"
                 ) from error
             position += len(raw)
-            if first and text:  # GB18030's mark decodes to U+FEFF like any other character
+            if first and text:  # Python's gb18030 decodes the byte order mark to U+FEFF
                 text, first = text.removeprefix("\ufeff"), False
             if piece := lines.decode(text, final=not raw):
                 yield piece
 
 
 class Lines:
-    """The lines of a text that are not empty; with `end`, all of them, each followed by it."""
+    """The non-empty lines of a text; with `end`, all lines, each followed by `end`."""
 
     def __init__(self, text, end=""):
         self.text, self.end = text, end
@@ -86,15 +85,15 @@ class Lines:
 
 
 def read_text(path, encoding="auto"):
-    """The whole text of a file as one string."""
+    """Read a text file as one string."""
     return "".join(TextFile(path, encoding))
 
 
 def detect_encoding(path):
-    """The name of the encoding of a text file: from its byte order mark, else UTF-8 if it is that,
-    else what its bytes look most like. ASCII counts as UTF-8.
+    """Detect the encoding of a text file: by its byte order mark, else UTF-8 if valid, else the
+    most likely of `ENCODINGS`. ASCII counts as UTF-8.
 
-    The first block with anything but ASCII decides. Raises `UserError` where it looks like no text.
+    Examines the first block that is not ASCII. Raises `UserError` if no encoding fits.
     """
     stream, position = blocks(path), 0
     for block in stream:
@@ -118,45 +117,45 @@ def detect_encoding(path):
         position += error.start
     if is_damaged_utf8(sample):
         raise UserError(
-            f"{path} is UTF-8, but damaged at byte {position}; leave out the damaged bytes: "
+            f"{path} is UTF-8, but damaged at byte {position}; remove the damaged bytes: "
             f"{iconv(path, 'utf-8').replace('iconv', 'iconv -c')}"
         )
     found = guess_encoding(sample, 4 if more else 1)
     if found is None:
         raise UserError(
-            f"{path} is not UTF-8 at byte {position}, and its encoding is unknown; name it "
-            f"(--encoding=gb18030, say), or convert it: {iconv(path, 'NAME')}"
+            f"{path} is not UTF-8 at byte {position}, and its encoding is unknown; name it, such "
+            f"as --encoding=gb18030, or convert it: {iconv(path, 'NAME')}"
         )
     note(
-        f"{path} is not UTF-8 at byte {position}; it looks like {found}, and is read as that. "
-        f"If it is not: --encoding=NAME, or convert it: {iconv(path, found)}"
+        f"{path} is not UTF-8 at byte {position}; reading it as {found}. If that is wrong: "
+        f"--encoding=NAME, or convert it: {iconv(path, found)}"
     )
     return found
 
 
 def refuse_zeros(path, block):
-    """Raise `UserError` for a block with bytes of zero: UTF-16 without a mark has many."""
+    """Raise `UserError` for a block with zero bytes: UTF-16 without a byte order mark or binary."""
     for encoding, ascii_half in (("utf-16-le", block[1::2]), ("utf-16-be", block[0::2])):
         zeros = ascii_half.count(0)
         if zeros > max(8, 0.4 * len(ascii_half)) and block.count(0) < 1.1 * zeros:
             raise UserError(f"{path} looks like {encoding}; if it is: --encoding={encoding}")
-    raise NotText(f"{path} is no text: it has bytes of zero")
+    raise NotText(f"{path} is not text: it has zero bytes")
 
 
 def is_damaged_utf8(sample):
-    """Whether bytes that are not UTF-8 hold at least as many of its multi-byte characters as bytes
-    that cannot belong to one: text in another encoding has few."""
+    """Whether invalid UTF-8 has at least as many valid multi-byte characters as invalid bytes. Text
+    in another encoding has few."""
     text = sample.decode("utf-8", errors="replace")
     invalid = text.count("\N{REPLACEMENT CHARACTER}")
     return sum(map(len, re.findall(r"[^\0-\x7f\ufffd]+", text))) >= invalid
 
 
 def guess_encoding(sample, cuts):
-    """The encoding that bytes look most like, or None. They may end within a character: `cuts` is
-    the number of ends to try."""
+    """Return the most likely encoding of bytes, or None. `sample` may end inside a character, so
+    this also tries it without its last bytes, up to `cuts` - 1."""
     import charset_normalizer
 
-    # Lines of ASCII say nothing.
+    # ASCII lines are the same in all encodings
     telling = b"".join(line for line in sample.splitlines(True) if not line.isascii())
     samples = [telling[: len(telling) - cut] for cut in range(cuts)]
     guesses = (charset_normalizer.from_bytes(cut, cp_isolation=ENCODINGS).best() for cut in samples)
@@ -165,20 +164,20 @@ def guess_encoding(sample, cuts):
 
 
 def iconv(path, encoding):
-    """The command that converts a file to UTF-8."""
+    """The shell command that converts a file to UTF-8."""
     name = shlex.quote(str(path))
     return f"iconv -f {encoding} -t utf-8 {name} > new.txt"
 
 
 def find_text(given, here, filename, url, sha256, encoding="auto"):
-    """The raw text of a data set, and a word on where it comes from.
+    """Find and read the raw text of a data set.
 
-    Looks at the path `given` (if not empty), `here/input.txt`, `$BRISK_DATA/filename`, then `url`,
-    whose bytes must have the checksum `sha256` (hex) and are kept as `here/input.txt`. Line ends
-    become "\\n", as in nanoGPT.
+    Searches the path `given` (if not empty), `here/input.txt`, `$BRISK_DATA/filename`, then `url`,
+    which is saved as `here/input.txt` and must have the checksum `sha256` (hex). Line ends become
+    "\\n", as in nanoGPT.
 
-    Returns (text, source); source is `url` if the checksum is the known one, else the file's name.
-    Raises `UserError` where there is no text.
+    Returns (text, source). `source` is `url` if the checksum matches, else the file's name. Raises
+    `UserError` if no text is found.
     """
     path = find_file(given, here, filename, url, sha256)
     text = read_text(path, encoding)
@@ -188,8 +187,8 @@ def find_text(given, here, filename, url, sha256, encoding="auto"):
 
 
 def find_file(given, here, filename, url, sha256, name="input.txt"):
-    """The path of a raw file, looked for as in `find_text`; `name` is what it is called in `here`.
-    Without a `url` the network is left out."""
+    """Find a raw file as in `find_text` and return its path. `name` is its name in `here`. Without
+    a `url`, nothing is downloaded."""
     if given:
         return Path(given)
     places = [Path(here) / name]
@@ -198,23 +197,23 @@ def find_file(given, here, filename, url, sha256, name="input.txt"):
     found = next(filter(Path.exists, places), None)
     if found is None and not url:
         looked = ", ".join(map(str, places))
-        raise UserError(f"no text found at {looked}; give a file of yours: --input=PATH")
+        raise UserError(f"no text found at {looked}; use your own file: --input=PATH")
     return found or download(url, sha256, places)
 
 
 def download(url, sha256, places):
-    """Keep the bytes at `url` at the first of `places`, where it was looked for in vain."""
+    """Download `url` to the first of `places`, the paths already searched. Returns the path."""
     kept = places[0]
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             raw = response.read()
         if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
-            raise UserError(f"what {url} sent is damaged (its checksum is wrong); try again")
+            raise UserError(f"the download of {url} is damaged (wrong checksum); try again")
         part = kept.with_suffix(".part")
         part.write_bytes(raw)
         return part.replace(kept)
     except (OSError, HTTPException) as error:
         looked = ", ".join(map(str, places))
-        print(f"looked for the text at {looked} and {url} ({error})", file=sys.stderr)
-        print("to use a file of your own: --input=PATH", file=sys.stderr)
+        print(f"searched for the text at {looked} and {url} ({error})", file=sys.stderr)
+        print("to use your own file: --input=PATH", file=sys.stderr)
         raise UserError(f"no text found; download {url} and save it as {kept}") from error

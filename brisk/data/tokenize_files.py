@@ -1,13 +1,11 @@
-"""Documents → token ids in a file, on all cores, going on after a kill.
+"""Tokenize documents to a file on all cores, continuing after an interruption.
 
-A document is a string, or an iterable of strings (its pieces in order) where it may be larger than
-memory. Text is handed out in batches of about a million characters, at most three batches to a
-worker, so a process never holds more than a few of them: about 300 MB in each, with GPT-2's
-vocabulary, whatever the size of the corpus.
+A document is a string, or an iterable of strings if it may be larger than memory. Workers get
+batches of about a million characters, at most three batches each, so memory does not grow with the
+corpus: about 300 MB for each process with GPT-2's vocabulary.
 
-What a killed run has done is not done again: beside the file lies how far it came, and a checksum
-of the text up to there. The text is read again and compared, which is quick; what follows is
-tokenized.
+The progress is saved next to the file, with a checksum of the text tokenized so far. After an
+interruption the text is read again and compared, which is fast, and only the rest is tokenized.
 """
 
 import hashlib
@@ -31,24 +29,24 @@ from brisk.data.saved_tokenizer import from_dict
 from brisk.data.tokenizer import id_dtype
 from brisk.errors import UserError
 
-BATCH = 2**20  # characters handed to a worker at a time
-LONGEST = 4 * BATCH  # a document is cut here even where no place is safe
-FEW_BATCHES = 8  # up to this many, starting workers takes longer than the work
-SAVE_EVERY = 1.0  # seconds between notes of how far a file has come
+BATCH = 2**20  # characters in a batch
+LONGEST = 4 * BATCH  # characters after which a document is split even inside a word
+FEW_BATCHES = 8  # up to this number, starting workers takes longer than tokenizing
+SAVE_EVERY = 1.0  # seconds between saves of the progress
 
 
 def write_bin(path, tokenizer, documents, end_documents=False, workers=None):
-    """Write the ids of `documents` to the file `path`, or go on with it after a kill.
+    """Write the ids of `documents` to the file `path`, or continue an interrupted write.
 
-    Returns counts of tokens, bytes, characters and documents, and the file's SHA-256. `documents`
-    is gone through once, or twice where a half-written file turns out to be of another text.
+    Returns a dict: the counts of tokens, bytes, characters and documents, and the SHA-256 of the
+    file. Iterates `documents` once, or twice if a partial file is of another text.
     """
     progress = Progress(path)
     count = length_hint(documents, 0)
     unit = "documents" if count != 1 else "characters"
     options = {"desc": f"tokenizing {path.stem}", "unit": f" {unit}", "unit_scale": count == 1}
     options |= {"total": count if count > 1 else None}
-    # Messages and `reset` show the bar at once; within its delay `close` would not end its line.
+    # `write` and `reset` show the bar at once; within its delay, `close` would not end its line
     with tqdm(delay=0 if progress.text else 1, **options) as bar:
         batches = progress.skip(batched(documents), bar)
         if batches is None:
@@ -56,7 +54,7 @@ def write_bin(path, tokenizer, documents, end_documents=False, workers=None):
             progress.forget()
             batches = batched(documents)
         elif progress.size:
-            tqdm.write(f"going on with {path.stem} after {progress.total['tokens']:,} tokens")
+            tqdm.write(f"continuing {path.stem} after {progress.total['tokens']:,} tokens")
         with open(path, "r+b" if progress.size else "wb") as file:
             file.truncate(progress.size)
             file.seek(progress.size)
@@ -72,7 +70,7 @@ def write_bin(path, tokenizer, documents, end_documents=False, workers=None):
 
 
 class Progress:
-    """How far the file `path` has come: bytes written, counts, and a checksum of the text."""
+    """The progress of writing a file: bytes written, counts, and a checksum of the text."""
 
     def __init__(self, path):
         self.path, self.note = path, path.with_suffix(".progress")
@@ -84,19 +82,19 @@ class Progress:
                 self.text, self.total = noted["text"], Counter(noted["total"])
                 self.sha256 = noted["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
-            self.forget()  # nothing to go on with
+            self.forget()  # missing or damaged: start again
 
     def forget(self):
         self.size = self.batches = 0
-        self.text = ""  # checksum of the batches so far, each hashed with the one before
+        self.text = ""  # chained checksum of the batches so far
         self.total = Counter(tokens=0, bytes=0, characters=0, documents=0)
         self.digest = hashlib.sha256()
-        self.sha256 = self.digest.hexdigest()  # of the file so far, as noted
+        self.sha256 = self.digest.hexdigest()  # of the file when the progress was saved
         self.saved = time.monotonic()
 
     def skip(self, batches, bar):
-        """What is left of `batches` after those in the file; None if they are of another text,
-        or the file is damaged."""
+        """Advance `batches` past those in the file and return it. Returns None if they are of
+        another text, or the file is damaged."""
         text = ""
         for batch in islice(batches, self.batches):
             text = following(text, batch)
@@ -111,14 +109,14 @@ class Progress:
         return batches if self.digest.hexdigest() == self.sha256 else None
 
     def mark(self, batches):
-        """Pairs of each batch and the checksum of the text up to its end."""
+        """Yield each batch with the checksum of the text up to its end."""
         text = self.text
         for batch in batches:
             text = following(text, batch)
             yield batch, text
 
     def add(self, ids, counts, mark):
-        """A batch has been written."""
+        """Record a written batch."""
         self.digest.update(ids)
         self.total.update(counts)
         self.size += len(ids)
@@ -137,7 +135,7 @@ class Progress:
 
 
 def following(text, batch):
-    """The checksum of a batch after the checksum `text` of all before it."""
+    """Chain the checksum `text` of the previous batches with `batch`."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for part, ends in batch:
         digest.update(part.encode("utf-8", "surrogatepass") + (b"\xff" if ends else b"\xfe"))
@@ -145,12 +143,12 @@ def following(text, batch):
 
 
 def batched(documents):
-    """Documents → lists of about `BATCH` characters, of pairs (text, whether a document ends)."""
+    """Yield batches of about `BATCH` characters: lists of pairs (text, document ends here)."""
     batch, size = [], 0
     for document in documents:
         for text, ends in parts(document):
             batch.append((text, ends))
-            size += len(text) + 100  # an empty one takes memory too
+            size += len(text) + 100  # an empty string takes memory too
             if size >= BATCH:
                 yield batch
                 batch, size = [], 0
@@ -159,13 +157,13 @@ def batched(documents):
 
 
 def parts(document):
-    """A document in pairs (text of about `BATCH` characters, whether the document ends), whose
-    ids put together are the document's own.
+    """Split a document into pairs (text, document ends here) of about `BATCH` characters. Their
+    concatenated ids are the ids of the document.
 
-    A part ends with a letter or digit before white space. No token reaches over that place: BPE
-    patterns since GPT-2's never put a letter or digit and white space after it into one piece,
-    and no word has white space in it. (A document without such a place for `LONGEST` characters
-    is cut nevertheless: its ids may then differ at the cut, the text they stand for does not.)
+    A part ends with a letter or digit before white space. No token spans that position: since
+    GPT-2, BPE patterns never put a letter or digit and the following white space in one piece, and
+    words contain no white space. A document without such a position in `LONGEST` characters is
+    split anyway: the ids there may differ, but they decode to the same text.
     """
     rest = ""
     for piece in [document] if isinstance(document, str) else document:
@@ -174,7 +172,7 @@ def parts(document):
         while len(rest) - start > BATCH:
             place = re.compile(r"[^\W_](?=\s)").search(rest, start + BATCH - 1)
             if not place and len(rest) - start < LONGEST:
-                break  # wait for more of it
+                break  # the next piece may have one
             end = place.end() if place else start + LONGEST
             yield rest[start:end], False
             start = end
@@ -183,11 +181,11 @@ def parts(document):
 
 
 def encode(tokenizer, batches, end_documents=False, workers=None):
-    """Triples (ids as bytes, counts, mark) of the pairs (batch, mark), in order, on all cores
-    where there is enough text."""
+    """Tokenize pairs (batch, mark), on all cores if there is enough text. Yields triples (ids as
+    bytes, counts, mark) in order."""
     first = list(islice(batches, FEW_BATCHES + 1))
     workers = workers or cores()
-    is_lookup = tokenizer.kind in ("char", "byte")  # faster than handing the text to a worker
+    is_lookup = tokenizer.kind in ("char", "byte")  # faster than sending the text to a worker
     pool = None
     if len(first) > FEW_BATCHES and not is_lookup and workers > 1:
         pool = open_pool(workers, tokenizer, end_documents)
@@ -208,29 +206,29 @@ def encode(tokenizer, batches, end_documents=False, workers=None):
                 yield *result.result(), mark
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that tokenized was killed (was memory short?); run this again, with a "
-            "smaller --num_proc: it goes on from here"
+            "a tokenizing process was killed, perhaps for lack of memory; run this again with a "
+            "smaller --num_proc, and it continues from here"
         ) from error
 
 
 def open_pool(workers, tokenizer, end_documents):
-    """Processes that run `work`; None where the system has no semaphores for them, as Linux without
-    a writable /dev/shm."""
+    """A pool of processes that run `work`. Returns None if the system has no semaphores, such as
+    Linux without a writable /dev/shm."""
     initial = (tokenizer.to_dict(), end_documents)
     try:
         return ProcessPoolExecutor(workers, get_context("spawn"), start_worker, initial)
     except (OSError, NotImplementedError) as error:
-        print(f"tokenizing in one process: this system gives no semaphores ({error})")
+        print(f"tokenizing in one process: this system has no semaphores ({error})")
         return None
 
 
 def cores():
-    """The number of cores that this process may use."""
+    """The number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def encode_batch(tokenizer, batch, end_documents):
-    """The ids of a batch as bytes, and the counts that `meta.json` keeps."""
+    """Return the ids of a batch as bytes, and its counts for `meta.json`."""
     dtype = np.dtype(id_dtype(tokenizer.vocab_size)).newbyteorder("<")
     pieces = [np.empty(0, dtype)]
     for text, ends in batch:
@@ -252,7 +250,7 @@ def utf8_length(text):
 
 
 def start_worker(description, end_documents):
-    """In a new process: build the tokenizer once. Ctrl-C is the first process's to answer."""
+    """Initialize a worker process. It ignores Ctrl-C, which the main process handles."""
     global worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
@@ -260,7 +258,7 @@ def start_worker(description, end_documents):
 
 
 def leave_with_parent():
-    """End this process when the first one was killed: it would wait for work forever."""
+    """Exit when the main process is killed; the worker would wait for work forever."""
     parent_process().join()
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""Text ↔ token ids: the interface of all tokenizers, and those of characters, bytes and words."""
+"""Tokenizer interface, and tokenizers for characters, bytes and words."""
 
 import re
 from collections import Counter
@@ -15,26 +15,26 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def id_dtype(vocab_size):
-    """The numpy type of token ids: uint16 where the vocabulary fits, else uint32."""
+    """The numpy type of token ids: uint16 if the vocabulary fits, else uint32."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 class Tokenizer:
-    """What all tokenizers have in common. Each has, besides:
+    """Base class of all tokenizers. A subclass has:
 
     kind, vocab_size    its name in a file; the number of ids
-    encode_ordinary(t)  ids of a text, with no special meaning of any part
-    token_bytes(id)     the UTF-8 bytes of one token, which may be a part of a character
-    to_dict()           its description in plain values, for JSON or a checkpoint; see
+    encode_ordinary(t)  ids of a text, without special tokens
+    token_bytes(id)     the UTF-8 bytes of one token, possibly part of a character
+    to_dict()           a dict of plain values for JSON or a checkpoint; the inverse is
                         `brisk.data.saved_tokenizer.from_dict`
     """
 
-    eot = None  # the id that ends a document, if there is one
-    unk = None  # the id of unknown words, if there can be such
+    eot = None  # the id of <|endoftext|>, if any
+    unk = None  # the id of unknown words, if any
 
     def encode(self, text, allow_eot=False):
-        """Ids as a numpy array of `id_dtype(vocab_size)`. With `allow_eot` each literal
-        <|endoftext|> in the text becomes the id `eot`, where there is one."""
+        """Encode a text to a numpy array of `id_dtype(vocab_size)`. With `allow_eot`, a literal
+        <|endoftext|> in the text becomes the id `eot`, if there is one."""
         dtype = id_dtype(self.vocab_size)
         if not allow_eot or self.eot is None:
             return np.asarray(self.encode_ordinary(text), dtype=dtype)
@@ -45,17 +45,14 @@ class Tokenizer:
         return np.concatenate([np.asarray(piece, dtype=dtype) for piece in pieces])
 
     def decode(self, ids):
-        """The text of `ids`, a sequence of ints, an array or a tensor on the CPU. Unknown ids and
-        broken UTF-8 become U+FFFD."""
+        """Decode `ids`: a sequence of ints, an array or a CPU tensor. Unknown ids and invalid UTF-8
+        become U+FFFD."""
         tokens = map(self.token_bytes, np.asarray(ids).ravel().tolist())
         return b"".join(tokens).decode("utf-8", errors="replace")
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each character of `characters`, in that order, and one more with `eot=True`.
-
-    `CharTokenizer.of(text)` numbers the characters of a text as nanoGPT does.
-    """
+    """One id for each of `characters`, in order; with `eot=True`, followed by <|endoftext|>."""
 
     kind = "char"
 
@@ -63,23 +60,23 @@ class CharTokenizer(Tokenizer):
         self.characters = list(characters)
         self.eot = len(self.characters) if eot else None
         self.vocab_size = len(self.characters) + bool(eot)
-        # A table from code point to id; its last entry stands for all code points past the end.
+        # Table from code point to id; the last entry is for all code points past its end.
         codes = np.array([ord(character) for character in self.characters], dtype=np.int64)
         self.table = np.full(codes.max(initial=0) + 2, -1, dtype=np.int32)
         self.table[codes] = np.arange(len(codes))
-        # The same for ASCII alone, where every id fits into a byte; 255 stands for the others.
+        # The same for ASCII, if all ids fit in a byte; 255 means unknown.
         few = np.full(256, 255, dtype=np.uint8)
         few[: min(128, len(self.table) - 1)] = self.table[:-1][:128]  # -1 wraps around to 255
         self.ascii_table = few.tobytes() if self.vocab_size < 255 else None
 
     @classmethod
     def of(cls, text):
-        """One for the characters that `text` has, in the order of their code points."""
+        """The tokenizer for the characters of `text`, sorted by code point as in nanoGPT."""
         counts = np.bincount(code_points(text), minlength=1)
         return cls(map(chr, np.flatnonzero(counts)))
 
     def encode_ordinary(self, text):
-        """Raises `UserError` for characters outside the vocabulary."""
+        """Encode a text. Raises `UserError` for characters outside the vocabulary."""
         if self.ascii_table and text.isascii():
             ids = np.frombuffer(text.encode().translate(self.ascii_table), dtype=np.uint8)
             if 255 not in ids:
@@ -91,7 +88,7 @@ class CharTokenizer(Tokenizer):
             shown = ", ".join(map(repr, unknown[:10])) + (", …" if len(unknown) > 10 else "")
             raise UserError(
                 f"the text has characters outside the vocabulary of {len(self.characters)} "
-                f"characters: {shown}; leave them out"
+                f"characters: {shown}; remove them"
             )
         return ids
 
@@ -106,7 +103,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and 256 for the end of a document: any text, nothing to learn."""
+    """One id for each byte of UTF-8, and 256 for <|endoftext|>. It encodes any text."""
 
     kind = "byte"
     eot = 256
@@ -125,16 +122,16 @@ class ByteTokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-    """One id for each of `words`, then one for an unknown word, and one more with `eot=True`.
+    """One id for each of `words`, then one for unknown words; with `eot=True`, <|endoftext|> last.
 
-    A word is letters, digits and underscores, with what belongs to it in don't, .net, at&t, c++;
-    whatever is between words is left out, so text comes back as its words with a space after
-    each. Not for scripts without spaces.
+    A word is letters, digits and underscores, and the punctuation in don't, .net, at&t, c++. All
+    other characters are dropped: a decoded text is its words, each followed by a space. Not for
+    scripts without spaces.
 
     Args:
-        words: the known words, none of them twice.
-        stop_words: words that are left out of every text.
-        lower: whether text is lower-cased first.
+        words: the known words, without duplicates.
+        stop_words: words to drop from every text.
+        lower: convert text to lower case first.
     """
 
     kind = "word"
@@ -162,36 +159,37 @@ class WordTokenizer(Tokenizer):
 
 
 def find_words(text, stop_words=frozenset(), lower=True):
-    """The words of `text` as `WordTokenizer` sees them, in order."""
+    """The words of `text`, in order, as defined in `WordTokenizer`."""
     words = WORD.findall(text.lower() if lower else text)
     return [word for word in words if word not in stop_words] if stop_words else words
 
 
 def learn_words(texts, min_count=1, max_words=None, **settings):
-    """A `WordTokenizer` of the words that `texts` (an iterable of strings) has at least `min_count`
-    times, the most frequent first; `settings` are its other arguments.
+    """Build a `WordTokenizer` with the words that occur at least `min_count` times in `texts` (an
+    iterable of strings), most frequent first. `settings` are its other arguments.
 
-    Raises `UserError` where there are no such words.
+    Raises `UserError` if there are no such words.
     """
     seen = {key: settings[key] for key in ("stop_words", "lower") if key in settings}
     counts = Counter(chain.from_iterable(find_words(text, **seen) for text in texts))
     words = [word for word, count in counts.most_common(max_words) if count >= min_count]
     if not counts:
-        besides = " besides stop words, which are left out" if settings.get("stop_words") else ""
+        besides = " except stop words" if settings.get("stop_words") else ""
         raise UserError(f"the training text has no words{besides}")
     if not words:
-        raise UserError(f"no word is in the training text {min_count} times; lower --min_count")
+        times = f"{min_count} times in the training text"
+        raise UserError(f"no word occurs {times}; use a smaller --min_count")
     return WordTokenizer(words, **settings)
 
 
 def code_points(text):
-    """The number of each character of `text`, an array."""
+    """The code points of the characters of `text`, as an array."""
     if text.isascii():
         return np.frombuffer(text.encode(), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def knows_documents(rows, tokenizer):
-    """Whether a model trained on such `rows` knows where documents begin and end: it read them one
-    by one, or its characters or words have an end-of-text, which they have for documents only."""
+    """Whether a model trained on `rows` has seen document boundaries: it was trained on single
+    documents, or its char or word tokenizer has an end-of-text, as only sets of documents do."""
     return tokenizer.eot is not None and (rows == "documents" or tokenizer.kind in ("char", "word"))

@@ -1,29 +1,29 @@
-"""Negative log-likelihoods of given tokens, for batches of rows of different lengths.
+"""Negative log-likelihoods of tokens, for batches of rows of different lengths.
 
-Rows are padded on the right. A causal model does not see that padding, so the results of a row do
-not depend on the other rows of its batch. A target of -1 is not scored.
+Rows are padded on the right. A causal model does not see the padding, so the result for a row does
+not depend on the rest of its batch. A target of -1 is not scored.
 """
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-LOGITS_AT_ONCE = 2**26  # entries of the logits held at a time: 256 MB in float32
+LOGITS_AT_ONCE = 2**26  # logits in memory: 256 MB in float32
 
 
 @torch.no_grad()
 def token_losses(model, inputs, targets):
-    """Cross-entropy of each target, and whether it is the most likely token.
+    """Compute the cross-entropy of each target, and whether it is the most likely token.
 
-    Only the logits of scored positions are computed, `LOGITS_AT_ONCE` at a time.
+    Computes the logits of scored positions only, `LOGITS_AT_ONCE` at a time.
 
     Args:
         inputs: token ids (B, T), T at most `block_size`.
-        targets: the token after each one (B, T), or -1.
+        targets: the next token of each position (B, T), or -1.
 
     Returns:
-        (nll, is_top), both (B, T): -ln p(target) in nats, float32, and whether no other token has
-        a higher logit; 0 and True where the target is -1.
+        (nll, is_top), both (B, T): -ln p(target) in nats, float32, and whether the target has the
+        highest logit. Where the target is -1, they are 0 and True.
     """
     scored = targets >= 0
     x, wanted = model.backbone(inputs)[scored], targets[scored]  # (N, n_embd), (N,)
@@ -40,11 +40,11 @@ def token_losses(model, inputs, targets):
 
 
 def collate(rows, scored, device):
-    """Rows padded to one length: inputs and targets (B, T), int64 tensors on `device`.
+    """Pad rows to the same length. Returns inputs and targets (B, T), int64 tensors on `device`.
 
     Args:
-        rows: arrays of ids, each one longer than its inputs: its last id is a target only.
-        scored: how many targets of each row, counted from its end, are to be scored.
+        rows: arrays of ids. The last id of a row is only a target.
+        scored: the number of targets to score in each row, counted from its end.
     """
     T = max(map(len, rows)) - 1
     inputs = np.zeros((len(rows), T), dtype=np.int64)
@@ -57,8 +57,8 @@ def collate(rows, scored, device):
 
 
 def batches(lengths, room):
-    """The numbers of rows with these `lengths` (an array) in batches, longest rows first: as many
-    in a batch as take, padded, at most `room` tokens, and one at least."""
+    """Group rows of the given `lengths` (an array) into batches, longest first. A batch has at
+    least one row, and at most `room` tokens with padding. Returns arrays of row indices."""
     order = np.argsort(-lengths, kind="stable")
     found, first = [], 0
     while first < len(order):
@@ -69,19 +69,19 @@ def batches(lengths, room):
 
 
 def windows(n_targets, block_size, stride):
-    """Windows of `block_size` inputs that start every `stride` tokens, over each of some texts.
+    """Windows of `block_size` inputs that start every `stride` tokens, for each of several texts.
 
-    A target is new in the first window that has it, which is the one that shows the model most of
-    what stands before it (https://huggingface.co/docs/transformers/perplexity; theirs spend a
-    window's last token on being a target only, ours give it an input each).
+    A target is scored in the first window that has it, which gives it the longest context
+    (https://huggingface.co/docs/transformers/perplexity, except that windows there have
+    `block_size` - 1 targets).
 
     Args:
-        n_targets: how many targets each text has, an array of positive ints.
+        n_targets: number of targets in each text, an array of positive ints.
         stride: from 1 to `block_size`.
 
     Returns:
-        (text, begin, end, new), arrays with an entry for each window: the text it lies in, its
-        targets begin to end - 1, and the first of them that no earlier window has.
+        (text, begin, end, new), arrays with an entry for each window: the index of its text, its
+        targets [begin, end), and the first target that no earlier window has.
     """
     count = 1 + np.maximum(0, -((block_size - n_targets) // stride))  # 1 + ⌈(n - block) / stride⌉
     text = np.repeat(np.arange(len(n_targets)), count)

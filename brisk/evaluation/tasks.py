@@ -1,11 +1,10 @@
-"""Tasks that a model solves or not: HellaSwag, LAMBADA, sums.
+"""Accuracy on tasks: HellaSwag, LAMBADA, addition.
 
-The items of `hellaswag` and `lambada` come from a file with a JSON object on each line. In both, a
-context and its continuation are tokenized separately, as their usual evaluations do. An item that
-is longer than the model's context loses its beginning: `cut` counts these, and `cut_endings` or
-`cut_words` those of them that lost a part of an ending, or of the word, which then is scored by the
-rest. A model of documents (`documents=True`) gets the end-of-text token before each context, as in
-training, and so does any model before an empty one.
+`hellaswag` and `lambada` read items from a file with one JSON object on each line. Context and
+continuation are tokenized separately, as usual for these tasks. An item longer than the model's
+context is truncated at its beginning: `cut` counts such items, and `cut_endings` or `cut_words`
+those whose continuation is truncated too. A model of documents (`documents=True`) gets an
+end-of-text token before each context, as in training; any model gets one before an empty context.
 """
 
 import json
@@ -23,18 +22,17 @@ from brisk.evaluation.scoring import batches, collate, token_losses
 
 
 def hellaswag(model, tokenizer, path, batch_size, device, documents=False):
-    """The share of items whose right ending the model holds to be the likeliest (Zellers et al.
-    2019, HellaSwag).
+    """Accuracy of choosing the right ending of a context (Zellers et al. 2019, HellaSwag).
 
-    An item has a text `ctx`, a list of texts `endings`, and `label`, the number of the right one,
-    counted from 0. An ending is scored as " " + ending after the context, by its log-probability:
+    An item has a text `ctx`, a list of texts `endings`, and `label`, the index of the right one.
+    The model chooses the ending with the highest log-probability of " " + ending:
 
         accuracy             summed over its tokens
-        accuracy_norm        that, divided by the ending's characters without the space in front:
-                             the acc_norm of EleutherAI's lm-evaluation-harness
-        accuracy_norm_token  divided by its tokens: the acc_norm of karpathy's llm.c
+        accuracy_norm        divided by the characters of the ending, without the leading space:
+                             acc_norm of EleutherAI's lm-evaluation-harness
+        accuracy_norm_token  divided by its tokens: acc_norm of karpathy's llm.c
 
-    If an ending is cut, only the tokens that are scored count, and its characters in proportion.
+    For a truncated ending, only the scored tokens count, and its characters in proportion.
     """
     block_size = model.config.block_size
 
@@ -42,12 +40,12 @@ def hellaswag(model, tokenizer, path, batch_size, device, documents=False):
         context = context_ids(tokenizer, text_of(item, "ctx"), documents)
         endings, label = item.get("endings"), item.get("label")
         if not isinstance(endings, list) or not endings:
-            raise UserError("the item has no list of texts under the key endings")
+            raise UserError("the key endings is not a list of texts")
         if not all(isinstance(ending, str) and ending for ending in endings):
-            raise UserError("every one of the endings must be a text that is not empty")
+            raise UserError("one of the endings is empty or not a text")
         if str(label) not in (labels := [str(number) for number in range(len(endings))]):
             raise UserError(
-                f"label={json.dumps(label)} is not the number of an ending, 0 to {len(labels) - 1}"
+                f"label={json.dumps(label)} is not the index of an ending, 0 to {len(labels) - 1}"
             )
         ids = [continuation_ids(tokenizer, ending) for ending in endings]
         return context, ids, endings, labels.index(str(label))
@@ -71,19 +69,19 @@ def hellaswag(model, tokenizer, path, batch_size, device, documents=False):
 
 
 def lambada(model, tokenizer, path, batch_size, device, documents=False):
-    """How well the model foretells the last word of each item's `text` (Paperno et al. 2016).
+    """Prediction of the last word of each item's `text` (Paperno et al. 2016, LAMBADA).
 
-    The word is scored as " " + word after all that stands before it.
+    The word is scored as " " + word after the rest of the text.
 
-        accuracy    the share of words of which every token is the likeliest
-        perplexity  of a word: exp of the mean over the words of -ln p(word), which is summed over
-                    the tokens of a word (Radford et al. 2019, table 3)
+        accuracy    fraction of words whose tokens are all the most likely ones
+        perplexity  exp of the mean of -ln p(word), which is summed over the tokens of a word
+                    (Radford et al. 2019, table 3)
     """
 
     def parse(item):
         text = text_of(item, "text")
         if not (words := text.split()):
-            raise UserError("there is no word in the text")
+            raise UserError("the text has no words")
         before = text.rstrip()[: -len(words[-1])].rstrip()
         context = context_ids(tokenizer, before, documents)
         return context, continuation_ids(tokenizer, words[-1])
@@ -101,15 +99,15 @@ def lambada(model, tokenizer, path, batch_size, device, documents=False):
 
 
 def addition(model, tokenizer, tokens, batch_size, device):
-    """The share of the sums in `tokens` (documents such as 12+34=46) that the likeliest tokens
-    answer to the last digit and the end of the document."""
+    """Accuracy of greedy answers to the sums in `tokens` (documents such as 12+34=46). An answer
+    counts if all of its digits and the end-of-text are right."""
     sums = []
     for document in tokenizer.decode(tokens).split(EOT):
         question, equals, answer = document.partition("=")
         if equals:
             sums.append((EOT + question + equals, answer + EOT))
     if not sums:
-        raise UserError("task=addition: there are no sums in this data set; see data/addition")
+        raise UserError("task=addition: this data set has no sums; use data/addition")
     right = 0
     for first in tqdm(range(0, len(sums), batch_size), unit="batch", disable=None):
         batch = sums[first : first + batch_size]
@@ -125,11 +123,11 @@ def addition(model, tokenizer, tokens, batch_size, device):
 
 
 def score(model, pairs, batch_size, device):
-    """-ln p of each continuation after its context, and whether each of its tokens is the
-    likeliest: two arrays with an entry for each of the `pairs` (context ids, continuation ids).
-    Of a continuation longer than `block_size` the last `block_size` tokens are scored.
+    """Score `pairs` of (context ids, continuation ids).
 
-    A batch has at most the tokens of `batch_size` windows of `block_size`.
+    Returns two arrays with an entry for each pair: -ln p of the continuation after its context, and
+    whether all of its tokens are the most likely ones. Only the last `block_size` tokens of a
+    continuation are scored. A batch has at most `batch_size * block_size` tokens.
     """
     T = model.config.block_size
     rows = [np.concatenate(pair)[-T - 1 :] for pair in pairs]
@@ -143,52 +141,50 @@ def score(model, pairs, batch_size, device):
     return nats, likeliest
 
 
-def count_cut(pairs, block_size, what):
-    """How many of the `pairs` (context ids, continuation ids) are longer than the model's context,
-    and how many of them by their continuation alone; a notice if there are any."""
+def count_cut(pairs, block_size, name):
+    """Count the `pairs` of (context ids, continuation ids) longer than the model's context, and
+    those whose continuation alone is longer. Prints a note if there are any."""
     cut = sum(len(before) + len(after) > block_size + 1 for before, after in pairs)
     inside = sum(len(after) > block_size for _, after in pairs)
     if cut:
         note = f"{cut} of {len(pairs)} items are longer than block_size={block_size}"
-        note += f": they lost their beginning, {inside} a part of their {what} too"
+        note += f"; their beginnings are truncated, and the {name} of {inside} of them"
         print(note, file=sys.stderr)
     return cut, inside
 
 
 def context_ids(tokenizer, text, documents):
-    """The ids of a context, one at least."""
+    """The ids of a context, at least one."""
     ids = tokenizer.encode(text)
     if len(ids) and not documents:
         return ids
     if tokenizer.eot is None:
-        raise UserError(
-            "the context is empty, and this tokenizer has no end-of-text to stand there"
-        )
+        raise UserError("the context is empty, and this tokenizer has no end-of-text to begin with")
     return np.append(np.array([tokenizer.eot], dtype=ids.dtype), ids)
 
 
 def continuation_ids(tokenizer, text):
-    """The ids of `text` with a space before it, one at least."""
+    """The ids of " " + text, at least one."""
     ids = tokenizer.encode(f" {text}")
     if len(ids) == 0:
-        raise UserError(f"the tokenizer finds no token in {text[:40]!r}")
+        raise UserError(f"the tokenizer returns no tokens for {text[:40]!r}")
     return ids
 
 
 def text_of(item, key):
     if not isinstance(item, dict) or not isinstance(item.get(key), str):
-        raise UserError(f"the item has no text under the key {key}")
+        raise UserError(f"the item has no text with the key {key}")
     return item[key]
 
 
 def read_items(path, parse):
-    """`parse(object)` for the JSON object on each line of a file; empty lines do not count.
+    """Return a list of `parse(object)` for the JSON object on each non-empty line of a file.
 
-    Raises `UserError`, with the number of the line, for what is no JSON or what `parse` refuses.
+    Raises `UserError` with the line number for invalid JSON or an error of `parse`.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or what is no path at all
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an invalid path
         raise UserError(
             f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
         ) from error
@@ -200,7 +196,7 @@ def read_items(path, parse):
             item = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number}: no JSON ({error}); each line is an object of its own"
+                f"{path}, line {number}: not JSON ({error}); each line must be one object"
             ) from error
         try:
             items.append(parse(item))

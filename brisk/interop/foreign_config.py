@@ -1,7 +1,6 @@
-"""Validation of another program's model config by a table of its keys.
+"""Validate the model config of another program against a table of its keys.
 
-A config is JSON from elsewhere: any key may be missing or hold anything. A `Key` states the values
-that are admitted, and `read_config` returns values that need no further check of their own.
+Any key of such a JSON file may be missing or invalid. A `Key` defines the allowed values.
 """
 
 import reprlib
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 
 from brisk.errors import UserError
 
-REQUIRED = object()  # as a default: the key has to be there
+REQUIRED = object()  # the default of a key without a default
 LARGEST_SIZE = 2**31 - 1
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list"}
 KINDS |= {dict: "an object", str: "a string"}
@@ -20,11 +19,11 @@ class Key:
     """Type, range and default of one key of a config.
 
     Args:
-        kind: type of its value; `float` admits whole numbers, and no kind but `bool` admits bools.
-        default: its value where the key is absent.
-        low, high: bounds of a number, both allowed.
-        values: the values that our model computes; none: all of the kind.
-        null: whether null is admitted.
+        kind: type of the value. `float` allows integers; only `bool` allows bools.
+        default: value if the key is absent.
+        low, high: inclusive bounds of a number.
+        values: the values that our model supports; if empty, all values of the kind.
+        null: allow null.
         alias: another name of the key.
     """
 
@@ -36,16 +35,16 @@ class Key:
     null: bool = False
     alias: str = ""
 
-    def admits(self, value):
+    def allows(self, value):
         if value is None:
             return self.null
         kinds = (int, float) if self.kind is float else (self.kind,)
         if type(value) not in kinds or (self.values and value not in self.values):
             return False
-        return self.kind not in (int, float) or self.low <= value <= self.high  # NaN is not
+        return self.kind not in (int, float) or self.low <= value <= self.high  # False for NaN
 
-    def wanted(self):
-        """The admitted values in words."""
+    def expected(self):
+        """The allowed values in words."""
         if self.values:
             return " or ".join(map(str, self.values))
         bounds = f" from {self.low} to {self.high}" if self.kind in (int, float) else ""
@@ -53,41 +52,41 @@ class Key:
 
 
 def size(default=REQUIRED, **more):
-    """The `Key` of a number of layers, channels, tokens, …"""
+    """A `Key` for a number of layers, channels, tokens, …"""
     return Key(int, default, low=1, high=LARGEST_SIZE, **more)
 
 
 def only(*values):
-    """The `Key` of a setting that is computed with these values only; the first is its default."""
+    """A `Key` for which our model supports only these values. The first is the default."""
     return Key(type(values[0]), values[0], values=values)
 
 
-WEIGHT_FILES = {  # keys by which any config names other files of weights, or compressed ones
+WEIGHT_FILES = {  # keys of any config that select other weight files or quantized weights
     "transformers_weights": Key(str, None, values=(None,), null=True),
     "quantization_config": Key(dict, None, values=(None,), null=True),
 }
 
 
 def read_config(theirs, table, source):
-    """The value of each key of `table` (a dict of `Key`) in the dict `theirs`.
+    """Return {name: value} of the keys in `table` (a dict of `Key`), from the dict `theirs`.
 
-    Raises `UserError`, which begins with `source`, for a key that is missing, has a value that is
-    not admitted, or disagrees with its alias.
+    Raises `UserError`, prefixed with `source`, for a key that is missing, has an unsupported value,
+    or contradicts its alias.
     """
     found = {}
     for name, key in table.items():
         given = [theirs[each] for each in (name, key.alias) if each in theirs]
         value = found[name] = given[0] if given else key.default
         for each in given:
-            if not key.admits(each):
+            if not key.allows(each):
                 raise UserError(
-                    f"{source}: its config says {name}={shown(each)}, wanted: {key.wanted()}"
+                    f"{source}: its config has {name}={shown(each)}; expected {key.expected()}"
                 )
         if len(given) == 2 and given[1] != value:
             both = f"{name}={shown(value)} and {key.alias}={shown(given[1])}"
-            raise UserError(f"{source}: its config says {both}, which are one setting")
+            raise UserError(f"{source}: its config has {both}, two names of one setting")
     if missing := [name for name, value in found.items() if value is REQUIRED]:
-        raise UserError(f"{source}: its config does not state {', '.join(missing)}")
+        raise UserError(f"{source}: its config has no {', '.join(missing)}")
     return found
 
 

@@ -1,9 +1,8 @@
-"""A model and its tokenizer in one GGUF file, as llama.cpp and what builds on it read them.
+"""Write a model and its tokenizer to a GGUF file, the format of llama.cpp.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Names of tensors and keys
-are the `gguf` package's, which llama.cpp's own converter takes them from, and so is the quantizer.
-llama.cpp computes GELU by its tanh form and, on a CPU, from a table in half precision: logits of a
-GPT-2 differ by about 1e-3 there.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensor names, keys and the
+quantizer are from the `gguf` package, which llama.cpp's converter uses too. llama.cpp computes GELU
+in its tanh form, on a CPU from a float16 table, so logits of a GPT-2 differ by about 1e-3.
 """
 
 import logging
@@ -12,27 +11,27 @@ from brisk.errors import UserError
 from brisk.interop.gpt2 import transpose_conv1d
 from brisk.interop.tokenizer_json import as_letters, check_exact
 
-WRITER = "briskgpt.export"  # a key of ours, which others pass over
-DTYPES = {  # ours: (the type of matrices, the type of the file)
+WRITER = "briskgpt.export"  # key by which `is_gguf_export` finds our exports
+DTYPES = {  # --gguf_dtype: (type of the matrices, type of the file)
     "float32": ("F32", "ALL_F32"),
     "float16": ("F16", "MOSTLY_F16"),
-    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),  # 8-bit integers, a float16 scale for each 32 of a row
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),  # 8-bit integers, with a float16 scale for each 32 of a row
 }
 LARGEST_FLOAT16 = 65504
 
 
 def gguf_fields(theirs, weights, tokenizer, dtype="float32"):
-    """Metadata of a GGUF file, for `write_gguf`: pairs of a method of `gguf.GGUFWriter` and its
+    """Metadata of a GGUF file for `write_gguf`: pairs of a method name of `gguf.GGUFWriter` and its
     argument.
 
-    Raises `UserError` where the file cannot be written: the `gguf` package is missing, the
-    tokenizer cannot be carried, or a weight is beyond float16.
+    Raises `UserError` if the `gguf` package is missing, the tokenizer cannot be converted exactly,
+    or a weight overflows float16.
     """
-    gguf = the_package()
+    gguf = import_gguf()
     if dtype != "float32":
         for name, weight in weights.items():
             if weight.dim() > 1 and not weight.abs().max() <= LARGEST_FLOAT16:
-                raise UserError(f"{name} has a weight beyond float16; take --gguf_dtype=float32")
+                raise UserError(f"{name} overflows float16; use --gguf_dtype=float32")
     sizes = qwen3_sizes(theirs) if theirs["model_type"] == "qwen3" else gpt2_sizes(theirs)
     file_type = gguf.LlamaFileType[DTYPES[dtype][1]]
     check_exact(tokenizer)
@@ -42,10 +41,12 @@ def gguf_fields(theirs, weights, tokenizer, dtype="float32"):
 
 
 def write_gguf(path, theirs, weights, fields, dtype="float32"):
-    """Write a model, as `huggingface.to_hugging_face` returns it, and its `gguf_fields` to the new
-    file `path`. With another `dtype` of `DTYPES`, matrices are in that type; vectors and the
-    embeddings of positions stay float32. Rows that q8_0 cannot divide by 32 are float16."""
-    gguf = the_package()
+    """Write a model, as returned by `huggingface.to_hugging_face`, and its `gguf_fields` to `path`.
+
+    `dtype`, a key of `DTYPES`, is the type of the matrices. Vectors and position embeddings are
+    float32. With q8_0, matrices whose rows are not divisible by 32 are float16.
+    """
+    gguf = import_gguf()
     is_gpt2 = theirs["model_type"] == "gpt2"
     arch = gguf.MODEL_ARCH.GPT2 if is_gpt2 else gguf.MODEL_ARCH.QWEN3
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -72,7 +73,7 @@ def write_gguf(path, theirs, weights, fields, dtype="float32"):
 
 
 def gpt2_sizes(theirs):
-    """Sizes of a GPT-2 by the names of the writer's methods."""
+    """{method of the writer: value} for the sizes of a GPT-2."""
     return {
         "add_block_count": theirs["n_layer"],
         "add_context_length": theirs["n_positions"],
@@ -99,17 +100,17 @@ def qwen3_sizes(theirs):
 
 
 def bpe_fields(tokenizer, gguf):
-    """The vocabulary of a tokenizer with an end of text, as a byte-pair encoding: bytes have no
-    merges, and those of characters build each from its bytes. llama.cpp leaves out characters that
-    are not in the vocabulary."""
+    """The vocabulary of a tokenizer with an end-of-text, as a byte-pair encoding. A byte tokenizer
+    has no merges; those of a character tokenizer build each character from its bytes. llama.cpp
+    drops characters outside the vocabulary."""
     tokens, merges = as_letters(tokenizer)
-    # llama.cpp wants a merge. The byte 255, here twice, is in no text in UTF-8.
+    # llama.cpp requires a merge; the byte 255 does not occur in UTF-8
     merges = merges or [("ÿ", "ÿ")]
     types = [gguf.TokenType.NORMAL] * len(tokens)
     types[tokenizer.eot] = gguf.TokenType.CONTROL
     return [
         ("add_tokenizer_model", "gpt2"),
-        ("add_tokenizer_pre", "gpt-2"),  # the pattern by which text is cut
+        ("add_tokenizer_pre", "gpt-2"),  # the pattern that splits text
         ("add_token_list", tokens),
         ("add_token_types", types),
         ("add_token_merges", [" ".join(pair) for pair in merges]),
@@ -121,31 +122,31 @@ def bpe_fields(tokenizer, gguf):
 
 
 def trie_fields(tokenizer, gguf):
-    """The vocabulary of characters without an end of text. llama.cpp's byte-pair encoding takes the
-    id 11 for a missing one and would stop there; its tokenizer for RWKV (the longest token that
-    matches) needs none. There, a character that is not in the vocabulary is an error."""
+    """The vocabulary of a character tokenizer without an end-of-text, for llama.cpp's RWKV
+    tokenizer, which takes the longest matching token. llama.cpp's byte-pair encoding would take the
+    id 11 as end-of-text and stop there. Characters outside the vocabulary are an error."""
     tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     return [
         ("add_tokenizer_model", "rwkv"),
-        ("add_token_list", [repr(token)[2:-1] for token in tokens]),  # escaped as Python does
+        ("add_token_list", [repr(token)[2:-1] for token in tokens]),  # with Python's escapes
         ("add_token_types", [gguf.TokenType.NORMAL] * len(tokens)),
         ("add_add_bos_token", False),
     ]
 
 
 def is_gguf_export(path):
-    """Whether the file at `path` is what `write_gguf` wrote."""
-    gguf = the_package()
+    """Whether the file `path` was written by `write_gguf`."""
+    gguf = import_gguf()
     try:
         return path.is_file() and WRITER in gguf.GGUFReader(path).fields
     except (OSError, ValueError, IndexError, KeyError):
         return False
 
 
-def the_package():
+def import_gguf():
     try:
         import gguf
     except ImportError as error:
         raise UserError("a GGUF file needs the package gguf: pip install gguf") from error
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of every key
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it logs every key
     return gguf

@@ -1,8 +1,8 @@
-"""GPT-2 in Hugging Face's terms: config, weight names and shapes, both ways.
+"""Convert between our classic model and Hugging Face's `GPT2LMHeadModel`.
 
-A classic model is a `GPT2LMHeadModel` with the same weight names, which nanoGPT took over. Two
-things differ: files of the hub leave the prefix `transformer.` out, and its linear layers
-("Conv1D") store weights as (inputs, outputs), where `nn.Linear` has (outputs, inputs).
+The weight names are the same, as nanoGPT took them from there, except that files on the hub omit
+the prefix `transformer.`. Hugging Face's linear layers ("Conv1D") store weights as (inputs,
+outputs), `nn.Linear` as (outputs, inputs).
 """
 
 from dataclasses import asdict
@@ -13,12 +13,12 @@ from brisk.errors import UserError
 from brisk.interop.foreign_config import WEIGHT_FILES, Key, only, read_config, size
 
 NAME, MODEL_TYPE = "GPT-2", "gpt2"
-GELUS = {  # its name of an activation: our GPTConfig.gelu
+GELUS = {  # their name of an activation: our GPTConfig.gelu
     "gelu_new": "tanh",
     "gelu_pytorch_tanh": "tanh",
     "gelu": "none",
 }
-CONFIG = {  # the keys of its config that decide what is computed; defaults are transformers'
+CONFIG = {  # the keys of its config that affect the computation, with transformers' defaults
     "vocab_size": size(50257),
     "n_positions": size(1024, alias="max_position_embeddings"),
     "n_embd": size(768, alias="hidden_size"),
@@ -35,13 +35,13 @@ CONFIG = {  # the keys of its config that decide what is computed; defaults are 
 }
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-# The fields of a GPTConfig that a GPT-2 computes with these values only.
+# The values that these fields of GPTConfig must have.
 FIELDS = {"position": "learned", "norm": "layer", "qk_norm": False, "mlp": "gelu", "ngrams": 1}
 
 
 def import_config(theirs, source):
-    """Arguments of `GPTConfig` for a GPT-2's config (a dict). Raises `UserError`, which begins
-    with `source`, for a config that is invalid or that our model does not compute."""
+    """Convert a config (a dict) to arguments of `GPTConfig`. Raises `UserError`, prefixed with
+    `source`, for an invalid or unsupported config."""
     config = read_config(theirs, CONFIG, source)
     n_embd, n_head = config["n_embd"], config["n_head"]
     if n_embd % n_head != 0:
@@ -61,7 +61,7 @@ def import_config(theirs, source):
 
 
 def import_weights(weights, config_args, source):
-    """A GPT-2's weights under our names and in our shapes."""
+    """Convert weights to our names and shapes."""
     state = {}
     for name, weight in weights.items():
         if not name.startswith(("transformer.", "lm_head.")):
@@ -72,7 +72,7 @@ def import_weights(weights, config_args, source):
 
 
 def export_config(config):
-    """A GPT-2's config (a dict) for our `GPTConfig`."""
+    """Convert our `GPTConfig` to a config (a dict)."""
     names = {ours: theirs for theirs, ours in reversed(GELUS.items())}
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -93,7 +93,7 @@ def export_config(config):
 
 
 def export_weights(config, state):
-    """Our weights as a GPT-2 has them; biases that the model does not have are zero there."""
+    """Convert our weights. Missing biases become zeros."""
     weights = {}
     for name, shape in weight_shapes(**asdict(config)).items():
         if name in state:
@@ -104,12 +104,12 @@ def export_weights(config, state):
 
 
 def transpose_conv1d(name, weight):
-    """`weight` as the other side stores it: a linear layer's transposed. Its own inverse."""
+    """Transpose the weight of a linear layer, in either direction. Others are unchanged."""
     return weight.t() if name.endswith(CONV1D) and weight.dim() == 2 else weight
 
 
 def weight_shapes(n_layer, n_embd, vocab_size, block_size, mlp_width=0, **args):
-    """Shape of each weight of a GPT-2 with biases, by our names, for arguments of `GPTConfig`."""
+    """{our name: shape} of each weight of a GPT-2 with biases, for arguments of `GPTConfig`."""
     C, width = n_embd, mlp_width or 4 * n_embd
     block = {
         "ln_1.weight": (C,),
@@ -118,7 +118,7 @@ def weight_shapes(n_layer, n_embd, vocab_size, block_size, mlp_width=0, **args):
         "ln_2.weight": (C,),
         "mlp.c_fc.weight": (width, C),
         "mlp.c_proj.weight": (C, width),
-    }  # and a bias for each row, or channel
+    }  # and a bias for each output channel
     block |= {name.replace("weight", "bias"): shape[:1] for name, shape in block.items()}
     return {
         "transformer.wte.weight": (vocab_size, C),

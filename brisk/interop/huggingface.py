@@ -1,7 +1,6 @@
-"""Models in Hugging Face directories, and GPT-2 on its hub: reading them, and writing them.
+"""Import and export models in Hugging Face format.
 
-The families are `brisk/interop/gpt2.py` and `brisk/interop/qwen3.py`; files of weights are read in
-`brisk/interop/weight_files.py`.
+Each supported model family has a file: `brisk/interop/gpt2.py` and `brisk/interop/qwen3.py`.
 """
 
 import json
@@ -22,31 +21,30 @@ from brisk.interop.weight_files import read_folder, read_json, read_weights
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FAMILIES = (gpt2, qwen3)
-WRITER = {"format": "pt", "writer": "briskGPT"}  # tells an export of ours, untouched, from others
+WRITER = {"format": "pt", "writer": "briskGPT"}  # metadata by which `is_export` finds our exports
 
 
 def load_pretrained(name_or_directory):
-    """GPT-2 from the Hugging Face hub (or its cache on this machine), or GPT-2 or Qwen3 from a
-    directory.
+    """Load GPT-2 from the Hugging Face hub or its local cache, or GPT-2 or Qwen3 from a directory.
 
     Args:
         name_or_directory: one of `GPT2_NAMES`, or a directory with `config.json` and
-            `model.safetensors` or `pytorch_model.bin`, in shards too.
+            `model.safetensors` or `pytorch_model.bin`, possibly in shards.
 
     Returns:
-        (config_args, state_dict): arguments of `GPTConfig`, and float32 weights under our names,
-        a tied one under both of its own.
+        (config_args, state_dict): arguments of `GPTConfig`, and float32 weights under our names. A
+        tied weight is under both of its names.
 
     Raises:
-        UserError: neither a name nor a directory, nothing to be had from the hub, or a network
-            that our model does not compute exactly.
+        UserError: neither a known name nor a directory, a failed download, or an architecture that
+            our model does not reproduce exactly.
     """
     folder = Path(name_or_directory)
     from_hub = name_or_directory in GPT2_NAMES and not (folder / "config.json").exists()
     if not from_hub and not folder.is_dir():
         known = ", ".join(GPT2_NAMES)
         near = did_you_mean(str(folder), GPT2_NAMES)
-        raise UserError(f"{folder} is no directory and none of {known}{near}")
+        raise UserError(f"{folder} is not a directory or one of {known}{near}")
 
     def find(file):
         return hub_file(name_or_directory, file) if from_hub else folder / file
@@ -57,59 +55,59 @@ def load_pretrained(name_or_directory):
 
 
 def to_config_args(theirs, source):
-    """Arguments of `GPTConfig` for their config (a dict). Raises `UserError` that names the key
-    which is invalid or which our model does not compute."""
+    """Convert a Hugging Face config (a dict) to arguments of `GPTConfig`. Raises `UserError` for an
+    invalid or unsupported key."""
     if not isinstance(theirs, dict):
-        raise UserError(f"{source}: its config.json holds no config of a model")
+        raise UserError(f"{source}: its config.json is not a model config")
     model_type = theirs.get("model_type")
     for family in FAMILIES:
         if model_type == family.MODEL_TYPE:
             return family.import_config(theirs, source)
     known = " or ".join(family.MODEL_TYPE for family in FAMILIES)
-    raise UserError(f"{source}: its config says model_type={shown(model_type)}, wanted: {known}")
+    raise UserError(f"{source}: its config has model_type={shown(model_type)}; expected {known}")
 
 
 def to_state_dict(weights, config_args, source):
-    """Their weights under our names, checked against the shapes that the config asks for."""
+    """Convert weights to our names and check their shapes against the config."""
     family = qwen3 if config_args.get("position") == "rotary" else gpt2
-    if config_args["n_layer"] > len(weights):  # before a claim of a billion is believed
-        claim = f"its config says {config_args['n_layer']} layers"
-        raise UserError(f"{source}: {claim}, its files have {len(weights)} weights")
+    if config_args["n_layer"] > len(weights):  # a forged config may claim a billion layers
+        claim = f"its config has {config_args['n_layer']} layers"
+        raise UserError(f"{source}: {claim}, but its files have {len(weights)} weights")
     state = family.import_weights(weights, config_args, source)
     state = {name: weight.float().contiguous() for name, weight in state.items()}
     if config_args["tied"]:
         tied = state.get("transformer.wte.weight")
         if tied is not None and not torch.equal(state.setdefault("lm_head.weight", tied), tied):
-            raise UserError(f"{source}: its head is not tied to its embeddings, this model's is")
+            raise UserError(f"{source}: its config ties head and embeddings, but they differ")
         state["lm_head.weight"] = tied
     shapes = family.weight_shapes(**config_args)
-    if odd := sorted(shapes.keys() ^ state.keys()):
-        what = "has no" if odd[0] in shapes else f"has a weight unknown to {family.NAME},"
-        raise UserError(f"{source} {what} {odd[0]} ({len(odd)} such weights)")
+    if wrong := sorted(shapes.keys() ^ state.keys()):
+        problem = "has no" if wrong[0] in shapes else f"has a weight unknown to {family.NAME}:"
+        raise UserError(f"{source} {problem} {wrong[0]} ({len(wrong)} such weights)")
     for name, weight in state.items():
         if weight.shape != shapes[name]:
-            found, wanted = tuple(weight.shape), tuple(shapes[name])
-            raise UserError(f"{source}: {name} is {found}, its config asks for {wanted}")
+            found, expected = tuple(weight.shape), tuple(shapes[name])
+            raise UserError(f"{source}: {name} is {found}, but its config implies {expected}")
     return state
 
 
 def to_hugging_face(config, state, vocab_size):
-    """Their config (a dict) and weights for our model; the inverse of the way in.
+    """Convert our model to a Hugging Face config (a dict) and weights.
 
     Args:
         config: the model's `GPTConfig`.
         state: its weights under our names.
-        vocab_size: rows of the vocabulary that are kept; those beyond only pad it.
+        vocab_size: rows of the vocabulary to keep; the others are padding.
 
-    Raises `UserError` that names the fields of a model which neither GPT-2 nor Qwen3 computes.
+    Raises `UserError` if neither GPT-2 nor Qwen3 has this architecture.
     """
     family = qwen3 if config.position == "rotary" else gpt2
     computed = family.FIELDS if family is qwen3 else {**family.FIELDS, "n_kv_head": config.n_head}
     found = {**asdict(config), "n_kv_head": config.kv_heads}
-    if odd := [key for key in computed if found[key] != computed[key]]:
-        ours, wanted = (", ".join(f"{k}={args[k]}" for k in odd) for args in (found, computed))
+    if wrong := [key for key in computed if found[key] != computed[key]]:
+        ours, theirs = (", ".join(f"{k}={args[k]}" for k in wrong) for args in (found, computed))
         raise UserError(
-            f"other programs cannot run this model: it has {ours} where {family.NAME} has {wanted}"
+            f"other programs cannot run this model: it has {ours} where {family.NAME} has {theirs}"
         )
     config = replace(config, vocab_size=vocab_size)
     rows = ("transformer.wte.weight", "lm_head.weight")
@@ -121,13 +119,13 @@ def to_hugging_face(config, state, vocab_size):
 
 
 def directory_files(theirs, tokenizer):
-    """The contents (text), by name, of the files of a directory beside the weights.
+    """Return {name: text} of the files in a Hugging Face directory except the weights.
 
-    Raises `UserError` where the tokenizer cannot be written exactly.
+    Raises `UserError` if the tokenizer cannot be converted exactly.
     """
     block_size = theirs.get("n_positions") or theirs["max_position_embeddings"]
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
-    # A text ends where the context does, unless the caller says how many tokens it wants.
+    # without max_new_tokens, transformers' default would end a text after 20 tokens
     generation = {**ends, "max_length": block_size}
     return {
         **tokenizer_files(tokenizer, block_size),
@@ -137,24 +135,24 @@ def directory_files(theirs, tokenizer):
 
 
 def write_directory(folder, files, weights):
-    """Write a model's weights, as `to_hugging_face` returns them, and its `directory_files` to an
-    empty `folder`. Raises `UserError` where the disk does not take it."""
+    """Write the weights that `to_hugging_face` returns, and the `directory_files`, to an empty
+    `folder`. Raises `UserError` if writing fails."""
     path = folder / "model.safetensors"
     try:
         for name, text in files.items():
             (folder / name).write_text(f"{text}\n", encoding="utf-8")
         save_file(weights, path, metadata=WRITER)
-        shutil.copymode(folder / "config.json", path)  # safetensors lets nobody else read it
+        shutil.copymode(folder / "config.json", path)  # safetensors creates it with mode 600
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"could not write to {folder}: {reason}") from error
     if saved.keys() != weights.keys() or any(not saved[k].equal(w) for k, w in weights.items()):
-        raise UserError(f"{path} reads back otherwise than it was written; is the disk in order?")
+        raise UserError(f"{path} differs from what was written; check the disk")
 
 
 def is_export(folder):
-    """Whether `folder` is what `write_directory` wrote, nothing else in it."""
+    """Whether `folder` was written by `write_directory` and has no other files."""
     names = {"config.json", "generation_config.json", "model.safetensors"}
     names |= {"tokenizer.json", "tokenizer_config.json"}
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != names:
@@ -167,18 +165,16 @@ def is_export(folder):
 
 
 def hub_file(name, file):
-    """Path of a hub model's file in the local cache, downloaded if it is not there yet."""
+    """Path of a file of a hub model in the local cache, downloaded if necessary."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; told in one line
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warnings about retries
     try:
         try:
             return Path(hf_hub_download(name, file, local_files_only=True))
         except LocalEntryNotFoundError:
             return Path(hf_hub_download(name, file))
-    except Exception as error:  # each of the hub's transports has errors of its own
-        remedy = "connect to the network, or name a directory that holds the model's files"
-        raise UserError(
-            f"{file} of {name} is not on this machine nor to be had: {remedy}"
-        ) from error
+    except Exception as error:  # each of the hub's transports raises different exceptions
+        remedy = "connect to the network, or name a directory with the model's files"
+        raise UserError(f"cannot download {file} of {name}; {remedy}") from error

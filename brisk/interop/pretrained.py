@@ -1,5 +1,4 @@
-"""A trained model, by whatever `init_from` names: the run in `out_dir`, a checkpoint file, GPT-2,
-or a Hugging Face directory."""
+"""Load a trained model from a run, a checkpoint file, GPT-2, or a Hugging Face directory."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,18 +15,19 @@ from brisk.interop.tokenizer_json import read_tokenizer
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The parts of a trained model."""
+    """A trained model and its tokenizer."""
 
-    checkpoint: dict  # with `model_args`, of GPTConfig, and `model`, the state dict on the CPU
+    checkpoint: dict  # `model_args` for GPTConfig, and `model`, the state dict on the CPU
     tokenizer: object
-    settings: dict  # of the run that trained it; empty for GPT-2 and directories
+    settings: dict  # of the training run; empty for GPT-2 and directories
 
 
 def read_pretrained(init_from, out_dir):
-    """The `Pretrained` that `init_from` names; the run in `out_dir` where that is "resume".
+    """Load a `Pretrained` from `init_from`: "resume" for the run in `out_dir`, a checkpoint file, a
+    name of GPT-2, or a Hugging Face directory.
 
-    Prints what was read. Raises `UserError` for a name that is none of these, a damaged file, or
-    a tokenizer that does not belong to the model.
+    Prints the source. Raises `UserError` for any other name, a damaged file, or a tokenizer that
+    does not match the model.
     """
     if init_from == "resume":
         init_from = best_checkpoint(out_dir)
@@ -42,33 +42,33 @@ def read_pretrained(init_from, out_dir):
     else:
         names = ["resume", *GPT2_NAMES]
         raise UserError(
-            f"init_from={init_from} is no checkpoint file, no directory and none of "
+            f"init_from={init_from} is not a checkpoint file, a directory, or one of "
             f"{', '.join(names)}{did_you_mean(init_from, names)}"
         )
     rows = checkpoint["model_args"]["vocab_size"]
     if tokenizer.vocab_size > rows:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {rows}"
-        remedy = "put the data set's meta.json or meta.pkl in its folder"
-        raise UserError(f"the tokenizer has {sizes}: they do not belong together; {remedy}")
+        sizes = f"{tokenizer.vocab_size} tokens, but the model has {rows}"
+        remedy = "copy the data set's meta.json or meta.pkl to its folder"
+        raise UserError(f"the tokenizer has {sizes}; {remedy}")
     return Pretrained(checkpoint, tokenizer, checkpoint.get("config", {}))
 
 
 def read_model(source):
-    """A dict with the `model_args` and the state dict `model` of the model that `source` names: a
-    checkpoint file, with all its entries, GPT-2, or a Hugging Face directory."""
+    """Load the checkpoint file, GPT-2 or Hugging Face directory `source` as a checkpoint dict with
+    at least `model_args` and the state dict `model`."""
     if Path(source).is_file():
         return load_checkpoint(source)
     model_args, weights = load_pretrained(source)
     parts = {"model_args": model_args, "model": weights}
     if Path(source).is_dir():
-        with suppress(UserError):  # one that cannot be read here cannot be compared either
+        with suppress(UserError):  # the tokenizer may be of an unsupported kind
             if own := read_tokenizer(source):
                 parts["tokenizer"] = own.to_dict()
     return parts
 
 
 def tokenizer_of(checkpoint):
-    """The tokenizer inside a checkpoint, else that of its data set, else GPT-2's."""
+    """The tokenizer in a checkpoint, else that of its data set, else GPT-2's."""
     if checkpoint.get("tokenizer"):
         return from_dict(checkpoint["tokenizer"])
     settings = checkpoint.get("config", {})

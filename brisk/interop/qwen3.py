@@ -1,7 +1,6 @@
-"""Qwen3 in Hugging Face's terms: config, weight names and shapes, both ways.
+"""Convert between our modern model (config/model/modern.py) and Hugging Face's `Qwen3ForCausalLM`.
 
-A modern model (config/model/modern.py) is a `Qwen3ForCausalLM`, which has names of its own, and
-queries, keys and values in three matrices where ours are one.
+Weight names differ, and queries, keys and values are three matrices there but one here.
 """
 
 from dataclasses import replace
@@ -13,12 +12,12 @@ from brisk.interop.foreign_config import WEIGHT_FILES, Key, only, read_config, s
 
 NAME, MODEL_TYPE = "Qwen3", "qwen3"
 
-THETA = Key(float, 10000.0, low=1e-6, high=1e30)  # in these bounds float32 has all of its powers
+THETA = Key(float, 10000.0, low=1e-6, high=1e30)  # its powers must not overflow float32
 
-# The fields of a GPTConfig that a Qwen3 computes with these values only.
+# The values that these fields of GPTConfig must have.
 FIELDS = {"position": "rotary", "norm": "rms", "qk_norm": True, "mlp": "swiglu", "ngrams": 1}
 FIELDS |= {"bias": False}
-CONFIG = {  # the keys of its config that decide what is computed; defaults are transformers'
+CONFIG = {  # the keys of its config that affect the computation, with transformers' defaults
     "vocab_size": size(),
     "max_position_embeddings": size(),
     "hidden_size": size(),
@@ -40,7 +39,7 @@ CONFIG = {  # the keys of its config that decide what is computed; defaults are 
     **WEIGHT_FILES,
 }
 ROPE = {"rope_type": only("default"), "rope_theta": replace(THETA, default=None)}
-BLOCK = {  # our name of a weight: theirs, one above another where ours is one matrix
+BLOCK = {  # our name of a weight: their names, concatenated along the rows in ours
     "ln_1": ("input_layernorm",),
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.q_norm": ("self_attn.q_norm",),
@@ -54,22 +53,22 @@ BLOCK = {  # our name of a weight: theirs, one above another where ours is one m
 
 
 def import_config(theirs, source):
-    """Arguments of `GPTConfig` for a Qwen3's config (a dict). Raises `UserError`, which begins
-    with `source`, for a config that is invalid or that our model does not compute."""
+    """Convert a config (a dict) to arguments of `GPTConfig`. Raises `UserError`, prefixed with
+    `source`, for an invalid or unsupported config."""
     config = read_config(theirs, CONFIG, source)
     n_embd, n_head = config["hidden_size"], config["num_attention_heads"]
     head_dim, n_layer = config["head_dim"], config["num_hidden_layers"]
     n_kv_head = config["num_key_value_heads"] or n_head
     if n_head * head_dim != n_embd or head_dim % 2 != 0:
         sizes = f"hidden_size={n_embd}, num_attention_heads={n_head}, head_dim={head_dim}"
-        raise UserError(f"{source}: {sizes}; wanted: their quotient as head_dim, and even")
+        raise UserError(f"{source}: {sizes}; expected an even head_dim equal to their quotient")
     if n_head % n_kv_head != 0:
         sizes = f"num_attention_heads={n_head} is not divisible by num_key_value_heads={n_kv_head}"
         raise UserError(f"{source}: {sizes}")
     layers = config["layer_types"]
     if layers is not None and not layers.count("full_attention") == len(layers) == n_layer:
         types = f"full_attention for each of {n_layer} layers"
-        raise UserError(f"{source}: its config says layer_types={shown(layers)}, wanted: {types}")
+        raise UserError(f"{source}: its config has layer_types={shown(layers)}; expected {types}")
     return dict(
         block_size=config["max_position_embeddings"],
         vocab_size=config["vocab_size"],
@@ -85,24 +84,23 @@ def import_config(theirs, source):
 
 
 def rope_theta(config, source):
-    """Base of the rotary angles. transformers 5 has one entry for all of the rotary position;
-    before, there were two. Where old and new are there, transformers takes the old one alone."""
+    """Base of the rotary angles. transformers 5 replaced the keys rope_theta and rope_scaling by
+    rope_parameters; if both are present, transformers uses rope_scaling."""
     theta = config["rope_theta"]
     for name in ("rope_parameters", "rope_scaling"):
         if rope := config[name]:
             rope = {"rope_type": rope.get("type", "default"), **rope}
             known = read_config(rope, ROPE, f"{source}: {name}")
             further = [key for key in rope if key not in (*ROPE, "type") and rope[key] is not None]
-            if further:  # one object for each type of layer, or a setting of some scaling
+            if further:  # parameters for each type of layer, or of a scaling method
                 unknown = f"{shown(further[0])} in {name}"
-                raise UserError(f"{source}: its config has {unknown}, which is not computed here")
+                raise UserError(f"{source}: its config has {unknown}, which is not supported")
             theta = known["rope_theta"] or config["rope_theta"]
     return theta
 
 
 def import_weights(weights, config_args, source):
-    """A Qwen3's weights under our names; a name that a Qwen3 with these arguments of `GPTConfig`
-    does not have stays as it is."""
+    """Convert weights to our names. Unknown weights keep theirs."""
     weights, state = dict(weights), {}
     n_embd, head_dim = config_args["n_embd"], config_args["n_embd"] // config_args["n_head"]
     heads = [config_args[key] for key in ("n_head", "n_kv_head", "n_kv_head")]
@@ -112,14 +110,14 @@ def import_weights(weights, config_args, source):
             continue
         for n, (name, part) in zip(heads, parts.items(), strict=False):  # queries, keys, values
             if len(parts) > 1 and part.shape != (n * head_dim, n_embd):
-                found, wanted = tuple(part.shape), (n * head_dim, n_embd)
-                raise UserError(f"{source}: {name} is {found}, its config asks for {wanted}")
+                found, expected = tuple(part.shape), (n * head_dim, n_embd)
+                raise UserError(f"{source}: {name} is {found}, but its config implies {expected}")
         state[ours] = torch.cat(list(parts.values())) if len(parts) > 1 else parts[theirs[0]]
     return {**weights, **state}
 
 
 def export_config(config):
-    """A Qwen3's config (a dict) for our `GPTConfig`."""
+    """Convert our `GPTConfig` to a config (a dict)."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -133,7 +131,7 @@ def export_config(config):
         "intermediate_size": config.hidden_width,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
-        "rope_theta": config.rope_theta,  # for what is older than transformers 5
+        "rope_theta": config.rope_theta,  # for programs older than transformers 5
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
         "attention_dropout": config.dropout,
@@ -143,7 +141,7 @@ def export_config(config):
 
 
 def export_weights(config, state):
-    """Our weights under a Qwen3's names."""
+    """Convert our weights to Qwen3's names."""
     weights, heads = {}, (config.n_head, config.kv_heads, config.kv_heads)
     for ours, theirs in weight_names(config.n_layer).items():
         if ours in state:
@@ -153,7 +151,7 @@ def export_weights(config, state):
 
 
 def weight_names(n_layer):
-    """Our name of each weight of a Qwen3: their names of its parts."""
+    """{our name: tuple of their names} of each weight."""
     names = {"transformer.wte.weight": ("model.embed_tokens.weight",)}
     for i in range(n_layer):
         for ours, theirs in BLOCK.items():
@@ -165,7 +163,7 @@ def weight_names(n_layer):
 
 
 def weight_shapes(n_layer, n_head, n_kv_head, n_embd, vocab_size, mlp_width, **args):
-    """Shape of each weight of a Qwen3, by our names, for arguments of `GPTConfig`."""
+    """{our name: shape} of each weight, for arguments of `GPTConfig`."""
     C, head_dim, width = n_embd, n_embd // n_head, mlp_width
     block = {
         "ln_1.weight": (C,),

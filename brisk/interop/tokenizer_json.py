@@ -1,8 +1,8 @@
-"""Our tokenizers as other programs read them: Hugging Face's `tokenizer.json`, tables of tokens.
+"""Convert tokenizers to and from Hugging Face's `tokenizer.json`.
 
-Both write bytes as the letters of `byte_alphabet`, and a byte-pair encoding as a list of merges,
-a pair of tokens each, where tiktoken has the rank of each token. A tokenizer that cannot be
-written so that it gives the same ids for every text is refused.
+There, bytes are represented by the characters of `byte_alphabet`, and a byte-pair encoding by a
+list of merges, instead of tiktoken's token ranks. Only tokenizers that give the same ids for every
+text are converted.
 """
 
 import json
@@ -17,15 +17,15 @@ LETTERS = {byte: letter for letter, byte in byte_alphabet().items()}
 
 
 def tokenizer_files(tokenizer, block_size):
-    """The contents (text) of the tokenizer's files in a Hugging Face directory, by name.
+    """Return {name: text} of the tokenizer's files in a Hugging Face directory.
 
-    Raises `UserError` where it cannot be written exactly.
+    Raises `UserError` if the tokenizer cannot be converted exactly.
     """
     marks = ("bos_token", "eos_token", "pad_token") if tokenizer.eot is not None else ()
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,  # it would change the text
+        "clean_up_tokenization_spaces": False,  # True would change decoded text
         **dict.fromkeys(marks, EOT),
     }
     return {
@@ -35,8 +35,8 @@ def tokenizer_files(tokenizer, block_size):
 
 
 def to_tokenizers(tokenizer):
-    """The same tokenizer as a `tokenizers.Tokenizer`. A literal <|endoftext|> becomes the id `eot`,
-    as with `allow_eot=True`; a character that it does not know is an error there too."""
+    """Convert to a `tokenizers.Tokenizer`. It encodes a literal <|endoftext|> as the id `eot`, as
+    with `allow_eot=True`. Raises `UserError` if it cannot be converted exactly."""
     try:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
@@ -51,7 +51,7 @@ def to_tokenizers(tokenizer):
         tokens, merges = as_letters(tokenizer)
         ids = {token: i for i, token in enumerate(tokens) if i != tokenizer.eot}
         built = Tokenizer(models.BPE(ids, merges))
-        # Its own pattern is GPT2_PATTERN; for bytes any would do, as nothing is merged.
+        # ByteLevel uses GPT2_PATTERN; for bytes the pattern does not matter, as there are no merges
         built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         built.decoder = decoders.ByteLevel()
     if tokenizer.eot is not None:
@@ -60,9 +60,9 @@ def to_tokenizers(tokenizer):
 
 
 def read_tokenizer(folder):
-    """The tokenizer in a Hugging Face directory, None where it has no `tokenizer.json`.
+    """Read the tokenizer of a Hugging Face directory. Returns None without a `tokenizer.json`.
 
-    Raises `UserError` for one that is none of ours: it has to be written as `to_tokenizers` does.
+    Raises `UserError` unless it has the form that `to_tokenizers` writes.
     """
     path = Path(folder, "tokenizer.json")
     if not path.exists():
@@ -77,20 +77,21 @@ def read_tokenizer(folder):
         elif not theirs["model"]["merges"]:
             ours = ByteTokenizer()
         else:
-            ours = of_letters(tokens, eot)
+            ours = from_letters(tokens, eot)
         written = json.loads(to_tokenizers(ours).to_str())
-        exact = parts_that_count(written) == parts_that_count(theirs)
+        exact = relevant_parts(written) == relevant_parts(theirs)
     except UserError:
         raise
-    except Exception as error:  # of JSON, of what is in it, and of the tokenizers library
+    except Exception as error:  # invalid JSON or contents; the tokenizers library raises anything
         raise UserError(f"cannot read the tokenizer {path} ({error!r})") from error
     if not exact:
-        raise UserError(f"{path} cuts text in a way that none of the tokenizers here does")
+        raise UserError(f"{path} splits text in a way that is not supported")
     return ours
 
 
-def of_letters(tokens, eot):
-    """The byte-pair encoding of these tokens, in letters and in the order of their ids."""
+def from_letters(tokens, eot):
+    """Build a byte-pair encoding from tokens in letters of `byte_alphabet`, in order of their ids.
+    `eot`: append <|endoftext|>."""
     alphabet = byte_alphabet()
     raw = [bytes(alphabet[letter] for letter in token) for token in tokens]
     encoding = tiktoken().Encoding(
@@ -102,8 +103,8 @@ def of_letters(tokens, eot):
     return BPETokenizer(encoding)
 
 
-def parts_that_count(theirs):
-    """What of a `tokenizer.json` decides about ids, the same however old the file."""
+def relevant_parts(theirs):
+    """The parts of a `tokenizer.json` that affect ids, in a form independent of its version."""
     model, cut = theirs["model"], theirs["pre_tokenizer"] or {}
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
     ids = {token["content"]: token["id"] for token in theirs["added_tokens"]} | model["vocab"]
@@ -113,33 +114,33 @@ def parts_that_count(theirs):
 
 
 def check_exact(tokenizer):
-    """Raise `UserError` for a tokenizer that others do not have exactly."""
+    """Raise `UserError` for a tokenizer that cannot be converted exactly."""
     kind = tokenizer.kind
     if kind == "word":
         raise UserError(
-            "a word tokenizer leaves out what is between words, and no other program's cuts text "
-            "as it does; train on another to export: --tokenizer=bpe or char"
+            "a word tokenizer cannot be exported, as other programs have none like it; train with "
+            "another: --tokenizer=bpe or char"
         )
     if kind == "char":
         codes = {ord(character) for character in tokenizer.characters}
         if len(codes) < len(tokenizer.characters) or any(0xD800 <= c < 0xE000 for c in codes):
-            raise UserError("the vocabulary has a character twice, or half of a surrogate pair")
+            raise UserError("the vocabulary has a duplicate character or a surrogate")
     elif kind == "bpe":
         encoding = tokenizer.encoding
         specials = {EOT: encoding.n_vocab - 1} if tokenizer.eot is not None else {}
         if encoding._pat_str not in GPT2_PATTERNS:
-            raise UserError(f"the tokenizer {encoding.name} cuts text otherwise than GPT-2's")
+            raise UserError(f"the tokenizer {encoding.name} has a pattern other than GPT-2's")
         if encoding._special_tokens != specials:
-            raise UserError(f"the tokenizer {encoding.name} has other special tokens than {EOT}")
+            raise UserError(f"the tokenizer {encoding.name} has special tokens other than {EOT}")
 
 
 def as_letters(tokenizer):
-    """(tokens, merges): each token's bytes in letters (end-of-text as it is), in the order of their
-    ids; and the merges that make them, most urgent first, as pairs of letters.
+    """Return (tokens, merges): the bytes of each token in letters of `byte_alphabet`, in order of
+    their ids (end-of-text unchanged), and the pairs to merge, in order of priority.
 
-    A character's bytes are merged from the first to the last. No byte of UTF-8 that begins a
-    character goes on with another, so merging makes whole characters, whatever is beside them;
-    what lies between a first byte and a whole character needs no id.
+    The bytes of a character are merged from first to last. In UTF-8 a first byte never continues
+    another character, so merging yields whole characters in any context; the intermediate
+    sequences need no id.
     """
     raw = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     tokens = [in_letters(token) for token in raw]
@@ -161,16 +162,16 @@ def in_letters(token):
 
 
 def last_merge(token, ranks):
-    """The two tokens that `token` (bytes) is merged from, as bytes; None for a single byte.
+    """Return the two tokens that merge to `token` (all in bytes), or None for a single byte.
 
-    They are what its bytes become by the merges more urgent than its own: of all pairs in it that
-    are tokens, the one of the lowest rank is merged first, the leftmost of equal ones.
+    They result from applying all merges of lower rank to the bytes of the token: lowest rank first,
+    and of equal ranks the leftmost.
     """
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [left + right for left, right in pairwise(parts)]
         first = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
         if ranks.get(pairs[first], len(ranks)) >= ranks[token]:
-            raise UserError(f"the tokenizer has a token that no merge makes: {token!r}")
+            raise UserError(f"the tokenizer has a token that no merge produces: {token!r}")
         parts[first : first + 2] = [pairs[first]]
     return tuple(parts) if len(parts) == 2 else None

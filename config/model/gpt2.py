@@ -1,6 +1,6 @@
-# The size of gpt2, 124M parameters, for any other config:
+# the size of gpt2 (124M parameters), to combine with another config:
 # python train.py config/train_gpt2.py config/model/gpt2.py              # from scratch
-# python train.py config/finetune_shakespeare.py config/model/gpt2.py  # OpenAI's, finetuned
+# python train.py config/finetune_shakespeare.py config/model/gpt2.py  # finetune OpenAI's weights
 # python bench.py config/model/gpt2.py
 
 n_layer = 12

@@ -1,6 +1,6 @@
-# The size of gpt2-large, 774M parameters, for any other config:
+# the size of gpt2-large (774M parameters), to combine with another config:
 # python train.py config/train_gpt2.py config/model/gpt2_large.py              # from scratch
-# python train.py config/finetune_shakespeare.py config/model/gpt2_large.py  # OpenAI's, finetuned
+# python train.py config/finetune_shakespeare.py config/model/gpt2_large.py  # OpenAI's weights
 # python bench.py config/model/gpt2_large.py
 
 n_layer = 36

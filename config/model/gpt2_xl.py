@@ -1,6 +1,6 @@
-# The size of gpt2-xl, 1,558M parameters, for any other config:
+# the size of gpt2-xl (1558M parameters), to combine with another config:
 # python train.py config/train_gpt2.py config/model/gpt2_xl.py              # from scratch
-# python train.py config/finetune_shakespeare.py config/model/gpt2_xl.py  # OpenAI's, finetuned
+# python train.py config/finetune_shakespeare.py config/model/gpt2_xl.py  # OpenAI's weights
 # python bench.py config/model/gpt2_xl.py
 
 n_layer = 48

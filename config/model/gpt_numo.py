@@ -1,4 +1,4 @@
-# The size of gpt-numo, for words or other small sets on a CPU:
+# the size of gpt-numo, for words or other small data sets on a CPU:
 # python train.py config/train_words.py
 
 n_layer = 4

@@ -1,9 +1,9 @@
-# What came after GPT-2, in place of its parts; a function that is Qwen3's. For any other config:
+# the architecture of Qwen3, to combine with another config:
 # python train.py config/model/modern.py config/train_shakespeare_char.py
 # python bench.py config/model/modern.py
-# A config or key after it wins; add --n_kv_head=2 or --tied=False as you like. Zeros and a tied
-# head together begin above the loss of a guess, as each token foretells itself: with 768 channels
-# and GPT-2's vocabulary at about 15 nats instead of 10.8.
+# Later configs and keys override it, such as --n_kv_head=2 or --tied=False. With zero_init and a
+# tied head, each token initially predicts itself, so the initial loss is above that of a uniform
+# guess: about 15 nats instead of 10.8, with 768 channels and GPT-2's vocabulary.
 
 position = "rotary"
 norm = "rms"

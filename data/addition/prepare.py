@@ -1,9 +1,9 @@
-"""Sums such as 12+34=46, each a document: a task on which a model is right or wrong.
+"""Sums such as 12+34=46, each a document: a task with exact answers.
 
     $ python data/addition/prepare.py --digits=2
 
-A tenth of the problems is kept out of training: `val.bin` has each of them once. a+b and b+a are
-on the same side, so that an answer from validation cannot be had by swapping the summands.
+A tenth of the problems is for validation; each is in `val.bin` once. a+b and b+a are on the same
+side of the split, so no validation answer is in the training data.
 """
 
 import random
@@ -22,22 +22,22 @@ from configurator import PositiveInt, configure
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    digits: Annotated[int, (1, 9)] = 2  # of the longest summands; they start at 0
-    max_problems: PositiveInt = 100_000  # where there are more, this many are drawn from them
-    passes: PositiveInt = 10  # how often training goes through its problems, shuffled anew
-    seed: int = 1337  # of the drawing, the split and the shuffles
-    data_dir: str = ""  # where to write; beside this script if empty
+    digits: Annotated[int, (1, 9)] = 2  # maximum number of digits of a summand
+    max_problems: PositiveInt = 100_000  # if there are more, draw a random sample of this size
+    passes: PositiveInt = 10  # shuffled copies of the problems in train.bin
+    seed: int = 1337  # seed of the sample, the split and the shuffles
+    data_dir: str = ""  # output folder; if empty, the folder of this script
 
 
 def draw_problems(digits, max_problems, rng):
-    """Pairs of summands: all there are, or `max_problems` different ones."""
+    """All pairs of summands, or a random sample of `max_problems`."""
     size = 10**digits
     count = min(size**2, max_problems)
     return [divmod(number, size) for number in rng.sample(range(size**2), count)]
 
 
 def split_problems(problems, rng):
-    """A tenth of the unordered pairs for validation, with all problems made of them."""
+    """Split by unordered pair of summands, with a tenth of the pairs for validation."""
     pairs = sorted({(min(pair), max(pair)) for pair in problems})
     held_out = set(rng.sample(pairs, max(1, len(pairs) // 10)))
     splits = {"train": [], "val": []}
@@ -46,7 +46,7 @@ def split_problems(problems, rng):
     return splits
 
 
-def written(problems):
+def as_text(problems):
     return [f"{a}+{b}={a + b}" for a, b in problems]
 
 
@@ -56,12 +56,12 @@ def main(config):
     splits = split_problems(problems, rng)
     train, val = splits["train"], splits["val"]
     print(f"{len(train):,} problems to train on, {len(val):,} held out")
-    shuffled = [sum for _ in range(config.passes) for sum in written(rng.sample(train, len(train)))]
+    shuffled = [sum for _ in range(config.passes) for sum in as_text(rng.sample(train, len(train)))]
     write_dataset(
         config.data_dir or Path(__file__).parent,
         CharTokenizer(sorted("0123456789+="), eot=True),
-        {"train": shuffled, "val": written(val)},
-        f"sums of numbers of up to {config.digits} digits, seed {config.seed}",
+        {"train": shuffled, "val": as_text(val)},
+        f"sums of numbers with up to {config.digits} digits, seed {config.seed}",
         end_documents=True,
         extra={"task": "addition", "digits": config.digits},
     )

@@ -1,13 +1,13 @@
-"""Text of your own: files, folders, zip archives or a data set on the hub, in any tokens.
+"""Your own text: files, folders, zip archives or a data set on the hub, with any tokenizer.
 
     $ python data/custom/prepare.py --input=my.txt --data_dir=data/mine
     $ python data/custom/prepare.py --input=notes/,papers/*.md --tokenizer=bpe --vocab_size=4096
     $ python data/custom/prepare.py --input=posts.jsonl.gz --column=body --tokenizer=gpt2
     $ python data/custom/prepare.py --input=roneneldan/TinyStories --tokenizer=bpe
 
-Text, Markdown and source code: each file is a document; csv, json, jsonl and parquet: each row. One
-document alone is split in itself, its end for validation; many are split by a hash of their text,
-and each ends with an end-of-text token.
+A document is a file of text, Markdown or source code, or a row of csv, json, jsonl or parquet. A
+single document is split at its end. Several are split by a hash of their text, and each is followed
+by an end-of-text token.
 """
 
 import sys
@@ -24,17 +24,17 @@ from configurator import NonNegativeInt, PositiveInt, configure
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    input: str = ""  # files, folders, patterns, separated by commas, or a data set on the hub
-    tokenizer: Literal["auto", "char", "byte", "word", "bpe", "gpt2"] = "auto"  # what a token is
-    vocab_size: NonNegativeInt = 0  # of a bpe, or the most words; 0: by the size of the text
-    bpe_sample: PositiveInt = 8  # MB of training text a bpe is learned from; memory grows with it
-    min_count: PositiveInt = 2  # words that are rarer are unknown
-    column: str = ""  # where a table has its text; if empty, text, or its only one of text
-    documents: Literal["files", "lines"] = "files"  # what a document is in a text file
-    encoding: str = "auto"  # of text and csv files: utf-8, gb18030, big5, …
-    val_share: Annotated[float, (0.0001, 0.5)] = 0.1  # share of the documents for validation
-    data_dir: str = ""  # where to write; beside this script if empty
-    num_proc: NonNegativeInt = 0  # processes that tokenize; one for each core if 0
+    input: str = ""  # files, folders and patterns, separated by commas, or a data set on the hub
+    tokenizer: Literal["auto", "char", "byte", "word", "bpe", "gpt2"] = "auto"  # unit of a token
+    vocab_size: NonNegativeInt = 0  # size of a bpe, or maximum words; 0: depends on the text size
+    bpe_sample: PositiveInt = 8  # MB of text to train a bpe on; memory use grows with it
+    min_count: PositiveInt = 2  # rarer words are unknown
+    column: str = ""  # text column of a table; if empty, text, or the only text column
+    documents: Literal["files", "lines"] = "files"  # whether a text file or each line is a document
+    encoding: str = "auto"  # encoding of text and csv files: utf-8, gb18030, big5, …
+    val_share: Annotated[float, (0.0001, 0.5)] = 0.1  # fraction of the documents for validation
+    data_dir: str = ""  # output folder; if empty, the folder of this script
+    num_proc: NonNegativeInt = 0  # processes that tokenize; 0: one for each core
 
 
 def main(config):

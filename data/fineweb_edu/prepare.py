@@ -1,10 +1,10 @@
-"""FineWeb-Edu's sample of 10 billion tokens in GPT-2's: what to train GPT-2 on today.
+"""FineWeb-Edu's 10-billion-token sample with GPT-2's tokenizer: the modern data set for GPT-2.
 
     $ python data/fineweb_edu/prepare.py
-    $ python data/fineweb_edu/prepare.py --shards=2                  # the first two files of it
+    $ python data/fineweb_edu/prepare.py --shards=2                  # only the first two files
 
-Its files, about 2 GB each, are downloaded and tokenized one after another, and the download
-deleted. What is done stays done: the same command goes on after a stop, and more shards add to it.
+Downloads and tokenizes one file of about 2 GB at a time and then deletes it. The same command
+continues after an interruption; a larger --shards adds files.
 
 Penedo et al. 2024, The FineWeb Datasets: Decanting the Web for the Finest Text Data at Scale.
 """
@@ -30,15 +30,15 @@ REPOSITORY, FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT/"
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    source: str = ""  # parquet files of your own (a folder or a pattern), instead of the hub's
-    shards: NonNegativeInt = 0  # how many of the files; all if 0
-    val_share: Annotated[float, (0.00001, 0.5)] = 0.001  # share of the documents for validation
-    data_dir: str = ""  # where to write; beside this script if empty
-    num_proc: NonNegativeInt = 0  # processes that tokenize; one for each core if 0
+    source: str = ""  # your own parquet files (a folder or a pattern) instead of the hub's
+    shards: NonNegativeInt = 0  # number of files; 0: all
+    val_share: Annotated[float, (0.00001, 0.5)] = 0.001  # fraction of the documents for validation
+    data_dir: str = ""  # output folder; if empty, the folder of this script
+    num_proc: NonNegativeInt = 0  # processes that tokenize; 0: one for each core
 
 
 def write_shard(folder, file, config):
-    """Tokenize the documents of one file; which are for validation depends on their text alone."""
+    """Tokenize one file. Documents are assigned to a split by a hash of their text."""
     rows, bound = Column(ParquetFile(file), "text"), int(config.val_share * 2**64)
     splits = {
         "train": Picked(rows, lambda key: key >= bound),
@@ -53,10 +53,10 @@ def main(config):
     files = files[: config.shards or None]
     folders = [directory / "shards" / Path(file).stem for file in files]
     if not files or len(set(folders)) != len(files):
-        raise UserError("there should be one file or more, each with a name of its own")
+        raise UserError("--source must have at least one file, and no two with the same name")
     for number, (file, folder) in enumerate(zip(files, folders, strict=True), start=1):
-        if (folder / "val.bin").exists():  # it is the last to be put there
-            print(f"{folder} is there already")
+        if (folder / "val.bin").exists():  # moved there last, so the shard is complete
+            print(f"{folder} exists already")
             continue
         print(f"file {number} of {len(files)}: {file}")
         if config.source:
@@ -66,7 +66,7 @@ def main(config):
             write_shard(folder, path, config)
             path.unlink()
     join_datasets(directory, folders, f"{len(files)} files of FineWeb-Edu, sample-10BT")
-    print(f"{directory / 'shards'} is no longer needed, unless to add more files to it")
+    print(f"{directory / 'shards'} can be deleted; keep it to add more files later")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""One long text, character by character, chapter by chapter: a novel in any language.
+"""A novel in any language: one token for each character, one document for each chapter.
 
     $ python data/novel/prepare.py --input=novel.txt
     $ python data/novel/prepare.py --input=novel.txt --chapters="^CHAPTER [IVXLC]+" --encoding=big5
 
-UTF-8, GB18030 and Big5 are told apart by themselves. Each chapter is a document that begins with
-its heading; the last tenth of the chapters is for validation. Without chapters, of the text.
+The encoding (UTF-8, GB18030, Big5, …) is detected. A document begins with the heading of its
+chapter. The last tenth of the chapters is for validation; without chapters, the last tenth of the
+text.
 """
 
 import re
@@ -23,7 +24,7 @@ from brisk.errors import UserError, one_line_errors
 from configurator import configure
 
 HERE = Path(__file__).parent
-# Lines that are headings: 第一章 …, 第12回 …, 一　…, 楔子, Chapter 4, CHAPTER IV. …
+# Matches headings such as 第一章 …, 第12回 …, 一　…, 楔子, Chapter 4, CHAPTER IV. …
 NUMERAL = "零〇一二三四五六七八九十百千"
 HEADING = (
     rf"^\s*(第\s*[\d{NUMERAL}]+\s*[章回節节卷]|[{NUMERAL}]+(?![^\s、])"
@@ -33,19 +34,19 @@ HEADING = (
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    input: str = ""  # a text file; if empty, novel.txt in the folder that BRISK_DATA names
-    chapters: str = HEADING  # a pattern (Python's re) for the lines at which chapters begin
-    encoding: str = "auto"  # of the file: utf-8, gb18030, big5, …
-    val_share: Annotated[float, (0.001, 0.5)] = 0.1  # the end of it, for validation
-    data_dir: str = ""  # where to write; beside this script if empty
+    input: str = ""  # text file; if empty, novel.txt in the folder $BRISK_DATA
+    chapters: str = HEADING  # regular expression for the headings of chapters
+    encoding: str = "auto"  # encoding of the file: utf-8, gb18030, big5, …
+    val_share: Annotated[float, (0.001, 0.5)] = 0.1  # fraction for validation, taken from the end
+    data_dir: str = ""  # output folder; if empty, the folder of this script
 
 
 def cut_at(pattern, text):
-    """The chapters of `text`; what stands before the first of them is one too."""
+    """Split `text` into chapters. Text before the first heading is a chapter too."""
     try:
         starts = [match.start() for match in re.finditer(pattern, text, re.MULTILINE)]
     except (re.error, OverflowError) as error:
-        raise UserError(f"--chapters={pattern} is no pattern: {error}") from error
+        raise UserError(f"--chapters={pattern} is not a regular expression: {error}") from error
     bounds = sorted({0, *starts, len(text)})
     chapters = [text[a:b].strip() for a, b in pairwise(bounds)]
     return [chapter for chapter in chapters if chapter]
@@ -60,7 +61,7 @@ def main(config):
     if is_one:
         splits = split_text(text, config.val_share)
     tokenizer = CharTokenizer(sorted(set(text)), eot=not is_one)
-    characters = f"{len(text):,} characters, {len(tokenizer.characters):,} different ones"
+    characters = f"{len(text):,} characters, {len(tokenizer.characters):,} of them different"
     print(f"{characters}, in {len(chapters)} chapter{'s' * (not is_one)}")
     write_dataset(config.data_dir or HERE, tokenizer, splits, source, not is_one)
 

@@ -1,8 +1,8 @@
-"""OpenWebText (or documents of your own) in GPT-2's byte-pair encoding, to train GPT-2 on.
+"""OpenWebText with GPT-2's tokenizer, to reproduce GPT-2.
 
     $ python data/openwebtext/prepare.py
 
-Documents of your own do as well: --source=documents.jsonl --data_dir=data/mine
+For your own documents: --source=documents.jsonl --data_dir=data/mine
 """
 
 import math
@@ -22,14 +22,14 @@ from configurator import NonNegativeInt, UnitFloat, configure
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    source: str = "Skylion007/openwebtext"  # a set on the hub, a file or a folder of files
-    test_size: UnitFloat = 0.0005  # share of the documents for validation, as in nanoGPT
-    data_dir: str = ""  # where to write; beside this script if empty
-    num_proc: NonNegativeInt = 0  # processes that tokenize; one for each core if 0
+    source: str = "Skylion007/openwebtext"  # data set on the hub, file or folder
+    test_size: UnitFloat = 0.0005  # fraction of the documents for validation, as in nanoGPT
+    data_dir: str = ""  # output folder; if empty, the folder of this script
+    num_proc: NonNegativeInt = 0  # processes that tokenize; 0: one for each core
 
 
 def split(documents, test_size, source):
-    """Documents for training and validation as nanoGPT splits them; one alone, in itself."""
+    """Split documents at random as nanoGPT does. A single document is split at its end."""
     rows = Rows(documents, "text", source)
     if len(documents) == 1:
         return split_text(next(iter(rows)))

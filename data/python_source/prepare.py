@@ -1,10 +1,10 @@
-"""The source of Python's standard library: a real corpus that needs no download.
+"""The source code of Python's standard library: a corpus that needs no download.
 
     $ python data/python_source/prepare.py
     $ python data/python_source/prepare.py --tokenizer=byte
 
-Every file is a document. Validation files, about one in ten, are picked by a hash of their path,
-so the same file is never in both splits, whatever the version of Python.
+Each file is a document. About a tenth of the files are for validation, selected by a hash of their
+path, so the split is the same for all versions of Python.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ from brisk.data.tokenizer import ByteTokenizer
 from brisk.errors import UserError, one_line_errors
 from configurator import PositiveInt, configure
 
-# Tests are a third of the library; they, encodings and pydoc_data are mostly tables.
+# Tests are a third of the library. They, encodings and pydoc_data are mostly tables.
 SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "turtledemo"}
-SKIPPED |= {"site-packages", "dist-packages"}  # not of the library
+SKIPPED |= {"site-packages", "dist-packages"}  # third-party code
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    input: str = ""  # a folder with .py files; the running Python's standard library if empty
-    tokenizer: Literal["bpe", "byte"] = "bpe"  # pairs of bytes merged, learned here, or bytes
-    vocab_size: PositiveInt = 1024  # of the BPE
-    data_dir: str = ""  # where to write; beside this script if empty
+    input: str = ""  # folder of .py files; if empty, the standard library of the running Python
+    tokenizer: Literal["bpe", "byte"] = "bpe"  # a BPE trained on the text, or bytes
+    vocab_size: PositiveInt = 1024  # vocabulary of the BPE
+    data_dir: str = ""  # output folder; if empty, the folder of this script
 
 
 def read_sources(folder):
-    """Path → text of the Python files under `folder`, in the order of their paths."""
+    """{path: text} of the Python files in `folder`, sorted by path."""
     texts = {}
     for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
         path = file.relative_to(folder)
@@ -54,7 +54,7 @@ def main(config):
     folder = Path(config.input or sysconfig.get_path("stdlib"))
     texts = read_sources(folder)
     if not texts:
-        raise UserError(f"there are no Python files in {folder}; give a folder: --input=PATH")
+        raise UserError(f"there are no Python files in {folder}; name a folder: --input=PATH")
     megabytes = sum(map(len, texts.values())) / 1e6
     print(f"found {len(texts):,} files, {megabytes:.1f} million characters, in {folder}")
     splits = {"train": [], "val": []}

@@ -1,11 +1,11 @@
-"""Short reviews with labels, review by review or as one stream of text.
+"""Short reviews with labels, as separate documents or as one text.
 
     $ python data/reviews/prepare.py
     $ python data/reviews/prepare.py --rows=windows
     $ python data/reviews/prepare.py --balance=True --label_prompt=True
 
-A csv of your own: --input=mine.csv --column=text --label=stars. Duplicates are left out and a
-tenth of the reviews of each label is held out before anything else happens to them.
+For your own csv: --input=mine.csv --column=text --label=stars. Duplicates are removed, and a tenth
+of the reviews of each label is for validation.
 """
 
 import random
@@ -32,30 +32,30 @@ SHA256 = "8b21f52b90b3d5659d17d4028cc028dab3e6f56951bd3f904eae5c16b743d633"
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    input: str = ""  # a csv file with a header; if empty, 5,000 Chinese film reviews
-    column: str = "review"  # where it has the texts
-    label: str = "sentiment"  # where it has their labels
-    rows: Literal["windows", "documents"] = "documents"  # one text of lines, or each for itself
-    balance: bool = False  # repeat training reviews of rare labels until all labels are as many
-    label_prompt: bool = False  # put a word for its label before each review, to ask for one
-    prompts: str = "1=好评：,0=差评："  # these words; for another label, itself and a colon
-    val_share: Annotated[float, (0.001, 0.5)] = 0.1  # of the reviews of each label
-    encoding: str = "auto"  # of the file: utf-8, gb18030, big5, …
-    seed: Seed = 1337  # of the split and the order
-    data_dir: str = ""  # where to write; beside this script if empty
+    input: str = ""  # csv file with a header; if empty, 5,000 Chinese film reviews
+    column: str = "review"  # column with the texts
+    label: str = "sentiment"  # column with the labels
+    rows: Literal["windows", "documents"] = "documents"  # one text of lines, or separate documents
+    balance: bool = False  # repeat training reviews of rare labels until all are equally frequent
+    label_prompt: bool = False  # begin each review with the prompt of its label
+    prompts: str = "1=好评：,0=差评："  # label=prompt, …; by default, the label and a colon
+    val_share: Annotated[float, (0.001, 0.5)] = 0.1  # fraction of each label for validation
+    encoding: str = "auto"  # encoding of the file: utf-8, gb18030, big5, …
+    seed: Seed = 1337  # seed of the split and the order
+    data_dir: str = ""  # output folder; if empty, the folder of this script
 
 
 def read_reviews(path, config):
-    """Review → its label; equal ones are left out thereby."""
+    """{review: label} of a csv file, without duplicates."""
     table, labels, count = CsvFile(path, config.encoding), {}, 0
     for column in (config.column, config.label):
-        table.need(column)
+        table.require_column(column)
     for row in table:
         if text := row[config.column].strip():
             labels.setdefault(text, row[config.label].strip())
             count += 1
     counts = [f"{n:,} labelled {label}" for label, n in sorted(Counter(labels.values()).items())]
-    print(f"reviews: {', '.join(counts) or 0}; {count - len(labels)} duplicates left out")
+    print(f"reviews: {', '.join(counts) or 0}; {count - len(labels)} duplicates removed")
     return labels
 
 
@@ -72,10 +72,10 @@ def main(config):
         train = {label: list(islice(cycle(texts), most)) for label, texts in train.items()}
     pairs = [pair.split("=", 1) for pair in config.prompts.split(",") if pair]
     if any(len(pair) != 2 for pair in pairs):
-        raise UserError(f"--prompts={config.prompts}: it takes label=words,label=words")
+        raise UserError(f"--prompts={config.prompts} is not of the form label=prompt,label=prompt")
     words = dict(pairs)
     splits = {"train": [], "val": []}
-    for split, by_label in (("val", val), ("train", train)):  # val is the same, balance or not
+    for split, by_label in (("val", val), ("train", train)):  # val first: balance must not alter it
         for label, texts in by_label.items():
             prompt = words.get(label, f"{label}: ") if config.label_prompt else ""
             splits[split] += [prompt + text for text in texts]

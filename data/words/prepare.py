@@ -1,9 +1,9 @@
-"""Words as tokens, common ones left out: small models of what a text is about, on any CPU.
+"""One token for each word, without stop words: small models of the topics of a text.
 
     $ python data/words/prepare.py
     $ python data/words/prepare.py --input=my.txt --stop_words=none --data_dir=data/mine
 
-What is no word (signs, spaces, line ends) is left out, and so are the stop words.
+Punctuation, white space and stop words are dropped.
 """
 
 import sys
@@ -26,22 +26,22 @@ SHA256 = "4d1036d6294a7fdef77e0b01648cbdd0ba29073c2852355fba5863b8bd90a53c"
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    input: str = ""  # a text file; if empty, 50 kB of abstracts on text clustering
-    stop_words: str = "english"  # words to leave out: a file of them, english, or none
-    lower: bool = True  # lower-case all text
-    min_count: PositiveInt = 1  # words that training has less often are unknown
-    vocab_size: PositiveInt = 50_000  # the most words
-    val_share: Annotated[float, (0.001, 0.5)] = 0.1  # the end of the text, for validation
-    encoding: str = "auto"  # of the file: utf-8, gb18030, big5, …
-    data_dir: str = ""  # where to write; beside this script if empty
+    input: str = ""  # text file; if empty, 50 kB of abstracts on text clustering
+    stop_words: str = "english"  # words to drop: a file of words, english, or none
+    lower: bool = True  # convert the text to lower case
+    min_count: PositiveInt = 1  # rarer words are unknown
+    vocab_size: PositiveInt = 50_000  # maximum number of words
+    val_share: Annotated[float, (0.001, 0.5)] = 0.1  # fraction for validation, taken from the end
+    encoding: str = "auto"  # encoding of the file: utf-8, gb18030, big5, …
+    data_dir: str = ""  # output folder; if empty, the folder of this script
 
 
 def read_stop_words(name):
-    """The words in the file `name`, or in the list of English ones beside this script."""
+    """Read the words in the file `name`; "english" is english.txt in this folder."""
     if name in ("none", ""):
         return []
     if name != "english" and not Path(name).exists():
-        raise UserError(f"--stop_words={name}: no such file; or say english, or none")
+        raise UserError(f"--stop_words={name}: no such file; use a file, english or none")
     return read_text(HERE / "english.txt" if name == "english" else name).lower().split()
 
 
@@ -54,9 +54,12 @@ def main(config):
     unknown = tokenizer.encode(splits["val"][0]) == tokenizer.unk
     if not len(unknown):
         share = 100 * config.val_share
-        raise UserError(f"the last {share:g} % of the text, for validation, has no words to keep")
-    print(f"{tokenizer.vocab_size:,} words, {len(stop_words)} stop words left out")
-    print(f"unknown are {100 * unknown.mean():.1f} % of validation")
+        raise UserError(
+            f"the last {share:g} % of the text, for validation, has only stop words; use a longer "
+            "text or a larger --val_share"
+        )
+    print(f"{tokenizer.vocab_size:,} words, {len(stop_words)} stop words dropped")
+    print(f"{100 * unknown.mean():.1f} % of the words in validation are unknown")
     write_dataset(config.data_dir or HERE, tokenizer, splits, source)
 
 

@@ -1,4 +1,4 @@
-"""What is written is what was tokenized, in order and whole, and a half-written set is noticed."""
+"""Writing and reading data sets, and detection of interrupted writes."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def write(directory, tokenizer, train=DOCUMENTS, val=("a",), **options):
 # ----------------------------------------------------------------------------- writing and reading
 
 
-def test_the_files_hold_the_ids_and_meta_json_describes_them(tmp_path):
+def test_files_match_meta_json(tmp_path):
     tokenizer = small_bpe()
     written = write(tmp_path, tokenizer, end_documents=True, extra={"task": "reading"})
     meta = read_meta(tmp_path)
@@ -59,7 +59,7 @@ def test_the_files_hold_the_ids_and_meta_json_describes_them(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_large_vocabularies_take_four_bytes(tmp_path):
+def test_large_vocabulary_is_uint32(tmp_path):
     characters = [chr(i) for i in range(0x11000) if not 0xD800 <= i < 0xE000]
     write(tmp_path, CharTokenizer(characters), ["".join(characters)])
     assert read_meta(tmp_path)["dtype"] == "uint32"
@@ -68,7 +68,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("eot", [False, True])
-def test_character_sets_have_a_meta_pkl_that_nanogpt_reads(tmp_path, eot):
+def test_meta_pkl_matches_nanogpt(tmp_path, eot):
     tokenizer = CharTokenizer(sorted(set("".join(DOCUMENTS))), eot)
     write(tmp_path, tokenizer, end_documents=eot)
     meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
@@ -87,19 +87,19 @@ def test_character_sets_have_a_meta_pkl_that_nanogpt_reads(tmp_path, eot):
     assert load_tokenizer(tmp_path) is None
 
 
-def test_another_tokenizer_leaves_no_old_meta_pkl(tmp_path):
+def test_old_meta_pkl_is_removed(tmp_path):
     write(tmp_path, CharTokenizer(sorted(set("".join(DOCUMENTS)))))
     write(tmp_path, ByteTokenizer())
     assert not (tmp_path / "meta.pkl").exists()
 
 
-def test_a_split_without_text_is_told_and_nothing_is_written(tmp_path):
+def test_empty_split_writes_nothing(tmp_path):
     with pytest.raises(UserError, match="val"):
         write_dataset(tmp_path, ByteTokenizer(), {"train": ["a"], "val": [""]}, "here")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_failure_leaves_the_earlier_files_as_they_were(tmp_path):
+def test_failure_keeps_the_old_files(tmp_path):
     write(tmp_path, ByteTokenizer())
     before = {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)}
     with pytest.raises(UserError):
@@ -107,14 +107,14 @@ def test_a_failure_leaves_the_earlier_files_as_they_were(tmp_path):
     assert {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)} == before
 
 
-def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
+def test_partial_files_are_removed(tmp_path):
     (tmp_path / ".writing").mkdir()
     (tmp_path / ".writing" / "val.bin").write_bytes(b"half of it")
     write(tmp_path, ByteTokenizer())
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_an_interrupted_move_is_noticed(tmp_path):
+def test_interrupted_move_is_detected(tmp_path):
     write(tmp_path, ByteTokenizer())
     old = (tmp_path / "train.bin").read_bytes()
     write(tmp_path, ByteTokenizer(), DOCUMENTS[1:])
@@ -125,7 +125,7 @@ def test_an_interrupted_move_is_noticed(tmp_path):
     assert read_meta(tmp_path)
 
 
-def test_bins_move_in_after_meta_json_and_never_mix(tmp_path, monkeypatch):
+def test_bins_are_moved_after_meta_json(tmp_path, monkeypatch):
     """Stop the run after each single move: no bin is ever taken for what it is not."""
     write(tmp_path, ByteTokenizer(), ["old"], ["old"])
     replace = type(tmp_path).replace
@@ -161,7 +161,7 @@ def test_bins_move_in_after_meta_json_and_never_mix(tmp_path, monkeypatch):
         {"tokenizer": None},
     ],
 )
-def test_a_wrong_description_is_told(tmp_path, change):
+def test_invalid_meta_is_refused(tmp_path, change):
     meta = write(tmp_path, ByteTokenizer())
     (tmp_path / "meta.json").write_text(json.dumps({**meta, **change}))
     with pytest.raises(UserError, match="run again"):
@@ -169,13 +169,13 @@ def test_a_wrong_description_is_told(tmp_path, change):
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "[]", "{}", "\xff"])
-def test_a_damaged_description_is_told(tmp_path, text):
+def test_damaged_meta_is_refused(tmp_path, text):
     (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="damaged"):
         read_meta(tmp_path)
 
 
 @given(st.text())
-def test_a_split_is_nanogpts(text):
+def test_split_matches_nanogpt(text):
     n = len(text)
     assert split_text(text) == {"train": [text[: int(n * 0.9)]], "val": [text[int(n * 0.9) :]]}

@@ -1,4 +1,4 @@
-"""The index of documents: a cache that is right, or built again."""
+"""The document index matches a scan, and is rebuilt when it does not match its token file."""
 
 import os
 import tracemalloc
@@ -60,14 +60,14 @@ def files(path):
 
 
 @given(tokens=st.lists(st.integers(7, EOT), min_size=1, max_size=60), piece=st.integers(1, 70))
-def test_documents_do_not_depend_on_the_pieces(tokens, piece):
+def test_documents_are_independent_of_pieces(tokens, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", piece)
         found = np.concatenate(list(find_documents(np.array(tokens), EOT)))
     assert found.tolist() == by_definition(tokens) and found.shape == (len(found), 2)
 
 
-def test_batches_are_those_of_a_scan(path, monkeypatch):
+def test_batches_match_a_scan(path, monkeypatch):
     files = [TokenFile(path, 3, 10, rows="documents", eot=EOT) for _ in range(2)]  # built, opened
     monkeypatch.setattr(module, "PIECE", 1000)
     files.append(TokenFile(path, 3, 10, rows="documents", eot=EOT))  # without an index
@@ -130,7 +130,7 @@ def test_index_follows_the_checksum(tmp_path):
     assert prepare("abc", "abcdefgh") == [[0, 4], [4, 13]]
 
 
-def test_tokens_that_are_not_those_of_the_checksum(tmp_path):
+def test_tokens_not_matching_the_checksum(tmp_path):
     """Such as a bin that was replaced by hand."""
     tokenizer = CharTokenizer(list("abcdefgh"), eot=True)
     splits = {"train": ["abcdefgh", "abc"], "val": ["abc"]}
@@ -151,7 +151,7 @@ def test_another_dtype(index, path):
     assert document_index(path, tokens, EOT).tolist() == by_definition(tokens)
 
 
-def test_identity_tells_sources_apart(path):
+def test_identities_are_distinct(path):
     narrow, wide = np.memmap(path, "<u2", "r"), np.memmap(path, "<u4", "r")
     before = [describe(path, narrow, EOT), describe(path, narrow, 7), describe(path, wide, EOT)]
     os.utime(path, ns=(0, 0))
@@ -190,7 +190,7 @@ def test_hostile_index(index, path, documents):
     assert open_documents(path) == by_definition(TOKENS)
 
 
-def test_no_index_of_a_file_without_documents(tmp_path):
+def test_file_without_documents_has_no_index(tmp_path):
     path = tmp_path / "train.bin"
     np.ones(100, dtype="<u2").tofile(path)
     assert open_documents(path) == open_documents(path) == []
@@ -199,7 +199,7 @@ def test_no_index_of_a_file_without_documents(tmp_path):
 # ----------------------------------------------------------------------------- where it is written
 
 
-def test_folder_that_cannot_be_written(path, monkeypatch):
+def test_read_only_folder(path, monkeypatch):
     def refuse(*_):
         raise OSError("no space")
 
@@ -208,13 +208,13 @@ def test_folder_that_cannot_be_written(path, monkeypatch):
     assert files(path) == ["train.bin"]
 
 
-def test_folder_in_place_of_the_index(path):
+def test_index_path_is_a_folder(path):
     path.with_name("train.documents.idx").mkdir()
     assert open_documents(path) == by_definition(TOKENS)
     assert files(path) == ["train.bin", "train.documents.idx"]
 
 
-def test_save_within_a_save(index):
+def test_nested_saves(index):
     """As of two processes: each writes a file of its own, the last to finish stays."""
 
     def pieces():
@@ -226,7 +226,7 @@ def test_save_within_a_save(index):
     assert files(index) == ["train.bin", index.name]
 
 
-def test_several_processes_build_it_at_once(tmp_path):
+def test_concurrent_builds(tmp_path):
     path = tmp_path / "train.bin"
     tokens = np.tile(TOKENS, 20)
     tokens.astype("<u2").tofile(path)

@@ -1,4 +1,4 @@
-"""Documents are found in files of any kind, tables are read right, and a split mixes nothing."""
+"""Documents from files and tables, and their split for training and validation."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ FIELDS = st.text(st.sampled_from('a,"\n 的é;\t'), max_size=8)
 
 
 @given(st.lists(st.tuples(FIELDS, FIELDS), max_size=8))
-def test_what_a_csv_writer_wrote_is_read(tmp_path_factory, written):
+def test_csv_round_trip(tmp_path_factory, written):
     file = io.StringIO(newline="")
     csv.writer(file, lineterminator="\r\n").writerows([("text", "label"), *written])
     for encoding in ("utf-8", "utf-8-sig", "gb18030", "utf-16"):
@@ -55,7 +55,7 @@ def test_quotes_and_line_breaks_in_fields(tmp_path, monkeypatch):
     assert rows(tmp_path, content) == expected
 
 
-def test_tabs_separate_the_fields_of_a_tsv(tmp_path):
+def test_tsv_fields_are_separated_by_tabs(tmp_path):
     assert rows(tmp_path, "a\tb\n1, 2\t3\n", name="a.tsv") == [("1, 2", "3")]
 
 
@@ -63,30 +63,30 @@ def test_tabs_separate_the_fields_of_a_tsv(tmp_path):
     "wrong",
     ["few", "so,many,of them", '"stray" text,1', '"stray\nin the second line" text,1'],
 )
-def test_a_malformed_row_is_left_out_and_told_once(tmp_path, capsys, wrong):
+def test_malformed_row_is_skipped_with_one_note(tmp_path, capsys, wrong):
     content = f"text,label\na,1\n{wrong}\nb,2\n{wrong}\nc,3\n"
     read = table(tmp_path, content)
     for _ in range(2):
         assert [row["text"] for row in read] == ["a", "b", "c"]
     told = capsys.readouterr().err
-    assert told == f"{tmp_path / 'a.csv'}: left out 2 malformed rows, the first at line 3\n"
+    assert told == f"{tmp_path / 'a.csv'}: skipped 2 malformed rows, the first at line 3\n"
 
 
-def test_a_quote_without_an_end_costs_its_own_line_only(tmp_path, capsys):
+def test_unclosed_quote_loses_one_line(tmp_path, capsys):
     lines = [f"row {i},{i}" for i in range(2000)]
     lines[500] = '"row 500,500'
     read = rows(tmp_path, "\n".join(["text,label", *lines]))
     assert read == [(f"row {i}", str(i)) for i in range(2000) if i != 500]
-    assert "left out 1 malformed rows, the first at line 502" in capsys.readouterr().err
+    assert "skipped 1 malformed rows, the first at line 502" in capsys.readouterr().err
 
 
-def test_a_table_without_rows_or_columns(tmp_path):
+def test_empty_table_is_refused(tmp_path):
     assert rows(tmp_path, "text,label\n") == []
     with pytest.raises(UserError, match="is empty"):
         table(tmp_path, "")
-    with pytest.raises(UserError, match=r"a\.csv has a header and no rows"):
+    with pytest.raises(UserError, match=r"a\.csv has a header but no rows"):
         Corpus(str(table(tmp_path, "text,label\n").path))
-    with pytest.raises(UserError, match=r"a\.csv has no column text, it has body, title"):
+    with pytest.raises(UserError, match=r"a\.csv has no column text; its columns are body, title"):
         Corpus(str(table(tmp_path, "body,title\na,b\n").path))
 
 
@@ -118,11 +118,11 @@ def texts(corpus):
     return ["".join(pieces([document])) for document in corpus]
 
 
-def test_a_folder_is_gone_through_in_order_without_what_is_hidden_or_no_text(tree, capsys):
+def test_folder_skips_hidden_and_binary_files(tree, capsys):
     corpus = Corpus("in")
     expected = ["text a", "text b", "text c", '{"a": 1}', "row one", "row two"]
     assert texts(corpus) == texts(corpus) == expected
-    assert capsys.readouterr().err == "left out 2 files that are no text: data.bin, picture.png\n"
+    assert capsys.readouterr().err == "skipped 2 files that are not text: data.bin, picture.png\n"
 
 
 @pytest.mark.parametrize(
@@ -137,22 +137,22 @@ def test_a_folder_is_gone_through_in_order_without_what_is_hidden_or_no_text(tre
         ("someone/name", []),
     ],
 )
-def test_what_paths_folders_and_patterns_stand_for(tree, sources, expected):
+def test_paths_folders_and_patterns(tree, sources, expected):
     assert [file.name for file in find_files(sources)] == expected
 
 
 @pytest.mark.parametrize("sources", ["missing.txt", "in/*.rst", "in/a.md,nothing", "in/deep/x/y"])
-def test_a_source_without_files_is_told(tree, sources):
+def test_source_without_files_is_refused(tree, sources):
     with pytest.raises(UserError, match="there are no files at"):
         find_files(sources)
 
 
-def test_a_long_list_of_files_is_no_name_of_a_file(tree):
+def test_long_list_of_files(tree):
     assert len(find_files(",".join(["in/a.md", "in/b.txt"] * 1000))) == 2
 
 
-def test_a_file_alone_that_is_no_text_is_told(tree):
-    with pytest.raises(UserError, match=r"picture\.png is no text"):
+def test_single_binary_file_is_refused(tree):
+    with pytest.raises(UserError, match=r"picture\.png is not text"):
         Corpus("in/picture.png")
 
 
@@ -174,9 +174,9 @@ def test_tables_of_the_datasets_library(shared_memory, tree, kind):  # of datase
     corpus = Corpus(f"a.{kind}", column="body")
     assert list(corpus) == list(corpus) == ["one\n", "", "two 的"]
     assert list(Corpus(f"a.{kind}")) == list(corpus)  # its only column of text
-    with pytest.raises(UserError, match=r"has no column text, it has body, n"):
+    with pytest.raises(UserError, match=r"has no column text; its columns are body, n"):
         Corpus(f"a.{kind}", column="text")
-    with pytest.raises(UserError, match="the column n holds no text"):
+    with pytest.raises(UserError, match="not text"):
         list(Corpus(f"a.{kind}", column="n"))
 
 
@@ -189,7 +189,7 @@ def split(documents, share):
 
 
 @given(st.lists(st.text(max_size=3), min_size=2), st.floats(0.0001, 0.5))
-def test_a_split_keeps_all_and_mixes_nothing(documents, share):
+def test_split_is_a_partition(documents, share):
     if len(set(documents)) == 1:
         with pytest.raises(UserError, match="documents are equal"):
             split(documents, share)
@@ -201,7 +201,7 @@ def test_a_split_keeps_all_and_mixes_nothing(documents, share):
     assert train == [text for text in documents if text in train]  # in order
 
 
-def test_a_split_depends_on_the_texts_alone_not_on_their_order():
+def test_split_is_independent_of_order():
     documents = [f"document {i}" for i in range(500)]
     train, val = split(documents, 0.1)
     assert len(val) == 50
@@ -209,19 +209,19 @@ def test_a_split_depends_on_the_texts_alone_not_on_their_order():
 
 
 @given(st.text(min_size=0, max_size=40), st.floats(0.0001, 0.5))
-def test_a_document_alone_is_split_in_itself(text, share):
+def test_single_document_is_split_at_its_end(text, share):
     train, val = split([text], share)
     assert "".join(train + val) == text
     assert len("".join(train)) == int(len(text) * (1 - share))
 
 
-def test_no_documents_are_told():
+def test_no_documents_is_an_error():
     with pytest.raises(UserError, match="no documents"):
         split_documents([], 0.1)
 
 
 @given(st.lists(st.text(max_size=5)), st.integers(0, 30), st.integers(0, 30))
-def test_a_span_is_a_slice(parts, first, last):
+def test_span_is_a_slice(parts, first, last):
     class Document:
         def __iter__(self):
             return iter(parts)
@@ -236,7 +236,7 @@ def test_equal_texts_have_equal_keys(tmp_path):
     )
 
 
-def test_a_sample_is_as_large_as_asked_for_and_from_everywhere():
+def test_sample_has_its_size_and_is_spread_evenly():
     documents = [f"{i:04}的" * 10 for i in range(10_000)]  # 700,000 bytes
     whole = "".join(sample_evenly(documents, 1))
     assert whole == "".join(documents)
@@ -248,7 +248,7 @@ def test_a_sample_is_as_large_as_asked_for_and_from_everywhere():
     )
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path):
+def test_unreadable_file_is_refused(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("the root user may read everything")
     (tmp_path / "a.txt").write_text("a")
@@ -257,26 +257,28 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
         Corpus(str(tmp_path / "a.txt"))
 
 
-def test_a_file_that_vanishes_is_told(tmp_path, monkeypatch):
+def test_deleted_file_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
     monkeypatch.setattr("brisk.data.documents.find_files", lambda _: [tmp_path / "b.txt"])
     with pytest.raises(UserError, match=r"cannot read .*b\.txt: No such file"):
         Corpus("anything")
 
 
-def test_the_column_of_a_set_on_the_hub(monkeypatch):
+def test_column_of_a_hub_data_set(monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"n": [1, 2, 3], "body": ["a", None, "b"]})
     monkeypatch.setattr("brisk.data.documents.load", lambda name, **options: rows)
     assert list(Corpus("someone/texts")) == list(Corpus("texts", column="body")) == ["a", "b"]
-    with pytest.raises(UserError, match="someone/texts has no column text, it has n, body"):
+    with pytest.raises(
+        UserError, match="someone/texts has no column text; its columns are n, body"
+    ):
         Corpus("someone/texts", column="text")
 
 
 # ----------------------------------------------------------------------------- a few files
 
 
-def test_a_document_with_most_of_the_text_is_split_in_itself():
+def test_dominant_document_is_split():
     book, note = "".join(f"sentence {i} of the book. " for i in range(2000)), "a short note"
     for documents in ([book, note], [note, book, "another", book]):
         train, val = split(documents, 0.1)
@@ -289,7 +291,7 @@ def test_a_document_with_most_of_the_text_is_split_in_itself():
     assert sorted(train + val) == sorted(equal)  # by document
 
 
-def test_a_data_set_among_the_files_is_left_out(tree):
+def test_prepared_data_sets_are_skipped(tree):
     for name in ("meta.json", "train.bin", "val.bin", "meta.pkl"):
         (tree / "in" / "deep" / name).write_text("tokens")
     assert "meta.json" not in [file.name for file in find_files("in")]
@@ -301,25 +303,25 @@ def test_a_data_set_among_the_files_is_left_out(tree):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("-", "standard input cannot be read again"),
-        ("loop", "is a link that leads nowhere"),
-        ("https://example.org/a.txt", "is an address; download it first"),
+        ("-", "standard input can be read only once"),
+        ("loop", "is a broken link"),
+        ("https://example.org/a.txt", "is a URL; download it first"),
         ("empty", "there are no files in empty"),
     ],
 )
-def test_a_source_that_is_no_file_is_told(tree, source, message):
+def test_invalid_source_is_refused(tree, source, message):
     (tree / "loop").symlink_to("loop")
     (tree / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         Corpus(source)
 
 
-def test_links_in_a_circle_are_followed_once(tree):
+def test_cyclic_links_are_followed_once(tree):
     (tree / "in" / "deep" / "up").symlink_to(tree / "in")
     assert [file.name for file in find_files("in/**/*.md")] == ["a.md"]
     assert sorted(find_files("in")) == sorted(set(find_files("in")))
 
 
-def test_a_tilde_is_the_home_folder(tree, monkeypatch):
+def test_tilde_is_the_home_folder(tree, monkeypatch):
     monkeypatch.setenv("HOME", str(tree))
     assert texts(Corpus("~/in/a.md")) == ["text a"]

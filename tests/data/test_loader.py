@@ -1,4 +1,4 @@
-"""Batches: every row once an epoch, each a pure function of (seed, position)."""
+"""Batches: each row once per epoch, as a pure function of (seed, position)."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def firsts(data, position, count):
 # ----------------------------------------------------------------------------- windows
 
 
-def test_targets_are_the_inputs_moved_by_one(counting):
+def test_targets_are_shifted_inputs(counting):
     x, y = counting(block_size=8).batch(0, 5)
     assert x.shape == y.shape == (5, 8) and x.dtype == y.dtype == torch.int64
     assert torch.equal(y, x + 1)
@@ -50,7 +50,7 @@ def test_targets_are_the_inputs_moved_by_one(counting):
 
 
 @pytest.mark.parametrize("n, block_size", [(1000, 8), (999, 8), (97, 10), (33, 16), (21, 10)])
-def test_an_epoch_visits_every_row_of_a_grid_once(counting, n, block_size):
+def test_epoch_visits_every_row_once(counting, n, block_size):
     data = counting(n, block_size)
     for epoch in range(5):
         starts = np.sort(firsts(data, epoch * data.rows, data.rows))
@@ -60,7 +60,7 @@ def test_an_epoch_visits_every_row_of_a_grid_once(counting, n, block_size):
     assert data.rows >= n // block_size - 1
 
 
-def test_epochs_differ_in_order_and_in_offset(counting):
+def test_epochs_differ_in_order_and_offset(counting):
     data = counting(1000, 8)
     epochs = [firsts(data, epoch * data.rows, data.rows) for epoch in range(12)]
     offsets = {int(epoch.min()) for epoch in epochs}
@@ -70,7 +70,7 @@ def test_epochs_differ_in_order_and_in_offset(counting):
     assert not any((np.diff(order) > 0).all() for order in orders)  # shuffled, not in sequence
 
 
-def test_the_moving_offset_makes_every_token_a_target(counting):
+def test_offsets_make_every_token_a_target(counting):
     """Whatever stands in front of a row in one epoch is inside one in another; up to a row at
     the end of the file may be left out."""
     data = counting(100, 8)
@@ -84,7 +84,7 @@ def test_the_moving_offset_makes_every_token_a_target(counting):
     cut=st.floats(0, 1),
     seed=st.integers(0, 2**40),
 )
-def test_a_batch_does_not_depend_on_how_it_is_split(tmp_path_factory, position, count, cut, seed):
+def test_batch_is_independent_of_its_split(tmp_path_factory, position, count, cut, seed):
     path = tmp_path_factory.getbasetemp() / "split.bin"
     if not path.exists():
         np.arange(300, dtype="<u2").tofile(path)
@@ -96,19 +96,19 @@ def test_a_batch_does_not_depend_on_how_it_is_split(tmp_path_factory, position, 
         assert torch.equal(whole[i], torch.cat([parts[1][i], parts[0][i]]))
 
 
-def test_the_seed_picks_the_order(counting):
+def test_seed_determines_the_order(counting):
     one, same, other = (counting(1000, 8, seed=seed) for seed in (1, 1, 2))
     assert (firsts(one, 0, 50) == firsts(same, 0, 50)).all()
     assert (firsts(one, 0, 50) != firsts(other, 0, 50)).any()
 
 
-def test_a_batch_may_be_larger_than_an_epoch(counting):
+def test_batch_larger_than_an_epoch(counting):
     data = counting(25, 8)
     x, _ = data.batch(0, 5 * data.rows)
     assert len(x) == 5 * data.rows
 
 
-def test_a_file_of_one_window(counting):
+def test_file_of_one_window(counting):
     data = counting(9, 8)
     assert data.rows == 1
     assert firsts(data, 0, 3).tolist() == [0, 0, 0]
@@ -132,7 +132,7 @@ def documents(write):
     return TokenFile(write(ids), 5, 100, rows="documents", eot=EOT)
 
 
-def test_a_row_is_one_document_from_its_start(documents):
+def test_row_is_one_document(documents):
     assert documents.rows == 4  # the empty one teaches nothing
     x, y = documents.batch(0, 4)
     found = {}
@@ -151,7 +151,7 @@ def test_a_row_is_one_document_from_its_start(documents):
     assert x.min() >= 0  # no -1 reaches the embedding
 
 
-def test_documents_each_once_an_epoch_in_another_order(documents):
+def test_epoch_visits_every_document_once(documents):
     orders = set()
     for epoch in range(8):
         _, y = documents.batch(epoch * 4, 4)
@@ -172,34 +172,34 @@ def test_targets_counts_the_targets(tmp_path_factory, position, count):
         assert data.targets(position, count) == int((y >= 0).sum())
 
 
-def test_an_unfinished_last_document_is_no_row(write):
+def test_unfinished_document_is_not_a_row(write):
     data = TokenFile(write([1, 2, EOT, 3, 4, 5, 6]), 4, 100, rows="documents", eot=EOT)
     assert data.rows == 1
     assert data.batch(0, 1)[1].tolist() == [[1, 2, EOT, -1]]
 
 
-def test_documents_need_an_end_of_text(write):
+def test_documents_need_an_end_of_text_token(write):
     path = write(range(50))
     with pytest.raises(UserError, match="end-of-text"):
         TokenFile(path, 8, 100, rows="documents", eot=None)
-    with pytest.raises(UserError, match="no document"):
+    with pytest.raises(UserError, match="no end-of-text after a document"):
         TokenFile(path, 8, 100, rows="documents", eot=EOT)
 
 
 # ----------------------------------------------------------------------------- mistakes
 
 
-def test_too_short_a_file(write):
+def test_short_file_is_refused(write):
     with pytest.raises(UserError, match=r"train\.bin.*8 tokens.*block_size=8"):
         TokenFile(write(range(8)), 8, 100)
     with pytest.raises(UserError, match="block_size"):
         TokenFile(write([]), 8, 100)
 
 
-def test_a_file_cut_in_the_middle_of_an_id(write):
+def test_truncated_file_is_refused(write):
     path = write(range(100))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         TokenFile(path, 8, 100)
 
 
@@ -209,7 +209,7 @@ def test_ids_beyond_the_vocabulary(write):
 
 
 @pytest.mark.parametrize("bad", range(20, 28))
-def test_ids_beyond_the_vocabulary_far_into_a_file(write, monkeypatch, bad):
+def test_late_ids_beyond_the_vocabulary(write, monkeypatch, bad):
     """What the look at the beginning of a large file does not reach is found in the batch, in
     whatever column of a row it stands."""
     monkeypatch.setattr(loader, "SCAN", 4)
@@ -227,7 +227,7 @@ def test_ids_beyond_the_vocabulary_far_into_a_file(write, monkeypatch, bad):
 
 
 @pytest.mark.parametrize("missing", [("train.bin", "val.bin"), ("val.bin",)])
-def test_a_missing_data_set_names_its_command(tmp_path, monkeypatch, missing):
+def test_missing_data_set_names_its_command(tmp_path, monkeypatch, missing):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "sonnets"
     folder.mkdir(parents=True)
@@ -240,7 +240,7 @@ def test_a_missing_data_set_names_its_command(tmp_path, monkeypatch, missing):
     assert "python data/sonnets/prepare.py" in str(caught.value)
 
 
-def test_a_missing_data_set_given_by_its_folder(tmp_path):
+def test_missing_data_dir(tmp_path):
     """The command is that of the folder, not that of the default `dataset`."""
     folder = tmp_path / "sonnets"
     folder.mkdir()
@@ -250,14 +250,14 @@ def test_a_missing_data_set_given_by_its_folder(tmp_path):
     assert f"python {folder / 'prepare.py'}" in str(caught.value)
 
 
-def test_a_data_set_that_nobody_can_make_names_those_that_can_be_made(tmp_path, monkeypatch):
+def test_unknown_data_set_lists_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         find_data_dir("", "shakespear_char")
     assert "shakespeare_char" in str(caught.value)
 
 
-def test_data_are_found_from_the_folder_one_works_in(tmp_path, monkeypatch):
+def test_data_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "mine"
     folder.mkdir(parents=True)
@@ -267,7 +267,7 @@ def test_data_are_found_from_the_folder_one_works_in(tmp_path, monkeypatch):
     assert find_data_dir(str(folder), "openwebtext") == folder
 
 
-def test_data_are_found_from_another_folder(tmp_path, monkeypatch):
+def test_data_found_from_another_directory(tmp_path, monkeypatch):
     folder = tmp_path / "clone" / "data" / "mine"
     folder.mkdir(parents=True)
     for name in ("train.bin", "val.bin"):
@@ -285,7 +285,7 @@ def test_repository_is_the_clone(tmp_path, monkeypatch):
     assert brisk.repository() is None
 
 
-def test_a_missing_data_set_of_an_installed_package(tmp_path, monkeypatch):
+def test_missing_data_set_without_a_clone(tmp_path, monkeypatch):
     """The message is about the folder that the person is in, not about site-packages."""
     monkeypatch.setattr(loader, "repository", lambda: None)
     monkeypatch.chdir(tmp_path)
@@ -301,8 +301,8 @@ def test_a_missing_data_set_of_an_installed_package(tmp_path, monkeypatch):
         find_data_dir("", "shakespeare")
 
 
-def test_a_folder_of_no_data_set(tmp_path):
-    with pytest.raises(UserError, match=r"data sets that can be made here: none$"):
+def test_folder_without_a_data_set(tmp_path):
+    with pytest.raises(UserError, match=r"known data sets: none$"):
         find_data_dir(str(tmp_path / "empty"), "openwebtext")
 
 
@@ -315,14 +315,14 @@ def test_shuffled_is_a_permutation(n, key):
 
 
 @given(n=st.integers(1, 2**62), key=st.integers(0, 2**64 - 1), data=st.data())
-def test_shuffled_stays_in_range_and_never_collides_however_large(n, key, data):
+def test_shuffled_is_injective_for_large_n(n, key, data):
     ranks = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20, unique=True))
     found = shuffled(np.array(ranks, dtype=np.int64), n, key)
     assert len(set(found.tolist())) == len(ranks)
     assert found.min() >= 0 and found.max() < n
 
 
-def test_shuffled_spreads():
+def test_shuffled_is_uniform():
     """Neighbours land anywhere: ranks and places are uncorrelated, and no key is like another."""
     n = 4096
     for key in range(20):
@@ -331,7 +331,7 @@ def test_shuffled_spreads():
         assert (order == shuffled(np.arange(n), n, hash64(7, key + 1))).sum() < 12
 
 
-def test_the_numbers_of_the_shuffle_never_change():
+def test_shuffle_matches_recorded_numbers():
     """A checkpoint of today goes on tomorrow with the same data, whatever libraries there are."""
     assert hash64(0) == 0xE220A8397B1DCDAF  # SplitMix64's first number for the seed 0
     assert hash64(1337, 5, 2) == 3954968150649167876
@@ -339,7 +339,7 @@ def test_the_numbers_of_the_shuffle_never_change():
 
 
 @pytest.mark.parametrize("evenly", [1, 7, 30, 1000])
-def test_rows_for_evaluation_are_spread_over_the_file_and_know_no_seed(tmp_path, evenly):
+def test_evaluation_rows_are_even_and_seedless(tmp_path, evenly):
     np.arange(500, dtype="<u2").tofile(tmp_path / "val.bin")
     one, other = (
         TokenFile(tmp_path / "val.bin", 8, 500, seed=seed, evenly=evenly) for seed in (1, 2)

@@ -1,4 +1,4 @@
-"""Each `prepare.py` as a person runs it, in a copy of the repository."""
+"""Each `prepare.py` as a script, in a copy of the repository."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def write_uint16(ids):
 
 
 @needs_shakespeare
-def test_shakespeare_char_is_nanogpts(prepare, tree):
+def test_shakespeare_char_matches_nanogpt(prepare, tree):
     output = prepare("shakespeare_char")
     text = Path(DATA, "tinyshakespeare.txt").read_text(encoding="utf-8")
     stoi = {character: i for i, character in enumerate(sorted(set(text)))}
@@ -91,7 +91,7 @@ def test_shakespeare_char_is_nanogpts(prepare, tree):
 
 
 @needs_shakespeare
-def test_shakespeare_is_nanogpts(prepare, tree, encode_ordinary):
+def test_shakespeare_matches_nanogpt(prepare, tree, encode_ordinary):
     output = prepare("shakespeare")
     text = Path(DATA, "tinyshakespeare.txt").read_text(encoding="utf-8")
     n = int(len(text) * 0.9)
@@ -101,7 +101,7 @@ def test_shakespeare_is_nanogpts(prepare, tree, encode_ordinary):
     assert output == "train has 301,966 tokens\nval has 36,059 tokens\n"
 
 
-def test_a_text_of_ones_own_goes_to_its_own_folder(prepare, tree, tmp_path):
+def test_own_text_goes_to_data_dir(prepare, tree, tmp_path):
     text = "Ich weiß nicht, was soll es bedeuten,\r\ndaß ich so traurig bin;\n" * 3
     (tmp_path / "lorelei.txt").write_bytes(text.encode())
     directory = tmp_path / "new" / "lorelei"
@@ -130,7 +130,7 @@ def nanogpt_openwebtext(documents, encode_ordinary):
 
 
 @pytest.mark.parametrize("count", [2, 5000])
-def test_openwebtext_is_nanogpts(prepare, tmp_path, encode_ordinary, count):
+def test_openwebtext_matches_nanogpt(prepare, tmp_path, encode_ordinary, count):
     documents = [f"Page {i}\n\nIt's {EOT} about 你好, {'so ' * (i % 9)}\t" for i in range(count)]
     expected = nanogpt_openwebtext(documents, encode_ordinary)
     lines = [json.dumps({"text": text, "url": "-"}) + "\n" for text in documents]
@@ -142,7 +142,7 @@ def test_openwebtext_is_nanogpts(prepare, tmp_path, encode_ordinary, count):
     assert sum(counts["documents"] for counts in meta["splits"].values()) == count
 
 
-def test_openwebtext_takes_a_folder_of_texts(prepare, tmp_path, encode_ordinary):
+def test_openwebtext_from_a_folder(prepare, tmp_path, encode_ordinary):
     pytest.importorskip("datasets")
     texts = {f"{name}\nsecond line\n" for name in "abcd"}
     for i, text in enumerate(sorted(texts)):
@@ -153,7 +153,7 @@ def test_openwebtext_takes_a_folder_of_texts(prepare, tmp_path, encode_ordinary)
     assert set(read.split(EOT)[:-1]) == texts
 
 
-def test_a_single_document_is_split_in_itself(prepare, tmp_path, encode_ordinary):
+def test_single_document_is_split_at_its_end(prepare, tmp_path, encode_ordinary):
     pytest.importorskip("datasets")
     (tmp_path / "one.txt").write_text("to be or not to be " * 100)
     prepare("openwebtext", f"--source={tmp_path / 'one.txt'}", f"--data_dir={tmp_path}")
@@ -169,24 +169,24 @@ def test_a_single_document_is_split_in_itself(prepare, tmp_path, encode_ordinary
         ("broken.jsonl", '{"text": \n', "JSON parse error"),
     ],
 )
-def test_openwebtext_tells_what_it_cannot_use(prepare, tmp_path, name, content, message):
+def test_openwebtext_refuses_unusable_sources(prepare, tmp_path, name, content, message):
     pytest.importorskip("datasets")
     (tmp_path / name).write_text(content)
     stderr = prepare("openwebtext", f"--source={tmp_path / name}", fails=True)
     assert message in stderr.splitlines()[-1]
 
 
-def test_openwebtext_without_a_network_is_one_line(prepare):
+def test_openwebtext_without_network_is_one_line(prepare):
     pytest.importorskip("datasets")
     stderr = prepare("openwebtext", fails=True, HF_HUB_OFFLINE="1")
-    assert "Skylion007/openwebtext" in stderr and "files of yours" in stderr
+    assert "Skylion007/openwebtext" in stderr and "pip install datasets" in stderr
     assert len(stderr.splitlines()) == 1
 
 
 # ----------------------------------------------------------------------------- Python source
 
 
-def test_python_source_reads_this_library(prepare, tmp_path):
+def test_python_source_of_this_library(prepare, tmp_path):
     output = prepare("python_source", f"--data_dir={tmp_path}")
     assert output.startswith("found ")
     train = decoded(tmp_path, "train").split(EOT)
@@ -197,7 +197,7 @@ def test_python_source_reads_this_library(prepare, tmp_path):
     assert 0.03 < len(val) / len(train + val) < 0.2
 
 
-def test_python_source_leaves_out_tests_and_what_is_no_text(prepare, tmp_path):
+def test_python_source_skips_tests_and_binaries(prepare, tmp_path):
     for i in range(40):
         (tmp_path / "in" / "package").mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / "package" / f"module{i}.py").write_text(f"# ordinary {i}\n")
@@ -213,7 +213,7 @@ def test_python_source_leaves_out_tests_and_what_is_no_text(prepare, tmp_path):
     assert read_meta(tmp_path)["splits"]["val"]["documents"] > 0
 
 
-def test_python_source_learns_a_vocabulary_of_the_size_asked_for(prepare, tmp_path):
+def test_python_source_vocab_size(prepare, tmp_path):
     for i in range(40):
         (tmp_path / f"module{i}.py").write_text(f"def function{i}(number):\n    return number\n")
     prepare("python_source", f"--input={tmp_path}", f"--data_dir={tmp_path}", "--vocab_size=270")
@@ -240,7 +240,7 @@ def unordered(problems):
     return {tuple(sorted(pair)) for pair in problems}
 
 
-def test_addition_holds_problems_out_in_both_orders(prepare, tmp_path):
+def test_addition_splits_unordered_pairs(prepare, tmp_path):
     prepare("addition", "--passes=3", f"--data_dir={tmp_path}")
     train, val = problems_in(tmp_path, "train"), problems_in(tmp_path, "val")
     assert len(train) + len(val) == 10_000
@@ -251,7 +251,7 @@ def test_addition_holds_problems_out_in_both_orders(prepare, tmp_path):
     assert (meta["task"], meta["digits"], meta["vocab_size"]) == ("addition", 2, 13)
 
 
-def test_addition_of_longer_numbers_is_bounded_and_repeatable(prepare, tmp_path):
+def test_addition_sample_is_reproducible(prepare, tmp_path):
     arguments = ("addition", "--digits=5", "--max_problems=2000", "--passes=1")
     for where in ("a", "b"):
         prepare(*arguments, f"--data_dir={tmp_path / where}")
@@ -275,17 +275,17 @@ def test_addition_of_longer_numbers_is_bounded_and_repeatable(prepare, tmp_path)
         ("shakespeare", "--input=brisk", "cannot read brisk: Is a directory"),
         ("python_source", "--input=nowhere", "no Python files in nowhere"),
         ("addition", "--digits=0", "a whole number from 1 to 9"),
-        ("addition", "--max_problems=1", "none of it falls to train"),
+        ("addition", "--max_problems=1", "no tokens are left for train"),
         ("addition", "--data_dir=configurator.py", "cannot write to configurator.py"),
     ],
 )
-def test_a_mistake_is_one_line(prepare, name, argument, message):
+def test_wrong_input_is_one_line(prepare, name, argument, message):
     stderr = prepare(name, argument, fails=True)
     assert message in stderr
     assert len(stderr.splitlines()) == 1
 
 
-def test_without_any_text_there_are_three_lines(prepare, tree, tmp_path):
+def test_missing_text_is_three_lines(prepare, tree, tmp_path):
     (tree / "data" / "shakespeare" / "input.txt").unlink(missing_ok=True)
     no_network = {"https_proxy": "http://127.0.0.1:9", "BRISK_DATA": str(tmp_path)}
     stderr = prepare("shakespeare", fails=True, **no_network)

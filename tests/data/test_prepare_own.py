@@ -1,5 +1,4 @@
-"""Files of one's own and shards of a large set: what was read is in the files that are written,
-each document on one side, in bounded memory."""
+"""Data sets from user files and from shards: complete, split by document, in bounded memory."""
 
 import gzip
 import json
@@ -51,7 +50,7 @@ def needs(request):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_one_text_is_split_in_itself(needs, prepare, tokenizer):
+def test_single_text_is_split_at_its_end(needs, prepare, tokenizer):
     needs(tokenizer)
     write("poem.txt", POEM)
     made = prepare("custom", input="poem.txt", tokenizer=tokenizer, vocab_size=270)
@@ -98,7 +97,7 @@ def test_lines_and_columns(prepare):
     assert again.all_documents() == sorted(f"body {i}" for i in range(40))
 
 
-def test_the_side_of_a_document_does_not_depend_on_the_files(prepare):
+def test_split_is_independent_of_the_files(prepare):
     texts = [f"text number {i}" for i in range(60)]
     for i, text in enumerate(texts):
         write(f"in/{i:02}.txt", text)
@@ -112,7 +111,7 @@ def test_the_side_of_a_document_does_not_depend_on_the_files(prepare):
     assert len(first.documents("val")) == 6
 
 
-def test_words_and_pairs_are_learned_as_if_the_text_were_in_memory(prepare, monkeypatch):
+def test_vocabulary_matches_one_in_memory(prepare, monkeypatch):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(
         "brisk.data.raw_files.PIECE", 1000
@@ -136,15 +135,15 @@ def test_words_and_pairs_are_learned_as_if_the_text_were_in_memory(prepare, monk
         ({"input": "missing.txt"}, "there are no files at missing.txt"),
         ({"input": "empty.txt"}, "empty.txt is empty"),
         ({"input": "empty.txt", "tokenizer": "bpe"}, "empty.txt is empty"),
-        ({"input": "letter.txt"}, "too little text: none of it falls to train"),
-        ({"input": "two.csv", "column": "body"}, "has no column body, it has id, text"),
-        ({"input": "head.csv"}, "has a header and no rows"),
-        ({"input": "zeros.bin"}, "is no text"),
+        ({"input": "letter.txt"}, "no tokens are left for train"),
+        ({"input": "two.csv", "column": "body"}, "has no column body; its columns are id, text"),
+        ({"input": "head.csv"}, "has a header but no rows"),
+        ({"input": "zeros.bin"}, "is not text"),
         ({"input": "twins"}, "all 2 documents are equal"),
         ({"input": "line.txt", "encoding": "klingon"}, "no such encoding"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(prepare, settings, message):
+def test_unusable_input_is_one_line(prepare, settings, message):
     for name, content in (("empty.txt", ""), ("letter.txt", "a"), ("line.txt", "abc\n")):
         write(name, content)
     write("two.csv", "id,text\n1,a\n2,b\n")
@@ -156,21 +155,21 @@ def test_what_cannot_be_used_is_one_line(prepare, settings, message):
 
 
 @pytest.mark.parametrize("name", ["words", "novel", "shakespeare_char", "custom"])
-def test_a_short_text_is_made_with_a_note_or_refused(prepare, name):
+def test_short_text_is_noted_or_refused(prepare, name):
     text = "alpha beta gamma delta epsilon zeta"
     write("line.txt", text)
     char = {"tokenizer": "char"} if name == "custom" else {}
     made = prepare(name, input="line.txt", **char)
-    assert "is short: block_size must be smaller" in made.printed
+    assert "block_size must be smaller" in made.printed
     if name != "words":
         assert made.train + made.val == text
     for content in ("a", ""):
         write("tiny.txt", content)
         message = prepare(name, fails=True, input="tiny.txt", data_dir="tiny", **char)
-        assert any(why in message for why in ("too little text", "is empty", "has no words"))
+        assert any(why in message for why in ("text is too short", "is empty", "has no words"))
 
 
-def test_a_name_on_the_hub_without_a_network_is_one_line(script, tmp_path):
+def test_hub_name_without_network_is_one_line(script, tmp_path):
     pytest.importorskip("datasets")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     start = time.monotonic()
@@ -178,11 +177,13 @@ def test_a_name_on_the_hub_without_a_network_is_one_line(script, tmp_path):
         "data/custom/prepare.py", "--input=someone/texts", f"--data_dir={tmp_path}", env=offline
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "no file or folder someone/texts here" in done.stderr and time.monotonic() - start < 30
+    assert (
+        "there is no file or folder someone/texts" in done.stderr and time.monotonic() - start < 30
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
-def test_characters_of_all_planes_come_back_from_a_file(needs, prepare, tokenizer):
+def test_characters_of_all_planes_round_trip(needs, prepare, tokenizer):
     needs(tokenizer)
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and i not in (0, 13)]
     chosen = characters[:3000] + characters[3000::61]
@@ -196,7 +197,7 @@ def test_characters_of_all_planes_come_back_from_a_file(needs, prepare, tokenize
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(max_size=30), min_size=2, unique=True), st.sampled_from(["char", "byte"]))
-def test_any_documents_come_back(prepare, documents, tokenizer):
+def test_documents_round_trip(prepare, documents, tokenizer):
     for number in range(100):
         Path("in", f"{number}.txt").unlink(missing_ok=True)
     documents = [text for text in documents if not {"\0", "\r"} & set(text)]
@@ -212,7 +213,7 @@ def test_any_documents_come_back(prepare, documents, tokenizer):
 # ----------------------------------------------------------------------------- joining
 
 
-def test_sets_of_unlike_tokenizers_are_not_joined(tmp_path):
+def test_join_refuses_different_tokenizers(tmp_path):
     pytest.importorskip("tokenizers")
     splits = {"train": ["abc " * 50], "val": ["ab"]}
     made = {
@@ -263,7 +264,7 @@ def write_large(path, megabytes):
 
 
 @pytest.mark.parametrize(("tokenizer", "megabytes"), [("char", 100), ("byte", 200), ("bpe", 30)])
-def test_memory_does_not_grow_with_the_text(needs, tmp_path, tokenizer, megabytes):
+def test_memory_is_independent_of_text_size(needs, tmp_path, tokenizer, megabytes):
     needs(tokenizer)
     write_large(tmp_path / "large.txt", megabytes)
     options = ["--bpe_sample=1", "--vocab_size=300", "--num_proc=2"]
@@ -272,7 +273,7 @@ def test_memory_does_not_grow_with_the_text(needs, tmp_path, tokenizer, megabyte
     assert peak < (250 if tokenizer == "bpe" else 150)
 
 
-def test_memory_does_not_grow_with_a_line(tmp_path):
+def test_memory_is_independent_of_line_length(tmp_path):
     with open(tmp_path / "line.txt", "w", encoding="utf-8") as file:
         piece = "".join(random.Random(1).choices("abcde的了", k=10**6))
         for _ in range(40):
@@ -312,7 +313,7 @@ def in_order(folders, split):
     return b"".join((folder / f"{split}.bin").read_bytes() for folder in sorted(folders))
 
 
-def test_shards_are_tokenized_one_by_one_and_joined(shards):
+def test_shards_are_joined(shards):
     made = shards()
     folders = list((made.folder / "shards").iterdir())
     assert sorted(folder.name for folder in folders) == ["000", "001", "002"]
@@ -331,7 +332,7 @@ def test_shards_are_tokenized_one_by_one_and_joined(shards):
         }
 
 
-def test_shards_go_on_after_a_kill_and_more_are_added(shards, monkeypatch):
+def test_killed_shards_continue_and_grow(shards, monkeypatch):
     whole = shards(data_dir="whole")
     first = shards(shards=1)
     assert first.bins()[0] == whole.bins()[0][: len(first.bins()[0])]
@@ -358,21 +359,21 @@ def test_shards_go_on_after_a_kill_and_more_are_added(shards, monkeypatch):
     assert shards().printed.count("is there already") == 3
 
 
-def test_shards_that_cannot_be_used_are_one_line(shards, prepare):
+def test_unusable_shards_are_one_line(shards, prepare):
     settings = {"fails": True, "val_share": 0.1}
     assert "there should be one file" in prepare("fineweb_edu", source="nowhere", **settings)
     assert "no files at a/b/c" in prepare("fineweb_edu", source="a/b/c", **settings)
     Path("twice/in").mkdir(parents=True)
     Path("twice/000.parquet").write_bytes(Path("in/000.parquet").read_bytes())
     Path("twice/in/000.parquet").write_bytes(Path("in/001.parquet").read_bytes())
-    assert "a name of its own" in prepare("fineweb_edu", source="twice", **settings)
+    assert "a name of its own" in prepare("fineweb_edu", source="duplicate", **settings)
     write("damaged/a.parquet", "not a parquet file")
     assert "a.parquet" in prepare("fineweb_edu", source="damaged", **settings)
 
 
-def test_the_hub_without_a_network_is_one_line(script, tmp_path):
+def test_hub_without_network_is_one_line(script, tmp_path):
     pytest.importorskip("huggingface_hub")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = script("data/fineweb_edu/prepare.py", f"--data_dir={tmp_path}", env=offline)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "no list of the files of HuggingFaceFW/fineweb-edu" in done.stderr
+    assert "cannot list the files of HuggingFaceFW/fineweb-edu" in done.stderr

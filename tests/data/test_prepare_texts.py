@@ -1,4 +1,4 @@
-"""Reviews, words and chapters: what is in the files that each data set writes, decoded again."""
+"""The data sets of reviews, words and novels, decoded from their files."""
 
 import os
 import random
@@ -41,16 +41,16 @@ def labels(documents):
     return Counter({"好": "1", "难": "0", "o": "x"}[text[0]] for text in documents)
 
 
-def test_reviews_are_split_by_label_and_none_is_there_twice(prepare, reviews):
+def test_reviews_are_split_by_label(prepare, reviews):
     made = prepare("reviews", input=reviews)
     assert len(set(made.all_documents())) == len(made.all_documents()) == 257
-    assert "50 labelled 0, 200 labelled 1, 7 labelled x; 30 duplicates left out" in made.printed
+    assert "50 labelled 0, 200 labelled 1, 7 labelled x; 30 duplicates removed" in made.printed
     assert labels(made.documents("val")) == {"1": 20, "0": 5, "x": 1}
     assert labels(made.documents("train")) == {"1": 180, "0": 45, "x": 6}
     assert "难看 3\nvery" in made.all_documents()
 
 
-def test_balance_repeats_in_training_and_leaves_validation_as_it_is(prepare, reviews):
+def test_balance_changes_training_only(prepare, reviews):
     plain = prepare("reviews", input=reviews)
     balanced = prepare("reviews", "--balance", input=reviews, data_dir="balanced")
     assert labels(balanced.documents("train")) == {"1": 180, "0": 180, "x": 180}
@@ -60,7 +60,7 @@ def test_balance_repeats_in_training_and_leaves_validation_as_it_is(prepare, rev
     assert balanced.bins()[1] == plain.bins()[1]
 
 
-def test_a_label_may_stand_before_each_review(prepare, reviews):
+def test_label_prompts(prepare, reviews):
     plain = prepare("reviews", input=reviews)
     made = prepare("reviews", "--label_prompt", input=reviews, data_dir="prompted")
     words = {"好": "好评：", "难": "差评：", "o": "x: "}
@@ -71,7 +71,7 @@ def test_a_label_may_stand_before_each_review(prepare, reviews):
     )
 
 
-def test_windows_are_one_text_of_lines(prepare, reviews):
+def test_windows_are_one_text(prepare, reviews):
     plain = prepare("reviews", input=reviews)
     made = prepare("reviews", input=reviews, rows="windows", data_dir="lines")
     for split in ("train", "val"):
@@ -83,19 +83,23 @@ def test_windows_are_one_text_of_lines(prepare, reviews):
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
     [
-        ("review,sentiment\n", {}, "too little text"),
+        ("review,sentiment\n", {}, "text is too short"),
         ("", {}, "is empty"),
-        ("text,stars\na,1\n", {}, "has no column review, it has text, stars"),
-        ("text,stars\na,1\n", {"column": "text"}, "has no column sentiment, it has text, stars"),
-        ("review,sentiment\na,1\n", {}, "none of it falls to val"),
+        ("text,stars\na,1\n", {}, "has no column review; its columns are text, stars"),
+        (
+            "text,stars\na,1\n",
+            {"column": "text"},
+            "has no column sentiment; its columns are text, stars",
+        ),
+        ("review,sentiment\na,1\n", {}, "no tokens are left for val"),
     ],
 )
-def test_reviews_that_cannot_be_used_are_one_line(prepare, content, changes, message):
+def test_unusable_reviews_are_one_line(prepare, content, changes, message):
     file = write("a.csv", content)
     assert message in prepare("reviews", fails=True, input=file, **changes)
 
 
-def test_reviews_in_another_encoding_and_order_of_columns(prepare, reviews):
+def test_reviews_in_another_encoding(prepare, reviews):
     made = prepare("reviews", input=reviews)
     text = Path(reviews).read_text()
     write("gb.csv", text, "gb18030")
@@ -108,7 +112,7 @@ def test_reviews_in_another_encoding_and_order_of_columns(prepare, reviews):
 def test_the_film_reviews(prepare, monkeypatch):
     monkeypatch.setenv("BRISK_DATA", str(DATA))
     made = prepare("reviews", "--label_prompt")
-    assert "680 labelled 0, 4,174 labelled 1; 146 duplicates left out" in made.printed
+    assert "680 labelled 0, 4,174 labelled 1; 146 duplicates removed" in made.printed
     train, val = made.documents("train"), made.documents("val")
     assert (len(train), len(val), len(set(train + val))) == (4369, 485, 4854)
     bad = [sum(text.startswith("差评：") for text in part) for part in (train, val)]
@@ -138,13 +142,13 @@ def test_words_without_stop_words(prepare):
     assert own.train.startswith("the of a text is clustered by its words and the words by the of ")
 
 
-def test_words_are_learned_from_the_training_part_alone(prepare):
+def test_words_are_learned_from_training_only(prepare):
     write("a.txt", "one two two three three three " * 30 + "four five " * 10)
     made = prepare("words", input="a.txt", min_count=31)
     assert made.tokenizer.words == ["three", "two"] and made.tokenizer.unk == 2
     made = prepare("words", input="a.txt", stop_words="none")
     assert "four" not in made.tokenizer.words and "four" not in made.val
-    assert made.val.split()[-1] == "<|unknown|>" and "unknown are " in made.printed
+    assert made.val.split()[-1] == "<|unknown|>" and " are unknown" in made.printed
 
 
 @pytest.mark.skipif(not (DATA / "words.txt").exists(), reason="BRISK_DATA has no words.txt")
@@ -178,7 +182,7 @@ CHINESE = {
 
 @pytest.mark.parametrize("kind", CHINESE)
 @pytest.mark.parametrize("before", ["", "书名\n作者\n\n"])
-def test_chapters_are_documents_that_begin_with_their_heading(prepare, kind, before):
+def test_chapters_begin_with_their_heading(prepare, kind, before):
     chapters = CHINESE[kind]
     write("a.txt", before + "\n\n\n".join(chapters) + "\n")
     made = prepare("novel", input="a.txt", val_share=0.3)
@@ -188,7 +192,7 @@ def test_chapters_are_documents_that_begin_with_their_heading(prepare, kind, bef
     assert f"in {len(expected)} chapters" in made.printed
 
 
-def test_an_encoding_makes_no_difference_to_a_novel(prepare):
+def test_novel_is_independent_of_encoding(prepare):
     text = "\n".join(
         f"第{n}章　風雪\n那年冬天，雪下得很大。他推開門，看見一個人。" for n in "一二三四"
     )
@@ -199,7 +203,7 @@ def test_an_encoding_makes_no_difference_to_a_novel(prepare):
     assert all(each == bins[0] for each in bins)
 
 
-def test_a_novel_without_chapters_or_with_ones_own(prepare):
+def test_novel_with_other_chapters(prepare):
     text = "Es war einmal ein König.\n* * *\nUnd wenn er nicht gestorben ist.\n" * 20
     write("a.txt", text)
     made = prepare("novel", input="a.txt", val_share=0.25)
@@ -211,7 +215,7 @@ def test_a_novel_without_chapters_or_with_ones_own(prepare):
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "*"])
-def test_a_wrong_pattern_is_one_line(prepare, pattern):
+def test_invalid_pattern_is_one_line(prepare, pattern):
     write("a.txt", "text")
     message = prepare("novel", fails=True, input="a.txt", chapters=pattern)
-    assert f"--chapters={pattern} is no pattern: " in message
+    assert f"--chapters={pattern} is not a regular expression: " in message

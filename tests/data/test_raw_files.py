@@ -1,4 +1,4 @@
-"""Zip archives are read like folders, and files that are no text say what they are."""
+"""Zip archives, compressed files, and recognition of binary files."""
 
 import gzip
 import io
@@ -39,7 +39,7 @@ def texts(sources, **options):
 # ----------------------------------------------------------------------------- zip archives
 
 
-def test_a_zip_is_read_like_a_folder(capsys):
+def test_zip_is_read_like_a_folder(capsys):
     members = {
         "b.txt": "text b",
         "a.md": "text a".encode("utf-16"),
@@ -53,7 +53,7 @@ def test_a_zip_is_read_like_a_folder(capsys):
     }
     expected = ["text a", "text b", "row c", "row d", "text e"]
     assert sorted(texts(zipped("all.zip", members))) == sorted(expected)
-    assert "left out 1 file that is no text: picture.png" in capsys.readouterr().err
+    assert "skipped 1 file that is not text: picture.png" in capsys.readouterr().err
     Path("in").mkdir()
     Path("all.zip").rename("in/all.zip")
     Path("in/f.txt").write_text("text f")
@@ -63,7 +63,7 @@ def test_a_zip_is_read_like_a_folder(capsys):
     assert os.listdir() == ["in"]
 
 
-def test_a_zip_of_one_file_is_that_file():
+def test_zip_of_one_file_is_that_file():
     assert texts(zipped("one.zip", {"a.txt": "alone"})) == ["alone"]
     assert read_text("one.zip") == "alone"
     zipped("two.zip", {"a.txt": "alone", "b.txt": "not alone"})
@@ -71,7 +71,7 @@ def test_a_zip_of_one_file_is_that_file():
         read_text("two.zip")
 
 
-def test_a_parquet_file_in_a_zip():
+def test_parquet_in_a_zip():
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -84,7 +84,7 @@ def test_a_parquet_file_in_a_zip():
     ]
 
 
-def test_names_that_lead_elsewhere_are_names_only(tmp_path):
+def test_member_paths_are_only_names(tmp_path):
     zipped("evil.zip", {"../../out.txt": "one", "/etc/out.txt": "two", "C:\\out.txt": "three"})
     assert sorted(texts("evil.zip")) == ["one", "three", "two"]
     assert os.listdir() == ["evil.zip"] and not Path("../out.txt").exists()
@@ -93,21 +93,24 @@ def test_names_that_lead_elsewhere_are_names_only(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: zipped("a.zip", {}), "is an archive without files"),
-        (lambda: zipped("a.zip", {"folder/": "", "__MACOSX/x": "x"}), "an archive without files"),
-        (lambda: zipped("a.zip", {"in.zip": Path(zipped("in", {"a": "b"})).read_bytes()}), "in an"),
+        (lambda: zipped("a.zip", {}), "is an empty archive"),
+        (lambda: zipped("a.zip", {"folder/": "", "__MACOSX/x": "x"}), "is an empty archive"),
+        (
+            lambda: zipped("a.zip", {"in.zip": Path(zipped("in", {"a": "b"})).read_bytes()}),
+            "inside an",
+        ),
         (lambda: Path("a.zip").write_bytes(b"PK\x03\x04 and no more"), "cannot read a.zip"),
         (lambda: Path("a.zip").write_bytes(b"text"), "cannot read a.zip: File is not a zip file"),
         (lambda: Path("a.zip").write_bytes(b""), "cannot read a.zip|is empty"),
     ],
 )
-def test_a_zip_that_cannot_be_used_is_one_line(make, message):
+def test_unusable_zip_is_one_line(make, message):
     make()
     with pytest.raises(UserError, match=message):
         texts("a.zip")
 
 
-def test_an_encrypted_zip_is_one_line():
+def test_encrypted_zip_is_one_line():
     zipped("a.zip", {"a.txt": "secret", "b.txt": "secret"})
     raw = bytearray(Path("a.zip").read_bytes())
     raw[raw.index(b"PK\x01\x02") + 8] |= 1  # the flag of the first member, in the directory
@@ -116,28 +119,28 @@ def test_an_encrypted_zip_is_one_line():
         texts("a.zip")
 
 
-def test_a_damaged_member_is_named(capsys):
+def test_damaged_member_is_named(capsys):
     zipped("a.zip", {"a.txt": "text " * 1000, "b.txt": "b"})
     raw = bytearray(Path("a.zip").read_bytes())
     raw[45:50] = b"?????"
     Path("a.zip").write_bytes(raw)
     assert texts("a.zip") == ["b"]
-    assert "left out: cannot read a.zip/a.txt: it is damaged" in capsys.readouterr().err
+    assert "skipped: cannot read a.zip/a.txt: it is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end", ["zip", "gz"])
-def test_a_bomb_is_stopped(monkeypatch, end):
+def test_decompression_bomb_is_stopped(monkeypatch, end):
     monkeypatch.setattr("brisk.data.raw_files.HARMLESS", 2**20)
     bomb = b"0" * 2**23
     if end == "zip":
         zipped("a.zip", {"a.txt": bomb})
     else:
         Path("a.gz").write_bytes(gzip.compress(bomb))
-    with pytest.raises(UserError, match="grows to more than 300 times its size"):
+    with pytest.raises(UserError, match="expands to more than 300 times its size"):
         texts(f"a.{end}")
 
 
-def test_many_members_are_read_in_one_opening(monkeypatch):
+def test_archive_is_opened_once(monkeypatch):
     opened = []
     real = zipfile.ZipFile
     zipped("many.zip", {f"{i}.txt": f"text {i}" for i in range(500)})
@@ -146,7 +149,7 @@ def test_many_members_are_read_in_one_opening(monkeypatch):
     assert len(opened) == 1
 
 
-def test_compressed_text_is_known_by_its_bytes():
+def test_compression_is_detected_by_bytes():
     Path("a.txt").write_bytes(gzip.compress("grün".encode()))
     assert texts("a.txt") == ["grün"]
 
@@ -208,20 +211,20 @@ NO_TEXT = {
 
 @pytest.mark.parametrize("name", NO_TEXT)
 @pytest.mark.parametrize("renamed", [False, True])
-def test_files_that_are_no_text_say_what_they_are(name, renamed):
+def test_binary_files_are_named_by_kind(name, renamed):
     make, message = NO_TEXT[name]
     make(name)
     if renamed:  # the bytes count, not the name
         Path(name).rename("a.txt")
         name, message = "a.txt", message.split("; convert")[0].split(r"\.")[0].rstrip("$")
     for encoding in ("auto", "utf-8"):
-        with pytest.raises(UserError, match=f"{name} is no text: it is .*{message}"):
+        with pytest.raises(UserError, match=f"{name} is not text: it is .*{message}"):
             texts(name, encoding=encoding)
-    with pytest.raises(UserError, match="is no text"):
+    with pytest.raises(UserError, match="is not text"):
         read_text(name)
 
 
-def test_a_folder_says_what_could_be_converted(capsys):
+def test_convertible_files_in_a_folder_are_noted(capsys):
     Path("in").mkdir()
     for name in ("a.pdf", "b.docx", "g.png", "k.sqlite"):
         NO_TEXT[name][0](f"in/{name}")
@@ -229,9 +232,9 @@ def test_a_folder_says_what_could_be_converted(capsys):
     Path("in/empty.txt").write_text("")
     assert texts("in") == ["text"]
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "left out 1 file that is no text: g.png"
-    assert told[1] == "left out 1 file that is empty: empty.txt"
-    assert "left out: in/a.pdf is no text: it is a PDF; convert it: pdftotext in/a.pdf" in told
+    assert told[0] == "skipped 1 file that is not text: g.png"
+    assert told[1] == "skipped 1 file that is empty: empty.txt"
+    assert "skipped: in/a.pdf is not text: it is a PDF; convert it: pdftotext in/a.pdf" in told
     assert len(told) == 5
 
 
@@ -239,7 +242,7 @@ def test_a_folder_says_what_could_be_converted(capsys):
     "text",
     ["BM is the name of a shop", "GGUF is a format", "ID3 tags", "MZ", "%!", "PK is Pakistan"],
 )
-def test_a_text_may_begin_like_another_file(text):
+def test_text_that_begins_like_a_binary_file(text):
     Path("a.txt").write_text(text)
     assert texts("a.txt") == [text]
 
@@ -296,7 +299,7 @@ def damaged(raw, rng):
 
 
 @pytest.mark.parametrize("name", seeds())
-def test_a_damaged_file_is_read_or_named(name, capsys):
+def test_damaged_file_is_read_or_refused(name, capsys):
     rng = random.Random(name)
     whole = seeds()[name]
     for _ in range(150):
@@ -307,7 +310,7 @@ def test_a_damaged_file_is_read_or_named(name, capsys):
             assert name in str(error)
 
 
-def test_a_member_without_a_name_is_left_out():
+def test_member_without_a_name_is_skipped():
     zipped("a.zip", {"x": "nameless", "b.txt": "text"})
     raw = Path("a.zip").read_bytes()
     at = raw.index(b"PK\x01\x02")  # the first entry of the directory: its name becomes a comment

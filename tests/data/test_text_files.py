@@ -1,4 +1,4 @@
-"""Raw text is found in the promised order, and read right in whatever encoding it is."""
+"""Search order of raw text, and detection of its encoding."""
 
 import bz2
 import gzip
@@ -39,7 +39,7 @@ def network(monkeypatch):
     return answers
 
 
-def test_text_is_looked_for_in_the_promised_order(tmp_path, monkeypatch, network):
+def test_search_order(tmp_path, monkeypatch, network):
     here, shared = tmp_path / "here", tmp_path / "shared"
     here.mkdir()
     shared.mkdir()
@@ -59,26 +59,26 @@ def test_text_is_looked_for_in_the_promised_order(tmp_path, monkeypatch, network
     assert look(here, str(tmp_path / "mine.txt")) == ("given", "mine.txt")
 
 
-def test_without_any_text_three_lines_say_what_to_do(tmp_path, network, capsys):
+def test_missing_text_is_three_lines(tmp_path, network, capsys):
     with pytest.raises(UserError, match=rf"download {URL} and save it as .*input\.txt"):
         look(tmp_path)
     looked, use = capsys.readouterr().err.splitlines()
     assert "input.txt" in looked and "--input=PATH" in use
 
 
-def test_a_damaged_download_is_not_kept(tmp_path, network):
+def test_damaged_download_is_not_kept(tmp_path, network):
     network.append(RAW[:-1])
     with pytest.raises(UserError, match="checksum"):
         look(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_given_file_that_is_missing_or_no_text_is_told(tmp_path, network):
+def test_missing_or_binary_file_is_refused(tmp_path, network):
     network.append(RAW)
     with pytest.raises(UserError, match=r"cannot read .*: No such file"):
         look(tmp_path, str(tmp_path / "missing.txt"))
     (tmp_path / "zeros.txt").write_bytes(b"a\0b")
-    with pytest.raises(UserError, match="no text"):
+    with pytest.raises(UserError, match="not text"):
         look(tmp_path, str(tmp_path / "zeros.txt"))
 
 
@@ -114,9 +114,7 @@ def format_bytes(text, encoding, line_end="\n"):
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize(("encoding", "text"), CASES)
-def test_text_is_read_right_in_any_encoding_and_with_any_line_end(
-    tmp_path, monkeypatch, encoding, text, line_end
-):
+def test_any_encoding_and_line_end(tmp_path, monkeypatch, encoding, text, line_end):
     file = tmp_path / "a.txt"
     file.write_bytes(format_bytes(text * 5, encoding, line_end))
     assert read_text(file) == text * 5
@@ -138,7 +136,7 @@ def test_text_is_read_right_in_any_encoding_and_with_any_line_end(
         (b"\xef\xbb\xbf", "utf-8"),
     ],
 )
-def test_a_byte_order_mark_tells_the_encoding_and_is_left_out(tmp_path, mark, encoding):
+def test_byte_order_marks(tmp_path, mark, encoding):
     file = tmp_path / "a.txt"
     file.write_bytes(mark + SIMPLIFIED.encode(encoding))
     assert read_text(file) == read_text(file, encoding) == SIMPLIFIED
@@ -146,7 +144,7 @@ def test_a_byte_order_mark_tells_the_encoding_and_is_left_out(tmp_path, mark, en
     assert read_text(file) == ""
 
 
-def test_a_given_encoding_wins(tmp_path):
+def test_given_encoding_wins(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes("été".encode())
     assert read_text(file) == "été"
@@ -154,14 +152,14 @@ def test_a_given_encoding_wins(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["klingon", "", "hex", "rot13", "undefined"])
-def test_a_name_of_no_encoding_is_told(tmp_path, name):
+def test_unknown_encoding_is_refused(tmp_path, name):
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UserError, match=f"--encoding={name}: Python knows no such encoding"):
+    with pytest.raises(UserError, match=f"--encoding={name}: Python has no such encoding"):
         TextFile(tmp_path / "a.txt", name)
 
 
 @pytest.mark.parametrize("piece", [1, 4, 2**20])
-def test_a_wrong_byte_is_named(tmp_path, monkeypatch, piece):
+def test_invalid_byte_is_located(tmp_path, monkeypatch, piece):
     file = tmp_path / "a.txt"
     file.write_bytes("好".encode() + b"ab\xff" + "好".encode())
     monkeypatch.setattr(raw_files, "PIECE", piece)
@@ -172,7 +170,7 @@ def test_a_wrong_byte_is_named(tmp_path, monkeypatch, piece):
         read_text(file, "utf-8")
 
 
-def test_a_wrong_byte_far_behind_what_told_the_encoding_is_named(tmp_path):
+def test_late_invalid_byte_is_located(tmp_path):
     start = "你好 hello\n".encode() * 300_000
     (tmp_path / "a.txt").write_bytes(start + b"\xff")
     with pytest.raises(UserError, match=f"is not utf-8 at byte {len(start)};"):
@@ -180,16 +178,16 @@ def test_a_wrong_byte_far_behind_what_told_the_encoding_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("encoding", "text"), [c for c in CASES if "utf" not in c[0]])
-def test_an_encoding_is_told_though_the_text_begins_with_ascii(tmp_path, capsys, encoding, text):
+def test_encoding_after_a_long_ascii_start(tmp_path, capsys, encoding, text):
     plain = "Project notes, in plain ASCII, line after line of them.\n"
     whole = plain * 30_000 + text + plain * 100 + text * 3
     (tmp_path / "a.txt").write_bytes(whole.encode(encoding))
     assert read_text(tmp_path / "a.txt") == whole
-    assert "looks like" in capsys.readouterr().err  # a guess, and said to be one
+    assert "reading it as" in capsys.readouterr().err  # a guess, and said to be one
 
 
 @pytest.mark.parametrize("shift", range(4))
-def test_the_encoding_of_one_huge_line_is_told(tmp_path, shift):
+def test_encoding_of_one_huge_line(tmp_path, shift):
     """The sample of it may end in the middle of a character."""
     for encoding, text in (("gb18030", SIMPLIFIED), ("utf-8", SIMPLIFIED), ("big5", TRADITIONAL)):
         line = "a" * shift + text.replace("\n", "") * 40_000
@@ -197,7 +195,7 @@ def test_the_encoding_of_one_huge_line_is_told(tmp_path, shift):
         assert read_text(tmp_path / "a.txt") == line
 
 
-def test_a_last_letter_with_an_accent_is_not_half_a_character(tmp_path):
+def test_text_may_end_with_an_accent(tmp_path):
     text = FRENCH * 5 + "… un café"
     (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
     assert read_text(tmp_path / "a.txt") == text
@@ -211,7 +209,7 @@ def test_a_last_letter_with_an_accent_is_not_half_a_character(tmp_path):
 
 
 @pytest.mark.parametrize(("end", "module"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
-def test_compressed_text_is_read_and_damage_told(tmp_path, end, module):
+def test_compressed_text_and_damage(tmp_path, end, module):
     file = tmp_path / f"a.txt.{end}"
     packed = module.compress(format_bytes(SIMPLIFIED * 3000, "gb18030", "\r\n"))
     file.write_bytes(packed)

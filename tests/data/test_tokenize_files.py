@@ -1,4 +1,4 @@
-"""Tokenizing on many cores, in parts, and after a kill gives what one process gives at one go."""
+"""Tokenizing on several cores, in parts, or after an interruption gives the same files."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from brisk.data.tokenizer import ByteTokenizer, CharTokenizer
 from brisk.errors import UserError, one_line_errors
 
 
-def test_workers_write_the_same_files_as_one_process(tmp_path, monkeypatch):
+def test_workers_match_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize_files, "BATCH", 100)
     tokenizer = small_bpe()
     alone = write(tmp_path / "alone", tokenizer, end_documents=True, workers=1)
@@ -31,7 +31,7 @@ def test_workers_write_the_same_files_as_one_process(tmp_path, monkeypatch):
     assert same[0] == same[1]
 
 
-def test_only_a_few_batches_wait_for_the_workers(monkeypatch):
+def test_pending_batches_are_bounded(monkeypatch):
     monkeypatch.setattr(tokenize_files, "BATCH", 100)
     taken = 0
 
@@ -57,7 +57,7 @@ PIECES = st.lists(st.sampled_from(["a", "7", "_", " ", "\n", "\r\n", "é", "的"
 
 @settings(deadline=None, max_examples=300)
 @given(PIECES.map("".join))
-def test_a_long_document_has_the_same_ids_in_parts(text):
+def test_parts_have_the_ids_of_the_document(text):
     tokenizer = small_bpe()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize_files, "BATCH", 3)
@@ -67,7 +67,7 @@ def test_a_long_document_has_the_same_ids_in_parts(text):
     assert ids == tokenizer.encode(text).tolist()
 
 
-def test_a_document_without_a_safe_place_is_cut_nevertheless(monkeypatch):
+def test_document_without_a_safe_split(monkeypatch):
     monkeypatch.setattr(tokenize_files, "BATCH", 3)
     monkeypatch.setattr(tokenize_files, "LONGEST", 12)
     text = "的，" * 100
@@ -75,7 +75,7 @@ def test_a_document_without_a_safe_place_is_cut_nevertheless(monkeypatch):
     assert "".join(cut) == text and max(map(len, cut)) <= 15
 
 
-def test_documents_without_text_wait_in_bounded_batches():
+def test_empty_documents_are_in_bounded_batches():
     batch = next(tokenize_files.batched("" for _ in range(10**6)))
     assert len(batch) < 20_000
 
@@ -132,25 +132,25 @@ def in_all(texts=TEXTS):
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 14])
-def test_a_killed_run_is_gone_on_with_where_it_was(tmp_path, killed, after):
+def test_killed_process_is_continued(tmp_path, killed, after):
     killed(after)
     assert finish(tmp_path, killed) == in_all() - after
 
 
-def test_it_goes_on_a_second_and_a_third_time(tmp_path, killed):
+def test_repeated_kills_are_continued(tmp_path, killed):
     killed(4)
     killed(4)
     killed(4)
     assert finish(tmp_path, killed) == in_all() - 12
 
 
-def test_a_finished_split_is_not_tokenized_again(tmp_path, killed):
+def test_finished_split_is_not_repeated(tmp_path, killed):
     killed(in_all() - 1)  # in the validation part
     assert finish(tmp_path, killed) == 1
 
 
 @pytest.mark.parametrize("place", [0, 60, 299])
-def test_a_text_that_changed_in_between_is_tokenized_anew(tmp_path, killed, place):
+def test_changed_text_starts_over(tmp_path, killed, place):
     killed(14)
     changed = [*TEXTS]
     changed[place] = changed[place].replace("It", "it")
@@ -158,20 +158,20 @@ def test_a_text_that_changed_in_between_is_tokenized_anew(tmp_path, killed, plac
     assert encoded == in_all() - (14 if place == 299 else 0)  # the last one is in no batch so far
 
 
-def test_another_border_between_documents_is_another_text(tmp_path, killed):
+def test_changed_document_border_starts_over(tmp_path, killed):
     killed(5)
     joined = [TEXTS[0] + TEXTS[1], *TEXTS[2:]]
     assert finish(tmp_path, killed, joined) == in_all(joined)
 
 
-def test_a_text_that_grew_or_shrank_at_its_end_is_right_too(tmp_path, killed):
+def test_text_with_another_end(tmp_path, killed):
     killed(10)
     assert finish(tmp_path, killed, [*TEXTS, "more of it"]) <= in_all() - 9
     killed(2, [*TEXTS, "other"])
     finish(tmp_path, killed, TEXTS[:5])
 
 
-def test_another_tokenizer_starts_anew(tmp_path, killed):
+def test_another_tokenizer_starts_over(tmp_path, killed):
     killed(10)
     characters = CharTokenizer(sorted(set("".join(TEXTS) + "a")))
     assert finish(tmp_path, killed, tokenizer=characters) == in_all()
@@ -179,7 +179,7 @@ def test_another_tokenizer_starts_anew(tmp_path, killed):
     assert finish(tmp_path, killed) == in_all()
 
 
-def test_other_ends_of_documents_start_anew(tmp_path, killed):
+def test_other_end_documents_starts_over(tmp_path, killed):
     killed(10)
     meta = write(tmp_path / "data", ByteTokenizer(), TEXTS, end_documents=True, workers=1)
     assert meta["splits"]["train"]["tokens"] == len("".join(TEXTS).encode()) + len(TEXTS)
@@ -201,20 +201,20 @@ def test_other_ends_of_documents_start_anew(tmp_path, killed):
         ("made-with", lambda raw: raw[:-1], True),
     ],
 )
-def test_a_damaged_half_is_noticed(tmp_path, killed, name, damage, anew):
+def test_damaged_partial_file_is_detected(tmp_path, killed, name, damage, anew):
     killed(10)
     file = tmp_path / "data" / ".writing" / name
     file.write_bytes(damage(file.read_bytes()))
     assert finish(tmp_path, killed) == in_all() - 10 * (not anew)
 
 
-def test_a_missing_bin_is_noticed(tmp_path, killed):
+def test_missing_partial_file_is_detected(tmp_path, killed):
     killed(10)
     (tmp_path / "data" / ".writing" / "train.bin").unlink()
     assert finish(tmp_path, killed) == in_all()
 
 
-def test_without_semaphores_one_process_does_it(tmp_path, monkeypatch, capsys):
+def test_no_semaphores_means_one_process(tmp_path, monkeypatch, capsys):
     """As on Linux without a writable /dev/shm."""
 
     def refused(*_, **__):
@@ -228,7 +228,7 @@ def test_without_semaphores_one_process_does_it(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("texts", [TEXTS, ["another", *TEXTS]], ids=["the same", "another text"])
-def test_an_interruption_has_a_line_of_its_own(tmp_path, killed, capsys, texts):
+def test_interruption_ends_the_progress_line(tmp_path, killed, capsys, texts):
     """The bar is shown from the start where a file is resumed, or begun again."""
     killed(10)
 
@@ -242,7 +242,7 @@ def test_an_interruption_has_a_line_of_its_own(tmp_path, killed, capsys, texts):
     assert left.value.code == 130 and err.endswith("\ninterrupted\n") and "tokenizing" in err
 
 
-def test_workers_that_die_are_told_and_gone_on_from(shared_memory, tmp_path, monkeypatch):
+def test_killed_workers_are_reported(shared_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize_files, "BATCH", 1000)
     monkeypatch.setattr(tokenize_files, "SAVE_EVERY", -1)
 
@@ -257,7 +257,7 @@ def test_workers_that_die_are_told_and_gone_on_from(shared_memory, tmp_path, mon
         def __iter__(self):
             return texts()
 
-    with pytest.raises(UserError, match="it goes on from here"):
+    with pytest.raises(UserError, match="it continues from here"):
         write(tmp_path / "data", small_bpe(), Deadly(), workers=2)
     noted = json.loads((tmp_path / "data" / ".writing" / "train.progress").read_text())
     assert noted["batches"] > 0
@@ -265,13 +265,13 @@ def test_workers_that_die_are_told_and_gone_on_from(shared_memory, tmp_path, mon
     assert written == write(tmp_path / "fresh", small_bpe(), TEXTS, workers=1)
 
 
-def test_a_second_process_is_refused(tmp_path):
+def test_second_process_is_refused(tmp_path):
     from filelock import FileLock
 
     (tmp_path / ".writing").mkdir()
     (tmp_path / ".writing" / "train.progress").write_text("of the first")
     with FileLock(tmp_path / ".writing" / "lock"):
-        with pytest.raises(UserError, match="another process is preparing"):
+        with pytest.raises(UserError, match="another process is writing to"):
             write(tmp_path, ByteTokenizer())
         assert (tmp_path / ".writing" / "train.progress").read_text() == "of the first"
 
@@ -321,7 +321,7 @@ def same(one, other):
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
-def test_a_process_killed_again_and_again_gets_there(tmp_path, big_text):
+def test_process_killed_repeatedly_finishes(tmp_path, big_text):
     start, undisturbed = big_text
     note = tmp_path / ".writing" / "train.progress"
     batches = 0
@@ -338,7 +338,7 @@ def test_a_process_killed_again_and_again_gets_there(tmp_path, big_text):
                 break  # the first was done before the second asked
             assert status == 2
             refusal = second.stderr.read().splitlines()
-            assert len(refusal) == 1 and "another process is preparing" in refusal[0]
+            assert len(refusal) == 1 and "another process is writing to" in refusal[0]
         time.sleep(random.random() / 2)
         group = os.getpgid(process.pid)  # Ctrl-C reaches all processes of the terminal
         os.killpg(group, sent)

@@ -1,4 +1,4 @@
-"""Text comes back from its ids, ids are those of nanoGPT and tiktoken, foreign files are safe."""
+"""Tokenizers: round trips, ids that match nanoGPT and tiktoken, and safe loading."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from brisk.data.bpe import (
     GPT2_PATTERN,
     KINDS,
-    TIKTOKENS_PATTERN,
+    TIKTOKEN_PATTERN,
     BPETokenizer,
     gpt2,
     learn_pairs,
@@ -37,7 +37,7 @@ from brisk.data.tokenizer import (
 from brisk.errors import UserError
 
 TEXT = "First Citizen:\nBefore we proceed, hear me — “speak”, 你好 😀é\r\n\tend"
-valid_text = st.text()  # hypothesis leaves out lone surrogates: they are no text
+valid_text = st.text()  # hypothesis leaves out lone surrogates: they are not text
 
 
 def small_bpe():
@@ -73,7 +73,7 @@ def tokenizers():
 
 
 @given(valid_text)
-def test_any_text_comes_back_from_bytes_and_bpe(text):
+def test_bytes_and_bpe_round_trip(text):
     for tokenizer in (ByteTokenizer(), small_bpe()):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         # Streams put the bytes of tokens together; a character may be spread over several.
@@ -82,7 +82,7 @@ def test_any_text_comes_back_from_bytes_and_bpe(text):
 
 
 @given(valid_text, valid_text)
-def test_any_text_of_known_characters_comes_back(known, other):
+def test_characters_round_trip(known, other):
     tokenizer = CharTokenizer(sorted(set(known)))
     assert tokenizer.encode(known).tolist() == [sorted(set(known)).index(c) for c in known]
     assert tokenizer.decode(tokenizer.encode(known)) == known
@@ -92,7 +92,7 @@ def test_any_text_of_known_characters_comes_back(known, other):
             tokenizer.encode(other)
 
 
-def test_ascii_text_in_a_vocabulary_of_more_than_a_byte():
+def test_ascii_in_a_large_vocabulary():
     characters = [chr(code) for code in range(32, 400)]
     tokenizer = CharTokenizer(characters)
     assert tokenizer.encode("plain text").tolist() == [ord(c) - 32 for c in "plain text"]
@@ -101,7 +101,7 @@ def test_ascii_text_in_a_vocabulary_of_more_than_a_byte():
             tokenizer.encode(text)
 
 
-def test_gpt2_is_tiktokens_and_needs_no_files_once_described(gpt2_tokenizer, monkeypatch):
+def test_gpt2_from_its_dict_needs_no_files(gpt2_tokenizer, monkeypatch):
     monkeypatch.setattr("tiktoken.get_encoding", None)
     again = from_dict(json.loads(json.dumps(gpt2_tokenizer.to_dict())))
     assert again.encoding is not gpt2_tokenizer.encoding
@@ -117,7 +117,7 @@ def test_gpt2_is_tiktokens_and_needs_no_files_once_described(gpt2_tokenizer, mon
     check()
 
 
-def test_real_text_in_gpt2_and_characters(gpt2_tokenizer, shakespeare):
+def test_real_text(gpt2_tokenizer, shakespeare):
     again = from_dict(gpt2_tokenizer.to_dict())
     ids = gpt2_tokenizer.encode(shakespeare)
     assert ids.dtype == np.uint16
@@ -128,7 +128,7 @@ def test_real_text_in_gpt2_and_characters(gpt2_tokenizer, shakespeare):
     assert characters.encode(shakespeare).tolist() == [stoi[c] for c in shakespeare]
 
 
-def test_a_description_through_json_gives_the_same_tokenizer():
+def test_json_round_trip():
     for tokenizer in tokenizers():
         again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
         assert (again.kind, again.vocab_size, again.eot) == (
@@ -145,7 +145,7 @@ LESSON = "def add(a, b):\n    return a + b\n\n\nfor number in range(10):\n    pr
 
 @given(st.text(max_size=60) | st.sampled_from([LESSON, "  \n\t x", "数字 and 🎉's"]))
 @settings(max_examples=60)
-def test_a_trained_bpe_gives_the_ids_of_the_library_that_trained_it(text):
+def test_trained_bpe_matches_tokenizers(text):
     learner, tokenizer = learn_pairs([LESSON], 279), train_bpe([LESSON], 280)
     assert tokenizer.encode(text).tolist() == learner.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -154,7 +154,7 @@ def test_a_trained_bpe_gives_the_ids_of_the_library_that_trained_it(text):
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
 
 
-def test_characters_of_all_planes_come_back(gpt2_tokenizer):
+def test_all_planes_round_trip(gpt2_tokenizer):
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     chosen = characters[::97] + [chr((plane << 16) + 0xFFFD) for plane in range(17)]
     text = "".join(chosen)
@@ -167,7 +167,7 @@ def test_characters_of_all_planes_come_back(gpt2_tokenizer):
         )
 
 
-def test_a_run_without_a_break_is_learned_from_in_bounded_time():
+def test_long_run_trains_in_bounded_time():
     run = "".join(random.Random(1).choices("ACGT", k=1_000_000))
     start = time.process_time()  # which other programs do not add to
     tokenizer = train_bpe([run], 1000)
@@ -176,17 +176,17 @@ def test_a_run_without_a_break_is_learned_from_in_bounded_time():
     assert len(tokenizer.encode(run)) < len(run) / 3
 
 
-def test_a_vocabulary_is_as_large_as_the_text_can_fill(capsys):
-    with pytest.raises(UserError, match="at least"):
+def test_bpe_vocabulary_is_limited_by_the_text(capsys):
+    with pytest.raises(UserError, match="below 257"):
         train_bpe([LESSON], 256)
     tokenizer = train_bpe([LESSON], 5000)
-    assert f"this text has too few pairs, taking {tokenizer.vocab_size}" in capsys.readouterr().out
+    assert f"this text has too few pairs, using {tokenizer.vocab_size}" in capsys.readouterr().out
     assert 257 < tokenizer.vocab_size < 5000 and tokenizer.eot == tokenizer.vocab_size - 1
     assert tokenizer.decode(tokenizer.encode(LESSON)) == LESSON
     assert train_bpe([LESSON], tokenizer.vocab_size).to_dict() == tokenizer.to_dict()
 
 
-def test_the_end_of_text_is_a_token_only_where_it_is_asked_for():
+def test_end_of_text_needs_allow_eot():
     text = f"the{EOT}{EOT}the"
     for tokenizer in (ByteTokenizer(), small_bpe(), CharTokenizer(sorted(set(text)), eot=True)):
         plain, special = tokenizer.encode(text), tokenizer.encode(text, allow_eot=True)
@@ -204,13 +204,13 @@ def test_decoding_never_fails(ids):
         assert isinstance(tokenizer.decode(ids), str)
 
 
-def test_ids_without_a_token_show_as_replacement_characters():
+def test_unknown_ids_decode_to_u_fffd():
     for tokenizer in tokenizers():
         assert tokenizer.decode([tokenizer.vocab_size, -1]) == "\N{REPLACEMENT CHARACTER}" * 2
     assert ByteTokenizer().decode([0xC3, 0x61]) == "\N{REPLACEMENT CHARACTER}a"
 
 
-def test_many_tokens_take_wider_ids():
+def test_large_vocabulary_is_uint32():
     characters = [chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000]
     tokenizer = CharTokenizer(characters)
     ids = tokenizer.encode("".join(characters))
@@ -218,12 +218,12 @@ def test_many_tokens_take_wider_ids():
     assert np.array_equal(ids, np.arange(len(characters)))
 
 
-def test_an_unknown_character_is_named():
+def test_unknown_character_is_named():
     with pytest.raises(UserError, match="'é', '你'"):
         CharTokenizer("abc").encode("a你bé")
 
 
-def test_without_the_vocabulary_gpt2_says_what_to_set(monkeypatch):
+def test_gpt2_without_network_names_the_variable(monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
 
     def offline(name):
@@ -238,7 +238,7 @@ def test_without_the_vocabulary_gpt2_says_what_to_set(monkeypatch):
     "description",
     [None, [], {}, {"kind": "runes"}, {"kind": "char"}, {"kind": "bpe", "tokens": "!"}],
 )
-def test_a_damaged_description_is_told(description):
+def test_damaged_dict_is_refused(description):
     with pytest.raises(UserError):
         from_dict(description)
 
@@ -278,27 +278,27 @@ def described(pattern):
 
 
 @pytest.mark.parametrize("pattern", DROPPING)
-def test_a_pattern_that_drops_text_is_refused(pattern):
+def test_pattern_that_drops_text_is_refused(pattern):
     start = time.process_time()  # others may keep the machine busy
-    with pytest.raises(UserError, match="pattern does not cut text into pieces"):
+    with pytest.raises(UserError, match="pattern does not match all text"):
         from_dict(described(pattern))
     assert time.process_time() - start < 10  # of a second or two for exponential ones
 
 
 @pytest.mark.parametrize("pattern", [CL100K, O200K, r"\w{1,60}|\W", r"[\s\S]", r"(\s)\1*|\S+"])
-def test_a_pattern_that_cuts_all_is_taken(pattern):
+def test_pattern_that_matches_all_is_accepted(pattern):
     tokenizer = from_dict(described(pattern))
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
-def test_kinds_are_of_every_category():
+def test_kinds_cover_every_category():
     found = {unicodedata.category(kind) for kind in KINDS}
     assert found == {unicodedata.category(chr(code)) for code in range(0x110000)} - {"Cs"}
 
 
-def test_the_same_tokenizer_encodes_alike():
+def test_same_tokenizer():
     bpe = train_bpe([TEXT], 300)
-    other = from_dict({**bpe.to_dict(), "name": "another", "pattern": TIKTOKENS_PATTERN})
+    other = from_dict({**bpe.to_dict(), "name": "another", "pattern": TIKTOKEN_PATTERN})
     assert same_tokenizer(bpe, other) and same_tokenizer(ByteTokenizer(), ByteTokenizer())
     others = [bpe, train_bpe([TEXT], 299), from_dict(described(CL100K)), ByteTokenizer()]
     others += [CharTokenizer("ab"), CharTokenizer("ba"), CharTokenizer("ab", eot=True)]
@@ -313,14 +313,14 @@ def words_back(text, **settings):
     return learn_words([text], **settings).decode(learn_words([text], **settings).encode(text))
 
 
-def test_text_comes_back_as_its_words():
+def test_words_round_trip():
     text = "Don't use AT&T's C++, C# or .NET (e.g. «Öl-Ofen 2»)!\nÉté_3 你好"
     assert words_back(text) == "don't use at&t's c++ c# or .net e.g öl ofen 2 été_3 你好 "
     assert words_back("The The the", lower=False) == "The The the "
 
 
 @given(st.text() | st.text(st.sampled_from("aB9_ .'’&+#\n\u0130é")))
-def test_words_of_any_text_are_words_again(text):
+def test_words_are_stable_when_encoded_again(text):
     tokenizer = learn_words([text + " word"], eot=True)
     ids = tokenizer.encode(text)
     assert ids.dtype == np.uint16 and tokenizer.unk not in ids
@@ -332,7 +332,7 @@ def test_words_of_any_text_are_words_again(text):
     assert set(other.encode(text).tolist()) <= {0, other.unk}
 
 
-def test_words_are_numbered_from_the_most_frequent_and_the_rest_is_unknown():
+def test_words_are_ordered_by_frequency():
     texts = ["b a c", "c b c", "The d"]
     assert learn_words(texts).words == ["c", "b", "a", "the", "d"]  # of equals the first
     tokenizer = learn_words(texts, min_count=2, eot=True)
@@ -347,7 +347,7 @@ def test_words_are_numbered_from_the_most_frequent_and_the_rest_is_unknown():
     ]
 
 
-def test_stop_words_are_left_out():
+def test_stop_words_are_dropped():
     tokenizer = learn_words(["The cat and the hat"], stop_words=["the", "and"])
     assert tokenizer.words == ["cat", "hat"]
     again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
@@ -356,7 +356,7 @@ def test_stop_words_are_left_out():
 
 
 @given(st.lists(st.text(min_size=1, max_size=4), unique=True), st.booleans(), st.booleans())
-def test_words_through_json(words, lower, eot):
+def test_words_json_round_trip(words, lower, eot):
     tokenizer = WordTokenizer(words, ["a", "b"], lower, eot)
     again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert again.to_dict() == tokenizer.to_dict()
@@ -392,7 +392,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("function", [eval, exec])
-def test_a_hostile_meta_pkl_is_refused_and_runs_nothing(tmp_path, function):
+def test_hostile_meta_pkl_runs_nothing(tmp_path, function):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
     pickle.loads(pickle.dumps(Hostile(function, code)))  # it would run, and does so here
     (tmp_path / "ran").unlink()
@@ -403,14 +403,14 @@ def test_a_hostile_meta_pkl_is_refused_and_runs_nothing(tmp_path, function):
 
 
 @pytest.mark.parametrize("value", [np.zeros(3), np.float64(1), Path("a"), {"a"}, len])
-def test_only_plain_values_are_admitted(tmp_path, value):
+def test_unpickler_allows_plain_values_only(tmp_path, value):
     (tmp_path / "m").write_bytes(pickle.dumps({"itos": {0: "a"}, "more": value}, protocol=3))
     with pytest.raises(UserError):
         read_meta_pkl(tmp_path / "m")
 
 
 @given(st.binary(max_size=60), st.integers(0, 400))
-def test_damaged_pickles_end_in_a_message(tmp_path_factory, garbage, cut):
+def test_damaged_pickle_is_refused(tmp_path_factory, garbage, cut):
     path = tmp_path_factory.mktemp("pickles") / "m"
     write_meta_pkl(path, dict(enumerate("abcdefgh")))
     whole = path.read_bytes()
@@ -420,7 +420,7 @@ def test_damaged_pickles_end_in_a_message(tmp_path_factory, garbage, cut):
             read_meta_pkl(path)
 
 
-def test_characters_need_no_tiktoken(monkeypatch):
+def test_characters_do_not_import_tiktoken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     assert CharTokenizer("ab").encode("ba").tolist() == [1, 0]
     with pytest.raises(UserError, match="pip install tiktoken"):

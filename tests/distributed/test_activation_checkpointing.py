@@ -1,4 +1,4 @@
-"""Blocks that are computed again in the backward pass: the same run, in less memory."""
+"""Activation checkpointing: the same run in less memory."""
 
 import shutil
 

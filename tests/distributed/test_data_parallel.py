@@ -1,4 +1,4 @@
-"""Several processes train as one would: they share the global batch, and change nothing else."""
+"""DDP matches a single process with the same global batch."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Sharded training: the run that one process makes, in parts, and the same file at its end."""
+"""FSDP matches a single process and writes the same checkpoint."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Two hosts train as one, each with folders of its own, also where the link between them fails.
+"""Two hosts with separate folders train as one and survive failures of the link between them.
 
 A host is a network namespace of Linux: its own address, reached by a pair of virtual cables only.
 """

@@ -1,5 +1,4 @@
-"""Processes that die, fall silent, or come back in another number: torchrun starts them again, and
-the run ends as if nothing had been."""
+"""Processes under torchrun that are killed, hang, or are restarted with another world size."""
 
 import os
 import signal

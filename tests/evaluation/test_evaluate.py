@@ -1,4 +1,4 @@
-"""The loss is that of every token once, as transformers computes it too; bench.py runs."""
+"""evaluate.py scores every token once and matches transformers; bench.py runs."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def random_tokens(length):
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 64, 65, 66, 100])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_every_token_counts_once(model, write_tokens, length, batch_size):
+def test_every_token_is_scored_once(model, write_tokens, length, batch_size):
     tokens = random_tokens(length)
     nats = 0.0  # one window after another
     for start in range(0, length - 1, 8):
@@ -115,7 +115,7 @@ def strided_nats(theirs, ids, stride, all_positions=False):
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 40, 101])
 @pytest.mark.parametrize("stride", [1, 3, 7, 8])
 @pytest.mark.parametrize("all_positions", [False, True])
-def test_strided_loss_is_that_of_transformers(
+def test_strided_loss_matches_transformers(
     model, theirs, write_tokens, length, stride, all_positions
 ):
     tokens = random_tokens(length)
@@ -129,7 +129,7 @@ def test_strided_loss_is_that_of_transformers(
     assert ("bits_per_byte" in result) == (len(nll) == length - 1)
 
 
-def test_a_small_stride_shows_a_token_more_of_the_text(model, write_tokens):
+def test_small_stride_gives_more_context(model, write_tokens):
     """A token that copies the one seven places before it is foretold only where both are seen."""
     seen = [evaluate.windows(np.array([30]), 8, stride) for stride in (8, 2)]
     contexts = [
@@ -151,7 +151,7 @@ def documents_and_file(write_tokens):
 
 @pytest.mark.parametrize("stride", [0, 1, 3])
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_documents_one_by_one(model, theirs, write_tokens, stride, batch_size):
+def test_documents_are_scored_separately(model, theirs, write_tokens, stride, batch_size):
     documents, file = documents_and_file(write_tokens)
     nll = [strided_nats(theirs, [12, *d, 12], stride or 8) for d in documents]
     characters = sum(map(len, documents))
@@ -165,7 +165,7 @@ def test_documents_one_by_one(model, theirs, write_tokens, stride, batch_size):
     assert result["bits_per_byte"] == pytest.approx(of_text / 2 / math.log(2), abs=1e-4)
 
 
-def test_the_first_document_starts_as_all_others(model, theirs, write_tokens):
+def test_first_document_starts_like_the_others(model, theirs, write_tokens):
     """At the file's start there is no end-of-text; every other document has one before it."""
     file = write_tokens([1, 2, 3, 12, 4, 5, 12], rows="documents", eot=12)
     nll = strided_nats(theirs, [12, 1, 2, 3, 12], 8) + strided_nats(theirs, [12, 4, 5, 12], 8)
@@ -173,7 +173,7 @@ def test_the_first_document_starts_as_all_others(model, theirs, write_tokens):
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("aé—😀", eot=True)])
-def test_text_is_counted_where_no_meta_json_does(tokenizer, tmp_path, monkeypatch):
+def test_text_counts_without_meta_json(tokenizer, tmp_path, monkeypatch):
     documents = ["aé—", "😀", "aaaé😀"]
     text = "".join(document + EOT for document in documents)
     tokenizer.encode(text, allow_eot=True).astype("<u2").tofile(tmp_path / "val.bin")
@@ -185,9 +185,7 @@ def test_text_is_counted_where_no_meta_json_does(tokenizer, tmp_path, monkeypatc
     assert evaluate.count_text(file, tokenizer) == expected
 
 
-def test_a_model_of_documents_is_evaluated_document_by_document(
-    train_tiny, evaluated, lines_data, tmp_path
-):
+def test_document_model_is_scored_by_document(train_tiny, evaluated, lines_data, tmp_path):
     train_tiny(tmp_path / "out", data_dir=lines_data, rows="documents")
     checkpoint = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     model, nats, nats_of_text = GPT.from_checkpoint(checkpoint), 0.0, 0.0
@@ -229,38 +227,40 @@ def test_text_and_json_have_the_same_numbers(train_tiny, evaluated, tmp_path, ca
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stride": 17}, ["stride=17", "block_size is 16"]),
+        ({"stride": 17}, ["stride=17", "block_size=16"]),
         ({"rows": "documents"}, ["no end-of-text"]),
         ({"task": "hellaswag"}, ["task=hellaswag", "--file"]),
         ({"task": "lambada", "file": "missing.jsonl"}, ["cannot read missing.jsonl"]),
-        ({"file": "text.txt"}, ["--file goes with --task=hellaswag or --task=lambada"]),
+        ({"file": "text.txt"}, ["--file is for --task=hellaswag or --task=lambada"]),
     ],
 )
-def test_what_cannot_be_is_said(train_tiny, evaluated, tmp_path, changes, words):
+def test_wrong_settings_are_refused(train_tiny, evaluated, tmp_path, changes, words):
     train_tiny(tmp_path / "out", max_iters=0)
     with pytest.raises(UserError) as caught:
         evaluated(out_dir=tmp_path / "out", **changes)
     assert all(word in str(caught.value) for word in words)
 
 
-def test_broken_items_are_one_line_and_status_2(train_tiny, quick_script, tmp_path):
+def test_damaged_items_are_one_line_and_status_2(train_tiny, quick_script, tmp_path):
     train_tiny(tmp_path / "out", max_iters=0)
     (tmp_path / "items.jsonl").write_text('{"text": "so long"}\n{"text": so long}\n')
     argv = [f"--out_dir={tmp_path / 'out'}", "--task=lambada", f"--file={tmp_path}/items.jsonl"]
     run = quick_script("evaluate.py", *argv, "--device=cpu")
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/items.jsonl, line 2: no JSON")
+    assert run.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path}/items.jsonl, line 2: not JSON"
+    )
     assert "Traceback" not in run.stderr
 
 
-def test_ids_beyond_the_vocabulary_are_found_wherever_they_are(model, write_tokens, monkeypatch):
+def test_ids_beyond_the_vocabulary_are_found(model, write_tokens, monkeypatch):
     monkeypatch.setattr("brisk.data.loader.SCAN", 4)
     file = write_tokens([1, 2, 3, 4, 5, 13, 1])
     with pytest.raises(UserError, match="token id 13"):
         evaluate.loss(model, file, {}, CPU)
 
 
-def test_a_run_is_evaluated_on_what_it_was_trained_on(train_tiny, evaluated, char_data, tmp_path):
+def test_default_data_is_the_training_data(train_tiny, evaluated, char_data, tmp_path):
     run = train_tiny(tmp_path / "out", eval_iters=50)
     result = evaluated(out_dir=tmp_path / "out")
     assert result["data"] == str(char_data / "val.bin")
@@ -270,13 +270,13 @@ def test_a_run_is_evaluated_on_what_it_was_trained_on(train_tiny, evaluated, cha
         evaluated(out_dir=tmp_path / "out", task="addition")
 
 
-def test_data_of_another_tokenizer_is_refused(train_tiny, evaluated, lines_data, tmp_path):
+def test_data_with_another_tokenizer_is_refused(train_tiny, evaluated, lines_data, tmp_path):
     train_tiny(tmp_path / "out", max_iters=0)
-    with pytest.raises(UserError, match="tokenized otherwise"):
+    with pytest.raises(UserError, match="different tokenizer"):
         evaluated(out_dir=tmp_path / "out", data_dir=lines_data)
 
 
-def test_bench_prints_ceilings_and_a_share_of_them(capsys):
+def test_bench_prints_limits_and_mfu(capsys):
     sizes = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=65"]
     bench.main(configure(bench.BenchConfig, [*sizes, "--device=cpu", "--steps=2"]))
     printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -284,9 +284,7 @@ def test_bench_prints_ceilings_and_a_share_of_them(capsys):
     assert 0 < float(printed["MFU"].split("%")[0]) < 150
 
 
-def test_a_model_of_documents_begins_and_ends_them_by_itself(
-    train_tiny, lines_data, script, tmp_path
-):
+def test_document_model_begins_and_ends_documents(train_tiny, lines_data, script, tmp_path):
     train_tiny(tmp_path / "out", data_dir=lines_data, rows="documents", max_iters=150)
     run = script("sample.py", f"--out_dir={tmp_path / 'out'}", "--num_samples=4", "--start=Sh")
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""Tasks of items give what transformers computes one row at a time, and wrong items one line."""
+"""Tasks match transformers, and invalid items end in one line."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def draw_words(rng, words, fewest, most):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("documents", [False, True])
-def test_hellaswag_is_that_of_transformers(models, write_items, text, batch_size, documents):
+def test_hellaswag_matches_transformers(models, write_items, text, batch_size, documents):
     theirs, ours = models(257)
     tokenizer, rng, words = ByteTokenizer(), np.random.default_rng(0), text.split()
     items = [
@@ -120,7 +120,7 @@ def test_hellaswag_is_that_of_transformers(models, write_items, text, batch_size
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_lambada_is_that_of_transformers(models, write_items, batch_size, capsys):
+def test_lambada_matches_transformers(models, write_items, batch_size, capsys):
     tokenizer = CharTokenizer("ab ", eot=True)  # with so few characters some guesses are right
     theirs, ours = models(tokenizer.vocab_size)
     rng = np.random.default_rng(1)
@@ -144,7 +144,7 @@ def test_lambada_is_that_of_transformers(models, write_items, batch_size, capsys
     assert f"{cut} of 80 items are longer than block_size=48" in capsys.readouterr().err
 
 
-def test_every_row_costs_what_it_costs_alone(models):
+def test_row_loss_is_independent_of_the_batch(models):
     theirs, ours = models(257)
     rng = np.random.default_rng(2)
     pairs = [
@@ -156,7 +156,7 @@ def test_every_row_costs_what_it_costs_alone(models):
         assert cost == pytest.approx(expected, abs=1e-3) and hit == greedy
 
 
-def test_logits_in_parts_are_the_same(models, monkeypatch):
+def test_chunked_logits_match(models, monkeypatch):
     _, ours = models(257)
     rng = np.random.default_rng(3)
     pairs = [(rng.integers(0, 257, 9), rng.integers(0, 257, 7)) for _ in range(20)]
@@ -166,7 +166,7 @@ def test_logits_in_parts_are_the_same(models, monkeypatch):
     assert parts == pytest.approx(whole, rel=1e-6)
 
 
-def test_gpt2s_tokens_and_a_hugging_face_folder(
+def test_gpt2_tokens_and_a_hugging_face_folder(
     gpt2_tokenizer, models, write_items, text, tmp_path, capsys
 ):
     """The whole way from the command line, with the last word in one token with its space."""
@@ -202,7 +202,7 @@ def test_gpt2s_tokens_and_a_hugging_face_folder(
     assert run("hellaswag", write_items(items))["accuracy"] == pytest.approx(right / 30)
 
 
-def test_batches_hold_every_row_once_and_no_more_than_their_room():
+def test_batches_have_every_row_once():
     lengths = np.random.default_rng(6).integers(1, 49, 500)
     found = batches(lengths, 4 * BLOCK_SIZE)
     assert sorted(np.concatenate(found).tolist()) == list(range(500))
@@ -212,7 +212,7 @@ def test_batches_hold_every_row_once_and_no_more_than_their_room():
     assert [len(batch) for batch in batches(np.array([9, 50, 9]), 20)] == [1, 2]
 
 
-def test_an_item_is_cut_where_a_token_would_not_be_seen(capsys):
+def test_long_item_is_truncated(capsys):
     """The last token is a target only, so block_size + 1 fit."""
     assert tasks.count_cut([(range(40), range(9))], BLOCK_SIZE, "words") == (0, 0)
     assert capsys.readouterr().err == ""
@@ -220,10 +220,10 @@ def test_an_item_is_cut_where_a_token_would_not_be_seen(capsys):
     assert tasks.count_cut(pairs, BLOCK_SIZE, "words") == (1, 0)
     assert "1 of 3 items" in capsys.readouterr().err
     assert tasks.count_cut([*pairs, (range(1), range(49))], BLOCK_SIZE, "words") == (2, 1)
-    assert "they lost their beginning, 1 a part of their words too" in capsys.readouterr().err
+    assert "their beginnings are truncated, and the words of 1 of them" in capsys.readouterr().err
 
 
-def test_an_ending_longer_than_the_context_is_cut_and_counted(models, write_items, capsys):
+def test_long_ending_is_truncated_and_counted(models, write_items, capsys):
     tokenizer, rng = ByteTokenizer(), np.random.default_rng(7)
     theirs, ours = models(257)
     letters = [bytes(rng.integers(97, 123, n)).decode() for n in (30, 60, 47, 48, 200)]
@@ -241,7 +241,7 @@ def test_an_ending_longer_than_the_context_is_cut_and_counted(models, write_item
         assert "1 of 2 items are longer than block_size=48" in capsys.readouterr().err
 
 
-def test_a_word_longer_than_the_context_is_cut_and_counted(models, write_items):
+def test_long_word_is_truncated_and_counted(models, write_items):
     tokenizer = ByteTokenizer()
     theirs, ours = models(257)
     pairs = [("she reads", "w" * 60), ("she", "reads"), ("she reads " * 9, "books")]
@@ -260,8 +260,8 @@ GOOD = json.dumps({"ctx": "a b", "endings": ["a", "b"], "label": 1, "text": "a b
 @pytest.mark.parametrize(
     ("task", "line", "words"),
     [
-        ("hellaswag", '{"ctx": "a", "endings": ["a"', ["line 3", "no JSON"]),
-        ("hellaswag", "[" * 100_000, ["line 3", "no JSON"]),
+        ("hellaswag", '{"ctx": "a", "endings": ["a"', ["line 3", "not JSON"]),
+        ("hellaswag", "[" * 100_000, ["line 3", "not JSON"]),
         ("hellaswag", "[1, 2]", ["line 3", "ctx"]),
         ("hellaswag", '{"endings": ["a", "b"], "label": 0}', ["line 3", "ctx"]),
         ("hellaswag", '{"ctx": 7, "endings": ["a", "b"], "label": 0}', ["line 3", "ctx"]),
@@ -279,12 +279,12 @@ GOOD = json.dumps({"ctx": "a b", "endings": ["a", "b"], "label": 1, "text": "a b
         ("hellaswag", '{"ctx": "a", "endings": ["a", "x"], "label": 0}', ["line 3", "'x'"]),
         ("lambada", '{"ctx": "a b"}', ["line 3", "text"]),
         ("lambada", '{"text": null}', ["line 3", "text"]),
-        ("lambada", '{"text": " \\n"}', ["line 3", "no word"]),
+        ("lambada", '{"text": " \\n"}', ["line 3", "no words"]),
         ("lambada", '{"text": "ab"}', ["line 3", "end-of-text"]),
         ("lambada", '{"text": "a b xyz"}', ["line 3", "'x', 'y', 'z'"]),
     ],
 )
-def test_a_wrong_item_is_refused_by_its_line(models, write_items, task, line, words):
+def test_invalid_item_names_its_line(models, write_items, task, line, words):
     tokenizer = CharTokenizer("ab ")
     _, ours = models(tokenizer.vocab_size)
     path = write_items(f"{GOOD}\n\n{line}\n{GOOD}\n")
@@ -293,15 +293,15 @@ def test_a_wrong_item_is_refused_by_its_line(models, write_items, task, line, wo
     assert all(word in str(caught.value) for word in [str(path), *words])
 
 
-def test_an_ending_without_a_token_is_refused(models, write_items):
+def test_ending_without_tokens_is_refused(models, write_items):
     tokenizer = learn_words(["she reads a book"], eot=True)  # signs are no words
     _, ours = models(tokenizer.vocab_size)
     path = write_items([{"ctx": "she reads", "endings": ["a book", "…"], "label": 0}])
-    with pytest.raises(UserError, match="line 1: the tokenizer finds no token in '…'"):
+    with pytest.raises(UserError, match="line 1: the tokenizer returns no tokens for '…'"):
         tasks.hellaswag(ours, tokenizer, path, 4, CPU)
 
 
-def test_a_file_that_cannot_be_read(models, write_items, tmp_path):
+def test_unreadable_file_is_refused(models, write_items, tmp_path):
     tokenizer = CharTokenizer("ab ")
     _, ours = models(tokenizer.vocab_size)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
@@ -330,7 +330,7 @@ class Calculator:
         return rows
 
 
-def test_a_sum_is_right_to_its_last_digit_or_wrong():
+def test_sum_must_be_completely_right():
     tokenizer = CharTokenizer(sorted("0123456789+="), eot=True)
     sums = [(a, b) for a in (5, 7, 12, 95) for b in (3, 8, 44)]
     text = "".join(f"{a}+{b}={a + b}{EOT}" for a, b in sums)

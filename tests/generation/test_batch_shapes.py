@@ -1,4 +1,4 @@
-"""Shapes of a decode step in which a row has the same bits in any company."""
+"""Batch shapes for which a row's result is bit-exact in any batch."""
 
 import random
 
@@ -57,7 +57,7 @@ def test_steps_cover_the_live_rows():
     assert [*BatchShapes([1], [9]).split([0, 2])] == [(0, 1, [0]), (2, 1, [2])]
 
 
-def test_kernel_that_treats_its_last_row_otherwise_is_not_trusted():
+def test_kernel_with_a_different_last_row():
     """Then steps are as small as it takes for all rows to agree."""
 
     class Odd(torch.nn.Module):

@@ -293,7 +293,7 @@ def test_on_token_sees_every_id_and_can_stop(model):
 
 
 @pytest.mark.parametrize("window", ["half", "exact"])
-def test_finished_samples_leave_the_batch_and_move_no_other(model, monkeypatch, window):
+def test_finished_samples_leave_the_batch(model, monkeypatch, window):
     computed = []
 
     def counting(model, ids, *args, **options):

@@ -1,4 +1,4 @@
-"""KV cache: rows are filled, stepped, emptied and refilled without a trace in any other row."""
+"""KV cache: prefilling, stepping and recycling a row does not affect other rows."""
 
 import random
 

@@ -27,7 +27,7 @@ NEWLINE = CharTokenizer("\n<|endoftx>ab")
         (WordTokenizer(["ab"], stop_words=["the"], eot=True), True, "the", [2], []),
     ],
 )
-def test_a_prompt_has_a_token_and_its_text_may_have_none(tokenizer, documents, text, ids, own):
+def test_prompt_has_at_least_one_token(tokenizer, documents, text, ids, own):
     assert encode_prompt(text, tokenizer, documents) == ids
     assert encode_text(text, tokenizer, documents) == own
 

@@ -1,4 +1,4 @@
-"""What export.py writes computes the same elsewhere, and nobody's files are lost."""
+"""export.py: other programs compute the same, and no foreign files are replaced."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def exported(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_computes_the_same(exported, name):
+def test_logits_match_transformers(exported, name):
     tokenizer = ByteTokenizer()
     ours = make_model(tokenizer, **MODELS[name])
     folder = exported(ours, tokenizer)
@@ -128,7 +128,7 @@ def test_transformers_computes_the_same(exported, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_export_taken_back_is_the_same_model(exported, name):
+def test_export_round_trip(exported, name):
     tokenizer = ByteTokenizer()
     ours = make_model(tokenizer, **MODELS[name])
     back = GPT.from_pretrained(str(exported(ours, tokenizer)))
@@ -144,7 +144,7 @@ def test_an_export_taken_back_is_the_same_model(exported, name):
     assert back.config.block_size == 64 and back.config.vocab_size == 257
 
 
-def test_ids_and_texts_are_ours(exported, tokenizer):
+def test_exported_tokenizer_matches(exported, tokenizer):
     model = make_model(tokenizer, n_layer=1, n_embd=4, n_head=1)
     theirs = transformers.AutoTokenizer.from_pretrained(exported(model, tokenizer))
     assert len(theirs) == tokenizer.vocab_size
@@ -155,7 +155,7 @@ def test_ids_and_texts_are_ours(exported, tokenizer):
         assert theirs.decode(ids) == text, name
 
 
-def test_the_tokenizer_of_an_export_is_read_back(tmp_path, tokenizer):
+def test_exported_tokenizer_is_read_back(tmp_path, tokenizer):
     for name, text in tokenizer_files(tokenizer, 64).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     back = read_tokenizer(tmp_path)
@@ -170,7 +170,7 @@ def test_the_tokenizer_of_an_export_is_read_back(tmp_path, tokenizer):
         assert back.decode(expected) == text
 
 
-def test_the_files_of_the_hub_are_read(tmp_path):
+def test_hub_tokenizer_is_read(tmp_path):
     """Older ones hold merges as text, the end of text among the others, and less of the rest."""
     tokenizer = make_tokenizer("bpe")
     file = json.loads(to_tokenizers(tokenizer).to_str())
@@ -194,7 +194,7 @@ def test_the_files_of_the_hub_are_read(tmp_path):
         lambda file: file.pop("model"),
     ],
 )
-def test_a_foreign_tokenizer_is_not_taken_for_one_of_ours(tmp_path, change):
+def test_foreign_tokenizer_is_refused(tmp_path, change):
     file = json.loads(to_tokenizers(make_tokenizer("bpe")).to_str())
     change(file)
     (tmp_path / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
@@ -203,7 +203,7 @@ def test_a_foreign_tokenizer_is_not_taken_for_one_of_ours(tmp_path, change):
 
 
 @pytest.mark.parametrize("name", ["classic", "shared keys"])
-def test_a_directory_writes_the_checkpoints_text(tmp_path, capsys, name):
+def test_directory_samples_the_same_text(tmp_path, capsys, name):
     tokenizer = CharTokenizer(CHARACTERS, eot=True)
     run_export(tmp_path, make_model(tokenizer, **MODELS[name]), tokenizer, to=tmp_path / "to")
     texts = []
@@ -216,7 +216,7 @@ def test_a_directory_writes_the_checkpoints_text(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("kind", ["char without end", "byte", "bpe"])
-def test_an_export_is_evaluated_on_its_own_data(tmp_path, capsys, kind):
+def test_export_is_evaluated_on_its_data(tmp_path, capsys, kind):
     tokenizer, text = make_tokenizer(kind), "".join(TEXTS.values())
     write_dataset(tmp_path / "data", tokenizer, {"train": [text], "val": [text]}, "texts")
     run_export(tmp_path, make_model(tokenizer, rows=0), tokenizer, to=tmp_path / "to")
@@ -244,27 +244,27 @@ def test_ids_of_real_text(request, name, kind):
     assert to_tokenizers(tokenizer).encode(text).ids == tokenizer.encode(text).tolist()
 
 
-def test_broken_utf8_decodes_alike():
+def test_invalid_utf8_decodes_the_same():
     tokenizer = ByteTokenizer()
     theirs = to_tokenizers(tokenizer)
     for broken in (b"a\xe8\xaf", b"\xff\xfe", b"\xf0\x9f\x98a", b"\xc0\x80", b"\xed\xa0\x80"):
         assert theirs.decode(list(broken)) == tokenizer.decode(list(broken))
 
 
-def test_a_character_it_does_not_know_is_an_error_there_too():
+def test_unknown_character_is_an_error_there():
     with pytest.raises(Exception, match="UNK"):
         to_tokenizers(CharTokenizer("abc")).encode("abd")
 
 
-def test_merges_are_those_that_made_the_tokens():
+def test_merges_produce_the_tokens():
     ranks = {bytes([b]): b for b in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258}
     assert last_merge(b"abc", ranks) == (b"a", b"bc")  # bc is merged before ab
     assert last_merge(b"a", ranks) is None
-    with pytest.raises(UserError, match="no merge makes"):
+    with pytest.raises(UserError, match="no merge produces"):
         last_merge(b"xyz", {**ranks, b"xyz": 259})
 
 
-def test_the_pipeline_stops_at_end_of_text(exported):
+def test_pipeline_stops_at_end_of_text(exported):
     """The end of text takes the place of a character that the model writes after some others."""
     tokenizer = CharTokenizer(CHARACTERS, eot=True)
     model = make_model(tokenizer, rows=0, **MODELS["modern"])
@@ -282,7 +282,7 @@ def test_the_pipeline_stops_at_end_of_text(exported):
     assert text == tokenizer.decode(drawn[:length])
 
 
-def test_the_pipeline_stops_at_the_end_of_the_context(exported):
+def test_pipeline_stops_at_the_context_end(exported):
     tokenizer = CharTokenizer(CHARACTERS)
     folder = exported(make_model(tokenizer), tokenizer)
     write = transformers.pipeline("text-generation", model=str(folder))
@@ -302,7 +302,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_nobody_else_computes_is_refused_by_name(tmp_path, name):
+def test_unsupported_field_is_named(tmp_path, name):
     fields, words = REFUSED[name]
     tokenizer = ByteTokenizer()
     with pytest.raises(UserError, match=words):
@@ -310,21 +310,23 @@ def test_what_nobody_else_computes_is_refused_by_name(tmp_path, name):
     assert not (tmp_path / "to").exists()
 
 
-def test_a_tokenizer_that_others_do_not_have_is_refused(tmp_path):
+def test_unsupported_tokenizer_is_refused(tmp_path):
     description = train_bpe(["some text"], 257).to_dict()
     for tokenizer, words in {
         WordTokenizer(["a", "b"]): "--tokenizer=bpe",
-        CharTokenizer("aba"): "twice",
+        CharTokenizer("aba"): "duplicate",
         CharTokenizer("a\ud800"): "surrogate",
-        from_dict({**description, "pattern": r"\w+|\W+"}): "cuts text otherwise",
-        from_dict({**description, "special_tokens": {EOT: 256, "<|x|>": 257}}): "other special",
+        from_dict({**description, "pattern": r"\w+|\W+"}): "pattern other than",
+        from_dict(
+            {**description, "special_tokens": {EOT: 256, "<|x|>": 257}}
+        ): "special tokens other",
     }.items():
         with pytest.raises(UserError, match=words):
             run_export(tmp_path, make_model(tokenizer), tokenizer, to=tmp_path / "to")
         assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_nothing_of_others_is_replaced(tmp_path, capsys):
+def test_foreign_files_are_not_replaced(tmp_path, capsys):
     tokenizer = ByteTokenizer()
     model = make_model(tokenizer)
 
@@ -334,9 +336,9 @@ def test_nothing_of_others_is_replaced(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="mine is there and is no export"):
+        with pytest.raises(UserError, match="mine exists and is not an unchanged export"):
             to(tmp_path / "mine", overwrite=overwrite)
-        with pytest.raises(UserError, match=r"thesis\.txt is there and is no export"):
+        with pytest.raises(UserError, match=r"thesis\.txt exists and is not an unchanged export"):
             to(tmp_path / "mine" / "thesis.txt", overwrite=overwrite)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
@@ -344,7 +346,7 @@ def test_nothing_of_others_is_replaced(tmp_path, capsys):
     to(tmp_path / "empty")
     wte = "transformer.wte.weight"
     before = load_file(tmp_path / "empty" / "model.safetensors")[wte]
-    with pytest.raises(UserError, match="earlier export; --overwrite"):
+    with pytest.raises(UserError, match="earlier export; replace it with --overwrite"):
         to(tmp_path / "empty")
     with torch.no_grad():
         model.lm_head.weight[0] += 1
@@ -354,13 +356,13 @@ def test_nothing_of_others_is_replaced(tmp_path, capsys):
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "empty")
     theirs.save_pretrained(tmp_path / "empty")  # finetuned there, say: no longer ours
-    with pytest.raises(UserError, match="no export as it was written"):
+    with pytest.raises(UserError, match="not an unchanged export"):
         to(tmp_path / "empty", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "mine", "empty"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
-def test_files_have_the_mode_of_any_other(tmp_path):
+def test_files_have_the_default_mode(tmp_path):
     before = os.umask(0o027)
     try:
         run_export(tmp_path, make_model(ByteTokenizer()), ByteTokenizer(), to=tmp_path / "to")
@@ -369,7 +371,7 @@ def test_files_have_the_mode_of_any_other(tmp_path):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "to").iterdir()} == {0o640}
 
 
-def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+def test_failed_export_keeps_the_earlier_one(tmp_path, monkeypatch):
     tokenizer = ByteTokenizer()
     run_export(tmp_path / "out", make_model(tokenizer), tokenizer, to=tmp_path / "to")
     before = {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()}
@@ -385,7 +387,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "to"}
 
 
-def test_as_a_person_runs_it(tmp_path, script, quick_script):
+def test_command_line(tmp_path, script, quick_script):
     tokenizer = CharTokenizer(CHARACTERS, eot=True)
     run_export(
         tmp_path / "out", make_model(tokenizer), tokenizer, rows="documents", to=tmp_path / "a"
@@ -407,7 +409,7 @@ def test_as_a_person_runs_it(tmp_path, script, quick_script):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_run_from_a_directory_wants_its_tokenizer(tmp_path, settings, script):
+def test_finetuning_checks_the_tokenizer(tmp_path, settings, script):
     """Other ids would mean other tokens to the network."""
     tokenizer = make_tokenizer("bpe")
     run_export(tmp_path / "run", make_model(tokenizer), tokenizer, to=tmp_path / "to")

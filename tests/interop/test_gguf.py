@@ -1,4 +1,4 @@
-"""A GGUF file read back: tensors, sizes and tokenizer are the model's."""
+"""GGUF files: tensors, sizes and tokenizer match the model."""
 
 import codecs
 import sys
@@ -63,7 +63,7 @@ def read_back(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tensors_and_sizes_are_the_models(read_back, name):
+def test_tensors_and_sizes_match_the_model(read_back, name):
     model = make_model(ByteTokenizer(), **MODELS[name])
     values, tensors = read_back(model, ByteTokenizer())
     state, config = model.state_dict(), model.config
@@ -125,7 +125,7 @@ def merged(text, values):
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-def test_the_tokenizer_is_inside(read_back, kind):
+def test_tokenizer_is_included(read_back, kind):
     tokenizer = make_tokenizer(kind)
     values, _ = read_back(make_model(tokenizer), tokenizer)
     tokens = values["tokenizer.ggml.tokens"]
@@ -156,7 +156,7 @@ def test_characters_without_an_end_of_text(read_back):
 
 @pytest.mark.parametrize("name", ["classic", "wide", "shared keys"])
 @pytest.mark.parametrize("dtype", ["float16", "q8_0"])
-def test_smaller_types_are_near(tmp_path, dtype, name):
+def test_smaller_types_are_close(tmp_path, dtype, name):
     tokenizer = ByteTokenizer()
     model = make_model(tokenizer, **MODELS[name])
     tensors = {}
@@ -187,7 +187,7 @@ def test_smaller_types_are_near(tmp_path, dtype, name):
     )
 
 
-def test_what_cannot_be_carried_is_refused(tmp_path):
+def test_unsupported_model_is_refused(tmp_path):
     """Nothing is written then, the directory neither."""
     known, words = ByteTokenizer(), WordTokenizer(["a", "b"], eot=True)
     large = make_model(known)
@@ -195,7 +195,7 @@ def test_what_cannot_be_carried_is_refused(tmp_path):
         large.transformer.h[1].mlp.c_fc.weight[0, 0] = 1e5
     for model, tokenizer, message, dtype in [
         (make_model(words), words, "word tokenizer", "float32"),
-        (large, known, "h.1.mlp.c_fc.weight has a weight beyond float16", "q8_0"),
+        (large, known, "h.1.mlp.c_fc.weight overflows float16", "q8_0"),
     ]:
         paths = dict(to=tmp_path / "new" / "to", gguf=tmp_path / "newer" / "model.gguf")
         with pytest.raises(UserError, match=message):
@@ -214,19 +214,19 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
 
     for text in (b"", b"GGUF", b"my thesis"):
         path.write_bytes(text)
-        with pytest.raises(UserError, match=r"model\.gguf is there and is no export"):
+        with pytest.raises(UserError, match=r"model\.gguf exists and is not an unchanged export"):
             to(make_model(tokenizer), overwrite=True)
         assert path.read_bytes() == text
     path.unlink()
     to(make_model(tokenizer))
-    with pytest.raises(UserError, match="earlier export; --overwrite"):
+    with pytest.raises(UserError, match="earlier export; replace it with --overwrite"):
         to(make_model(tokenizer))
     before = path.read_bytes()
     to(make_model(tokenizer, n_layer=1), overwrite=True)
     assert len(path.read_bytes()) < len(before)
 
 
-def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+def test_missing_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="pip install gguf"):
         paths = dict(to=tmp_path / "to", gguf=tmp_path / "a")
@@ -260,7 +260,7 @@ def trained(network, kind):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])
 @pytest.mark.parametrize("kind", ["bpe", "byte", "char", "char without end"])
 @pytest.mark.parametrize("network", ["classic", "modern"])
-def test_llama_cpp_writes_the_same_text(tmp_path, network, kind, dtype):
+def test_llama_cpp_generates_the_same_text(tmp_path, network, kind, dtype):
     reason = "needs llama.cpp's library: pip install xllamacpp"
     xllamacpp = pytest.importorskip("xllamacpp", reason=reason)
     model, tokenizer = trained(network, kind)

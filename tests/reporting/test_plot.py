@@ -1,4 +1,4 @@
-"""A picture shows the numbers it was made from, under names that tell runs apart."""
+"""Loss curves show the numbers of their files and distinguish runs."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def pixels(path):
 # ----------------------------------------------------------------------------- what is drawn
 
 
-def test_the_curves_are_the_numbers_of_the_file(run):
+def test_curves_match_the_file(run):
     figure = draw([read_run(run())])
     axes, lines = figure.axes[0], lines_of(figure)
     val, train, batch = (lines[f"out-a {key}"] for key in ("val_loss", "train_loss", "loss"))
@@ -109,7 +109,7 @@ def test_the_curves_are_the_numbers_of_the_file(run):
         ("seconds", 3456, "days", [0, 4, 8, 12]),
     ],
 )
-def test_against_tokens_and_time(run, x, seconds, name, at):
+def test_axes_of_tokens_and_time(run, x, seconds, name, at):
     figure = draw([read_run(run(seconds=seconds))], x=x)
     val = lines_of(figure)["out-a val_loss"]
     assert list(val.get_xdata()) == pytest.approx(at) and list(val.get_ydata()) == VAL
@@ -117,7 +117,7 @@ def test_against_tokens_and_time(run, x, seconds, name, at):
     assert rings_of(figure)[0][:2] == pytest.approx((at[2], 2.0))
 
 
-def test_the_best_value_is_marked_and_named(run):
+def test_best_value_is_marked(run):
     figure = draw([read_run(run())])
     [(x, y, color)] = rings_of(figure)
     assert (x, y) == (200, 2.0)
@@ -129,7 +129,7 @@ def test_the_best_value_is_marked_and_named(run):
     ("which", "kinds"),
     [("val", {"val_loss"}), ("train", {"train_loss", "loss"})],
 )
-def test_only_what_is_asked_for(run, which, kinds):
+def test_curves_option(run, which, kinds):
     figure = draw([read_run(run())], curves=which)
     assert {label.split()[-1] for label in lines_of(figure)} == kinds
     assert ("best" in names(figure)[0]) == (which == "val")
@@ -137,7 +137,7 @@ def test_only_what_is_asked_for(run, which, kinds):
     assert figure.axes[0].get_ylabel().startswith({"val": "validation", "train": "training"}[which])
 
 
-def test_many_runs_show_their_validation_loss_alone(run):
+def test_many_runs_show_validation_only(run):
     runs = read_runs([run(f"out-{i}", [4, 3, 2 + i / 1000]) for i in range(10)])
     figure = draw(runs)
     lines = lines_of(figure)
@@ -147,7 +147,7 @@ def test_many_runs_show_their_validation_loss_alone(run):
 
 
 @pytest.mark.parametrize("number", [2, 12, 25])
-def test_every_name_can_be_read(run, number):
+def test_names_do_not_overlap(run, number):
     """No two overlap, none is over the curves, none is cut off, each has a colour of its own."""
     figure = draw(read_runs([run(f"gjy{i}/{'out-' * 20}", [4, 3, 2]) for i in range(number)]))
     figure.draw_without_rendering()
@@ -161,7 +161,7 @@ def test_every_name_can_be_read(run, number):
     assert all(page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
 
 
-def test_the_best_run_comes_first(run):
+def test_best_run_is_first(run):
     """And those without a validation loss last, in the order given."""
     runs = [run("none", [], 5), run("high", [4, 2.2]), run("low", [4, 2.0, 3]), run("nor", [], 5)]
     figure = draw(read_runs(runs))
@@ -171,14 +171,14 @@ def test_the_best_run_comes_first(run):
     assert shown == [curves[name] for name in ("low", "high", "none", "nor")]
 
 
-def test_runs_of_one_name_are_told_apart(run):
+def test_runs_with_equal_names_are_distinguished(run):
     paths = [run("a/1/out"), run("b/1/out"), run("out-c")]
     assert [r.name for r in read_runs(paths)] == ["a/1/out", "b/1/out", "out-c"]
     # the same run twice is one; its file stands for its folder
     assert [r.name for r in read_runs([paths[0], paths[0] / "metrics.jsonl"])] == ["out"]
 
 
-def test_the_batch_loss_is_smoothed_by_the_mean_around_each_point(run):
+def test_smoothing_is_a_centered_mean(run):
     figure = draw([read_run(run())], smooth=3)
     batch = lines_of(figure)["out-a loss"].get_ydata()
     raw = [4.0 - 0.05 * i + 0.1 * (-1) ** i for i in range(30)]
@@ -187,7 +187,7 @@ def test_the_batch_loss_is_smoothed_by_the_mean_around_each_point(run):
     assert legend(figure)[-1] == "training batches, mean of 3"
 
 
-def test_smoothing_leaves_out_what_is_no_number_and_keeps_a_spike_to_its_place():
+def test_smoothing_with_nan_and_spikes():
     values = np.array([1.0, np.nan, 3.0, 1e30, 1.0, 1.0, 1.0, np.nan, np.nan, np.nan])
     mean = smoothed(values, 3)
     assert mean[:2] == pytest.approx([1, 2]) and mean[5:7] == pytest.approx([1, 1])
@@ -209,7 +209,7 @@ def test_broken_lines_are_skipped(run):
     assert len(after.lines) == whole + 1
 
 
-def test_losses_that_are_not_finite_leave_a_gap(run, tmp_path):
+def test_nonfinite_losses_leave_a_gap(run, tmp_path):
     """null, as they are written now, and the NaN and Infinity of earlier versions."""
     nan, inf = math.nan, math.inf
     figure = draw([read_run(run(val=[4.0, nan, 3.0, inf, 3.5, -inf, None, 3.2]))])
@@ -222,23 +222,23 @@ def test_losses_that_are_not_finite_leave_a_gap(run, tmp_path):
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_a_run_that_explodes_does_not_flatten_the_others(run, log):
+def test_diverged_run_does_not_flatten_others(run, log):
     runs = read_runs([run("good"), run("bad", [4.0, 3.0, 1e4, 1e12, math.nan])])
     low, high = draw(runs, log=log).axes[0].get_ylim()
     assert 4.0 < high < 6 and low < 2.0
 
 
-def test_impossible_losses_can_be_drawn(run, tmp_path):
+def test_extreme_losses_are_plotted(run, tmp_path):
     save(draw([read_run(run("negative", [-1.0], batches=0))]), tmp_path / "loss.png")
     save(draw([read_run(run("huge", [1e308, -1e308, 3.0]))]), tmp_path / "loss.png")
 
 
-def test_overfitting_stays_in_the_frame(run):
+def test_overfitting_stays_visible(run):
     low, high = draw([read_run(run(val=[3.0, 2.0, 3.3]))]).axes[0].get_ylim()
     assert low < 2.0 and high > 3.3
 
 
-def test_one_point_can_be_seen(run, tmp_path):
+def test_single_point_is_visible(run, tmp_path):
     one = run("one", val=[3.0], batches=0)
     none = run("none", val=[], batches=1)
     for folder in (one, none):
@@ -249,7 +249,7 @@ def test_one_point_can_be_seen(run, tmp_path):
         save(figure, tmp_path / "loss.png")
 
 
-def test_a_logarithmic_axis(run, tmp_path):
+def test_logarithmic_axis(run, tmp_path):
     figure = draw([read_run(run(val=[2.0, 0.1, 0.01, 0.0]))], curves="val", log=True)
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
@@ -264,7 +264,7 @@ def test_a_logarithmic_axis(run, tmp_path):
 # ----------------------------------------------------------------------------- the file
 
 
-def test_a_png_and_an_svg_are_written_and_not_blank(run, tmp_path):
+def test_png_and_svg_are_not_blank(run, tmp_path):
     figure = draw([read_run(run())], title="two to the fifth: $2^5$")
     save(figure, tmp_path / "loss.png")
     picture = pixels(tmp_path / "loss.png")
@@ -329,7 +329,7 @@ def cjk_font(tmp_path, monkeypatch):
     font_manager.fontManager._findfont_cached.cache_clear()  # by families, whatever the list
 
 
-def test_chinese_shows_in_a_font_that_has_it(run, tmp_path, cjk_font, caplog):
+def test_chinese_uses_a_font_that_has_it(run, tmp_path, cjk_font, caplog):
     said = []
     figure = draw([read_run(run("莎莎莎莎"))])
     with warnings.catch_warnings():
@@ -342,7 +342,7 @@ def test_chinese_shows_in_a_font_that_has_it(run, tmp_path, cjk_font, caplog):
     assert (rows > 60).sum() >= 12
 
 
-def test_without_such_a_font_one_line_says_so(run, tmp_path, cjk_font, caplog):
+def test_missing_font_is_one_line(run, tmp_path, cjk_font, caplog):
     for name in ("loss.png", "loss.svg"):
         said = []
         figure = draw([read_run(run(f"{name}/莎士比亚"))], title="士 $x$")
@@ -354,7 +354,7 @@ def test_without_such_a_font_one_line_says_so(run, tmp_path, cjk_font, caplog):
         assert not caplog.records and (tmp_path / name / name).stat().st_size > 10_000
 
 
-def test_latin_text_needs_no_other_font(run, tmp_path, cjk_font):
+def test_latin_text_needs_no_extra_font(run, tmp_path, cjk_font):
     assert font_families() == ["DejaVu Sans", "SimHei"]
     said = []
     save(draw([read_run(run("naïve → Ωμέγα"))]), tmp_path / "loss.png", said.append)
@@ -364,14 +364,14 @@ def test_latin_text_needs_no_other_font(run, tmp_path, cjk_font):
 # ----------------------------------------------------------------------------- at a run's end
 
 
-def test_a_run_leaves_its_picture(train_tiny, tmp_path):
+def test_run_saves_its_picture(train_tiny, tmp_path):
     ran = train_tiny(tmp_path / "out")
     assert pixels(ran.out_dir / "loss.png").std() > 0.05
     assert "loss.png" in ran.console.splitlines()[-2]
     assert not train_tiny(tmp_path / "other", eval_only=True).out_dir.exists()
 
 
-def test_a_stopped_run_leaves_its_picture(settings, tmp_path, monkeypatch):
+def test_stopped_run_saves_its_picture(settings, tmp_path, monkeypatch):
     import train
     from brisk.reporting.run_log import RunLog
     from brisk.training.signals import StopRequest
@@ -390,7 +390,7 @@ def test_a_stopped_run_leaves_its_picture(settings, tmp_path, monkeypatch):
     assert len(read_run(tmp_path / "out").curve("loss")[0]) == 3
 
 
-def test_no_matplotlib_is_one_line(train_tiny, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_one_line(train_tiny, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -400,7 +400,7 @@ def test_no_matplotlib_is_one_line(train_tiny, tmp_path, monkeypatch):
     assert ran.checkpoint()["iter_num"] == 8
 
 
-def test_a_picture_that_cannot_be_written_is_one_line(run, tmp_path):
+def test_unwritable_picture_is_one_line(run, tmp_path):
     said = []
     (run() / "loss.png").mkdir()
     leave_picture(tmp_path / "out-a", said.append)
@@ -411,7 +411,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(run, tmp_path):
 # ----------------------------------------------------------------------------- plot.py
 
 
-def test_plot_py_as_a_person_runs_it(script, run, tmp_path):
+def test_command_line(script, run, tmp_path):
     one, two = run("莎士比亚"), run("out-b")
     env = {"DISPLAY": "", "MPLBACKEND": "agg"}
     done = script("plot.py", one, cwd=tmp_path, env=env)
@@ -433,7 +433,7 @@ def plot(capsys):
     return run_main
 
 
-def test_plot_py_writes_where_it_is_told(plot, run, tmp_path):
+def test_to_option(plot, run, tmp_path):
     to = tmp_path / "a.svg"
     keys = ("--log=True", "--smooth=5", "--title=Two runs", "--curves=both")
     assert plot("--x=seconds", run("a=b"), f"--to={to}", run("out-b"), *keys) == f"{to}\n"
@@ -459,7 +459,7 @@ def test_plot_py_writes_where_it_is_told(plot, run, tmp_path):
         (["out", "log=True"], "--log=True"),
     ],
 )
-def test_wrong_input_is_a_user_error_that_names_it(plot, tmp_path, monkeypatch, argv, named):
+def test_wrong_input_is_a_user_error(plot, tmp_path, monkeypatch, argv, named):
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "folder.png", "out"):
         Path(folder).mkdir()

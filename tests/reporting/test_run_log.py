@@ -1,4 +1,4 @@
-"""A run's numbers and texts arrive, whatever a recorder does, and leave training as it is."""
+"""The run log is complete, whatever a backend does, and does not affect training."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's requests and responses, limits and refusals."""
+"""The HTTP API: OpenAI's requests and responses, limits and errors."""
 
 import asyncio
 import base64
@@ -70,7 +70,7 @@ def chunks(response):
     ],
     ids=str,
 )
-def test_text_is_generates(client, options):
+def test_text_matches_generate(client, options):
     found = ask(client, **options).json()
     prompts = options.get("prompt", PROMPT)
     prompts = [prompts] if isinstance(prompts, str) or isinstance(prompts[0], int) else prompts
@@ -95,7 +95,7 @@ def test_text_is_generates(client, options):
 
 
 @pytest.mark.parametrize("logprobs", [None, 0, 5])
-def test_stream_is_the_answer_in_parts(client, logprobs):
+def test_stream_matches_the_whole_answer(client, logprobs):
     options = dict(seed=1, n=3, max_tokens=90, logprobs=logprobs, return_token_ids=True)
     whole = ask(client, **options).json()
     response = ask(client, **options, stream=True, stream_options={"include_usage": True})
@@ -111,7 +111,7 @@ def test_stream_is_the_answer_in_parts(client, logprobs):
             assert [value for part in mine for value in part["logprobs"][key]] == values
 
 
-def test_logprobs_are_openais(client):
+def test_logprobs_have_openai_format(client):
     found = ask(client, seed=1, logprobs=3, max_tokens=8).json()["choices"][0]
     logprobs, text = found["logprobs"], found["text"]
     assert logprobs["tokens"] == [*text] and logprobs["text_offset"] == [*range(8)]
@@ -125,7 +125,7 @@ def test_logprobs_are_openais(client):
         assert len(top) == 3 and max(top.values()) == pytest.approx(values.max().item(), abs=1e-4)
 
 
-def test_part_of_a_character_is_named_by_its_bytes(app):
+def test_partial_character_is_shown_as_bytes(app):
     model = random_model(vocab_size=257, block_size=24)
     with TestClient(app(model=model, tokenizer=ByteTokenizer())) as client:
         found = ask(client, prompt="é", temperature=2, max_tokens=50, logprobs=1, seed=2).json()
@@ -133,7 +133,7 @@ def test_part_of_a_character_is_named_by_its_bytes(app):
     assert any(re.fullmatch(r"bytes:\\x[89a-f][0-9a-f]", name) for name in names)
 
 
-def test_documents_begin_after_an_end_and_end_with_one(app):
+def test_documents_begin_and_end_with_eot(app):
     tokenizer = CharTokenizer(map(chr, range(48, 48 + 60)), eot=True)
     with TestClient(app(documents=True, tokenizer=tokenizer)) as client:
         options = dict(return_token_ids=True, max_tokens=100, temperature=2)
@@ -163,7 +163,7 @@ def test_documents_begin_after_an_end_and_end_with_one(app):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_field_that_is_not_supported_is_refused(client, field, value):
+def test_unsupported_field_is_refused(client, field, value):
     body = json.dumps({"prompt": PROMPT, field: value})
     headers = {"content-type": "application/json"}
     response = client.post("/v1/completions", content=body, headers=headers)
@@ -193,12 +193,12 @@ def test_neutral_values_and_null_are_the_default(client):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_body_that_is_no_request_is_refused(client, content, kind, status):
+def test_invalid_body_is_refused(client, content, kind, status):
     response = client.post("/v1/completions", content=content, headers={"content-type": kind})
     assert response.status_code == status and "message" in response.json()["error"]
 
 
-def test_host_of_another_site_is_refused(client):
+def test_foreign_host_is_refused(client):
     for host in ("evil.example", "localhost.evil.example", "localhost:80:80", ""):
         response = client.get("/health", headers={"host": host})
         assert response.status_code == 403
@@ -207,7 +207,7 @@ def test_host_of_another_site_is_refused(client):
     assert client.options("/v1/completions").status_code == 405
 
 
-def test_api_key_is_asked_for(app):
+def test_api_key_is_required(app):
     with TestClient(app(api_key="secret")) as client:
         for path in ("/v1/models", "/runs", "/nothing"):
             assert client.get(path).status_code == 401
@@ -219,7 +219,7 @@ def test_api_key_is_asked_for(app):
         assert ask(client).status_code == client.get("/v1/models").status_code == 200
 
 
-def test_models_chat_and_what_is_not_there(client):
+def test_models_chat_and_unknown_paths(client):
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
     chat = client.post("/v1/chat/completions", json={"messages": []})
     assert chat.status_code == 400 and "no chat template" in chat.json()["error"]["message"]
@@ -253,7 +253,7 @@ async def call(app, body=None, receive=None, send=None):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_goes_away_frees_its_row_within_a_step(app, stream):
+def test_disconnected_client_frees_its_row(app, stream):
     made = app(rows=1)
 
     async def leave():
@@ -279,7 +279,7 @@ def test_client_that_goes_away_frees_its_row_within_a_step(app, stream):
     assert asyncio.run(leave())[0]["status"] == 200
 
 
-def test_client_that_reads_nothing_gives_its_row_back(app, monkeypatch):
+def test_stalled_client_frees_its_row(app, monkeypatch):
     monkeypatch.setattr(api, "IDLE", 0.2)
     made = app(rows=1)
 
@@ -317,7 +317,7 @@ def test_full_queue_is_429_with_retry_after(app):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_failure_of_the_model_fails_requests_and_health(app, stream, monkeypatch):
+def test_model_failure_fails_requests_and_health(app, stream, monkeypatch):
     made = app()
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     monkeypatch.setattr(made.engine.batch, "step", lambda: 1 / 0)
@@ -357,7 +357,7 @@ def test_loss_curves_of_listed_runs_only(app, tmp_path):
             assert client.get("/runs/loss.svg", params={"run": run}).status_code == 404
 
 
-def test_page_asks_nobody_else_and_runs_only_its_own_script(client):
+def test_page_has_no_external_resources(client):
     response = client.get("/")
     html, policy = response.text, response.headers["content-security-policy"]
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)

@@ -1,4 +1,4 @@
-"""The page in a real browser, headless Chromium. SCREENSHOTS=folder keeps what it shows."""
+"""The web page in headless Chromium. SCREENSHOTS=folder saves pictures of it."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def page(chromium, serve, tmp_path):
     return page
 
 
-def test_text_is_shaded_and_another_choice_goes_on_from_there(page):
+def test_shading_and_alternative_tokens(page):
     shown = page()
     shown.generate("HELLO")
     text = shown["text"].text
@@ -145,7 +145,7 @@ def test_text_and_names_are_never_markup(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 360])
-def test_it_fits_every_width_in_both_schemes(page, width, scheme):
+def test_layout_fits_every_width(page, width, scheme):
     shown = page(width, 900, scheme)
     shown.generate("HELLO")
     shown.wait(lambda: shown["curves"].is_displayed())
@@ -156,7 +156,7 @@ def test_it_fits_every_width_in_both_schemes(page, width, scheme):
         shown.browser.save_screenshot(str(Path(folder, f"page-{scheme}-{width}.png")))
 
 
-def test_key_is_asked_for_and_a_run_that_grows_is_drawn_anew(page, tmp_path):
+def test_api_key_and_live_curves(page, tmp_path):
     shown = page(api_key="secret")
     assert shown["key"].is_displayed() and "API key" in shown["status"].text
     shown["key"].send_keys("secret", Keys.TAB)

@@ -1,4 +1,4 @@
-"""The engine: a sample is the text that it is alone, whatever runs beside it, before or after."""
+"""The engine: a sample is independent of all other requests."""
 
 import math
 import random
@@ -64,7 +64,7 @@ def prompt(length, seed=0):
 
 
 @NETWORK
-def test_recycled_row_knows_nothing_of_the_request_before(engine, network):
+def test_recycled_row_is_independent(engine, network):
     """One row after another request, ended or cancelled, gives the ids of a fresh server."""
     model = random_model(**network)
     (fresh,) = submit(engine(model, rows=1), a_sample(prompt(9), 30, seed=3))
@@ -94,7 +94,7 @@ def random_samples(rng, count):
 
 @pytest.mark.parametrize("part", [128, 5])
 @NETWORK
-def test_text_is_the_one_it_is_alone(engine, network, part, monkeypatch):
+def test_text_is_independent_of_other_requests(engine, network, part, monkeypatch):
     """In float32 `generate`'s too, and the logprobs to the bit, past the window of 24 tokens."""
     monkeypatch.setattr(continuous_batch, "PART", part)
     model, rng = random_model(**network), random.Random(1)
@@ -120,7 +120,7 @@ def test_text_is_the_one_it_is_alone(engine, network, part, monkeypatch):
     assert len(busy.batch.free) == len(quiet.batch.free) == 8 and not busy.batch.reading
 
 
-def test_logprobs_are_the_networks(engine):
+def test_logprobs_match_the_network(engine):
     model = random_model()
     ids = prompt(9)
     (found,) = submit(engine(model), a_sample(ids, 8, logprobs=4))
@@ -133,7 +133,7 @@ def test_logprobs_are_the_networks(engine):
         assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_suppressed_ids_and_padding_are_never_drawn(engine):
+def test_suppressed_ids_are_never_sampled(engine):
     model = random_model(vocab_size=70)
     drawn = []
     for inbox in submit(
@@ -145,7 +145,7 @@ def test_suppressed_ids_and_padding_are_never_drawn(engine):
     assert not {3, 4, *range(61, 70)} & {*drawn}
 
 
-def test_stop_text_ends_a_sample_before_it(engine):
+def test_stop_text_ends_a_sample(engine):
     model = random_model()
     (whole,) = submit(engine(model), a_sample([5], 60, seed=1))
     text = whole.wait().text
@@ -156,7 +156,7 @@ def test_stop_text_ends_a_sample_before_it(engine):
     assert cut.finish == "stop"
 
 
-def test_queue_is_bounded_and_all_or_none_are_admitted(engine):
+def test_queue_is_bounded(engine):
     one = engine(random_model(), rows=1, queue=2)
     endless = a_sample([1], 10**6, cancel_at=10**6)
     submit(one, endless)
@@ -175,7 +175,7 @@ def test_queue_is_bounded_and_all_or_none_are_admitted(engine):
     assert gone[0].ids == []
 
 
-def test_streamed_sample_comes_at_once_and_then_at_intervals(engine):
+def test_streaming_intervals(engine):
     model = random_model()
     slow, fast = a_sample([1], 60, interval=1e9), a_sample([1], 60, interval=0)
     submit(engine(model), slow, fast)
@@ -208,7 +208,7 @@ def test_long_prompt_does_not_stall_the_others(engine, monkeypatch):
         assert {event[1] for event in events[a + 1 : b]} == {*others}
 
 
-def test_failure_fails_the_open_samples_and_those_to_come(engine, monkeypatch):
+def test_failure_fails_all_samples(engine, monkeypatch):
     one = engine(random_model(), rows=1)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     monkeypatch.setattr(one.batch.model.transformer.ln_f, "forward", None)

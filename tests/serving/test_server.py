@@ -34,7 +34,7 @@ def wait_until(condition, seconds=20):
         time.sleep(0.01)
 
 
-def test_openais_client_works_unchanged(serve):
+def test_openai_client(serve):
     _, port = serve()
     client = client_of(port)
     assert client.models.list().data[0].id == "tiny"
@@ -53,7 +53,7 @@ def test_openais_client_works_unchanged(serve):
         client.completions.create(model="gpt-4", prompt="A")
 
 
-def test_closed_streams_leave_no_row_behind(serve):
+def test_closed_streams_free_their_rows(serve):
     """Clients that close their stream early, beside one that reads on."""
     engine, port = serve(rows=4)
     client = client_of(port, max_retries=0)
@@ -152,7 +152,7 @@ def test_port_in_use_ends_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
-def test_without_the_extra_one_line_says_what_to_install(missing, tmp_path):
+def test_missing_package_is_one_line(missing, tmp_path):
     (tmp_path / f"{missing}.py").write_text("raise ImportError('No module named')")
     ended = run_script("serve.py", RUN, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Checkpoints are written while a run goes on; one that cannot be costs neither run nor file."""
+"""Asynchronous checkpoints; a failed save loses neither the run nor the last file."""
 
 import copy
 import errno
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import a_checkpoint, same
+from conftest import make_checkpoint, same
 
 from brisk.checkpoint import load_checkpoint, save_checkpoint
 from brisk.errors import RunError, UserError
@@ -53,7 +53,7 @@ def held(monkeypatch):
 
 
 def test_save_is_async_and_copies_the_state(saver, held, tmp_path):
-    checkpoint = a_checkpoint(10)
+    checkpoint = make_checkpoint(10)
     expected = copy.deepcopy(checkpoint | {"model": dict(checkpoint["model"])})
     saver.save(checkpoint, as_best=True)
     assert held.began.wait(30)  # the write is under way, and we are here
@@ -68,17 +68,17 @@ def test_save_is_async_and_copies_the_state(saver, held, tmp_path):
 
 
 def test_copy_keeps_tied_weights_tied(tmp_path):
-    copied = copy_to_host(a_checkpoint())
+    copied = copy_to_host(make_checkpoint())
     tied = [copied["model"][name] for name in ("lm_head.weight", "transformer.wte.weight")]
     assert tied[0].data_ptr() == tied[1].data_ptr()
     assert same(copied, copy_to_host(copied)) and same(
-        dict(a_checkpoint()["model"]), copied["model"]
+        dict(make_checkpoint()["model"]), copied["model"]
     )
 
 
 def test_one_write_at_a_time(saver, held, tmp_path):
-    saver.save(a_checkpoint(10), as_best=False)
-    second = threading.Thread(target=saver.save, args=(a_checkpoint(20), False))
+    saver.save(make_checkpoint(10), as_best=False)
+    second = threading.Thread(target=saver.save, args=(make_checkpoint(20), False))
     second.start()
     time.sleep(0.2)
     assert second.is_alive()  # it waits for the first
@@ -90,16 +90,16 @@ def test_one_write_at_a_time(saver, held, tmp_path):
 
 def test_exit_waits_for_the_save(tmp_path, held):
     with Saver(tmp_path / "out") as saver:
-        saver.save(a_checkpoint(10), as_best=False)
+        saver.save(make_checkpoint(10), as_best=False)
         threading.Timer(0.2, held.let.set).start()
     assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 10
 
 
 def test_error_on_the_thread_is_raised(saver, monkeypatch):
     monkeypatch.setattr("brisk.training.async_checkpoint.save_checkpoint", lambda *_: 1 / 0)
-    saver.save(a_checkpoint(10), as_best=False)
+    saver.save(make_checkpoint(10), as_best=False)
     with pytest.raises(ZeroDivisionError):
-        saver.save(a_checkpoint(20), as_best=False)
+        saver.save(make_checkpoint(20), as_best=False)
 
 
 # ----------------------------------------------------------------------------- failing
@@ -180,17 +180,17 @@ def test_small_disk(tmp_path, said):
         pytest.skip("mounting is not allowed here")
     try:
         with Saver(disk / "out", said.append) as saver:
-            saver.save(a_checkpoint(10), as_best=True)
+            saver.save(make_checkpoint(10), as_best=True)
             saver.wait()
             size = (disk / "out" / "last.pt").stat().st_size
             (disk / "other").write_bytes(b"x" * (96 * 1024 - 2 * size))
             for step in (20, 30):
-                saver.save(a_checkpoint(step), as_best=True)
+                saver.save(make_checkpoint(step), as_best=True)
             saver.wait()
             assert len(said) == 2 and "No space left on device" in said[0]
             assert load_checkpoint(disk / "out" / "last.pt")["iter_num"] == 10
             (disk / "other").unlink()
-            saver.save(a_checkpoint(40), as_best=True)
+            saver.save(make_checkpoint(40), as_best=True)
             saver.wait()
             assert saver.failure is None
             assert load_checkpoint(disk / "out" / "ckpt.pt")["iter_num"] == 40
@@ -237,8 +237,8 @@ def test_full_disk_loses_only_metrics(train_tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["weight", "moment", "loss"])
 def test_nonfinite_state_is_not_saved(saver, said, tmp_path, what):
-    saver.save(a_checkpoint(10), as_best=True)
-    bad, losses = a_checkpoint(20), (1.0, 2.0)
+    saver.save(make_checkpoint(10), as_best=True)
+    bad, losses = make_checkpoint(20), (1.0, 2.0)
     if what == "weight":
         bad["model"]["transformer.wpe.weight"][1, 2] = float("inf")
     elif what == "moment":
@@ -284,7 +284,7 @@ def test_failed_save_is_a_user_error(tmp_path):
     """`save_checkpoint` by itself, as other scripts call it, says it as wrong input is said."""
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError):
-        save_checkpoint(a_checkpoint(), tmp_path / "out" / "last.pt")
+        save_checkpoint(make_checkpoint(), tmp_path / "out" / "last.pt")
 
 
 @pytest.mark.parametrize("max_iters", [3, 5])

@@ -35,14 +35,14 @@ def test_keys_given_after_minutes_stay(tmp_path):
     assert "max_iters" in values and not values.keys() & {"eval_iters", "lr_decay_iters"}
 
 
-def test_run_takes_and_records_its_minutes(train_tiny, carry_on, tmp_path):
+def test_run_takes_and_records_its_minutes(train_tiny, resume_run, tmp_path):
     began = time.perf_counter()
     run = train_tiny(tmp_path / "out", minutes=0.05, max_iters=10**6)
     assert time.perf_counter() - began < 60
     saved = run.checkpoint()
     assert saved["iter_num"] == saved["config"]["max_iters"] + 1
     assert saved["given"][-1] == "max_iters" and saved["config"]["lr_decay_iters"] < 10**6
-    again = carry_on(tmp_path / "out")  # knows the length, and measures nothing
+    again = resume_run(tmp_path / "out")  # knows the length, and measures nothing
     assert "at its end" in again.console and "for 0.05 minutes" not in again.console
 
 
@@ -57,26 +57,26 @@ def test_throwaway_steps_change_nothing(train_tiny, tmp_path):
 PATIENT = {"eval_interval": 1, "learning_rate": 0.5, "min_lr": 0.5, "max_iters": 60, "patience": 3}
 
 
-def test_patience_ends_the_run(train_tiny, carry_on, tmp_path):
+def test_patience_ends_the_run(train_tiny, resume_run, tmp_path):
     run = train_tiny(tmp_path / "out", **PATIENT)
     losses = run.series("val_loss")
     steps = sorted(losses)
     best = min(steps, key=losses.get)
     assert steps[-1] < 61 and steps[-1] - best == 3
     assert "stopped early: 3 evaluations without a lower val loss" in run.console
-    assert "at its end" in carry_on(tmp_path / "out").console
-    longer = carry_on(tmp_path / "out", patience=5)
+    assert "at its end" in resume_run(tmp_path / "out").console
+    longer = resume_run(tmp_path / "out", patience=5)
     longer = max(longer.series("val_loss"))
     assert longer > steps[-1]
-    again = carry_on(tmp_path / "out", max_iters=70)  # a new length: patience starts anew
+    again = resume_run(tmp_path / "out", max_iters=70)  # a new length: patience starts anew
     assert max(again.series("val_loss")) > longer
 
 
-def test_patience_counts_over_resumes(train_tiny, train_until, carry_on, tmp_path):
+def test_patience_counts_over_resumes(train_tiny, train_until, resume_run, tmp_path):
     whole = train_tiny(tmp_path / "whole", **PATIENT)
     last = max(whole.series("val_loss"))
     for stop in (1, last - 1):
         train_until(tmp_path / f"{stop}", stop, **PATIENT)
-        run = carry_on(tmp_path / f"{stop}")
+        run = resume_run(tmp_path / f"{stop}")
         assert run.series("val_loss") == whole.series("val_loss")
         assert json.dumps(run.checkpoint()["evals_since_best"]) == "3"

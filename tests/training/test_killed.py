@@ -1,4 +1,4 @@
-"""A run that is killed again and again, at any moment, ends as one that never was."""
+"""A run killed repeatedly, at any moment, ends like one that was never killed."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Two runs do not share a folder; who only reads it is not kept waiting."""
+"""Two runs cannot write to one folder; readers need no lock."""
 
 import os
 import signal

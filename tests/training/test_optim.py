@@ -1,4 +1,4 @@
-"""Muon: what an orthogonalised update is, which weights it is for, and that it can be kept."""
+"""Muon: orthogonalization, parameter groups and saved state; learning-rate schedules."""
 
 from copy import deepcopy
 

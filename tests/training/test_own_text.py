@@ -1,4 +1,4 @@
-"""train.py --input: a run on text of one's own."""
+"""train.py --input: a run on the user's text."""
 
 import re
 import shlex
@@ -50,7 +50,7 @@ def test_one_command_trains_on_a_text(own_text, run_on):
     assert again.series("val_loss") == run.series("val_loss")
 
     second = run_on("out-my", "--input=my.txt", *SMALL[1:], "--init_from=resume")
-    assert "using it as it is" in second.console and "at its end" in second.console
+    assert "using it" in second.console and "at its end" in second.console
 
 
 def test_run_ends_with_a_sample(own_text, script):

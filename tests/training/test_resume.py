@@ -1,4 +1,4 @@
-"""A resumed run is the run that was never stopped, with whatever settings it was started."""
+"""A resumed run equals one that was never stopped, for any settings."""
 
 import math
 import os
@@ -48,11 +48,11 @@ def windows(char_data, block_size=16):
 
 
 @pytest.mark.parametrize("decay", [None, 100])
-def test_epochs_resume_to_the_bit(train_tiny, train_until, carry_on, tmp_path, decay):
+def test_epochs_resume_to_the_bit(train_tiny, train_until, resume_run, tmp_path, decay):
     changes = {**EPOCHS, "max_epochs": 0.7, "lr_decay_iters": decay, "dropout": 0.1}
     whole = train_tiny(tmp_path / "whole", **changes)
     train_until(tmp_path / "parts", 5, **changes)
-    assert_same_run(carry_on(tmp_path / "parts"), whole)
+    assert_same_run(resume_run(tmp_path / "parts"), whole)
     assert len(whole.series("lr")) > 10  # it did go past the stop
 
 
@@ -63,35 +63,35 @@ def test_settings_are_saved_as_given(train_tiny, tmp_path):
     assert run.checkpoint()["resolved"]["last_step"] == run.checkpoint()["iter_num"] - 1
 
 
-def test_lr_decay_iters_given_at_resume(train_until, carry_on, tmp_path):
+def test_lr_decay_iters_given_at_resume(train_until, resume_run, tmp_path):
     train_until(tmp_path / "out", 5, **{**EPOCHS, "max_epochs": 0.7})
-    run = carry_on(tmp_path / "out", lr_decay_iters=100)
+    run = resume_run(tmp_path / "out", lr_decay_iters=100)
     assert run.series("lr")[10] > 0.0098  # near the maximum of 0.01: 100 steps are far
     assert run.checkpoint()["config"]["lr_decay_iters"] == 100
-    again = carry_on(tmp_path / "out", max_epochs=0.9)
+    again = resume_run(tmp_path / "out", max_epochs=0.9)
     assert again.series("lr")[max(again.series("lr"))] > 0.0095  # it stays
 
 
 @pytest.mark.parametrize(
     "changes", [{"batch_size": 2}, {"gradient_accumulation_steps": 3}, {"block_size": 8}], ids=str
 )
-def test_epochs_are_counted_by_position(train_until, carry_on, char_data, tmp_path, changes):
+def test_epochs_are_counted_by_position(train_until, resume_run, char_data, tmp_path, changes):
     """A resume with another batch or window size ends where as many epochs are done."""
     train_until(tmp_path / "out", 9, **{**EPOCHS, "max_epochs": 1.5})
-    run = carry_on(tmp_path / "out", **changes)
+    run = resume_run(tmp_path / "out", **changes)
     size = run.checkpoint()["config"]["batch_size"] * changes.get("gradient_accumulation_steps", 1)
     rows = windows(char_data, changes.get("block_size", 16))
     assert run.checkpoint()["position"] == pytest.approx(1.5 * rows, abs=size / 2 + 1)
     steps = max(run.series("lr")) + 1
     assert run.series("lr")[steps - 1] == pytest.approx(1e-3, rel=0.2)  # min_lr at the new end
-    again = carry_on(tmp_path / "out")
+    again = resume_run(tmp_path / "out")
     assert "at its end" in again.console
 
 
-def test_new_block_size_converts_the_position(train_until, carry_on, tmp_path):
+def test_new_block_size_converts_the_position(train_until, resume_run, tmp_path):
     train_until(tmp_path / "out", 4)
     before = torch.load(tmp_path / "out" / "last.pt")["position"]
-    run = carry_on(tmp_path / "out", block_size=8, max_iters=4)
+    run = resume_run(tmp_path / "out", block_size=8, max_iters=4)
     assert run.checkpoint()["position"] == before * 16 // 8 + 4
 
 
@@ -105,12 +105,12 @@ def test_max_iters_given_later_wins(train_tiny, main, settings, tmp_path):
     assert len(run.series("loss")) > 4
 
 
-def test_later_length_key_wins_over_resumes(train_until, carry_on, char_data, tmp_path):
+def test_later_length_key_wins_over_resumes(train_until, resume_run, char_data, tmp_path):
     out = tmp_path / "out"
     train_until(out, 3, **{**EPOCHS, "max_epochs": 2.0})
-    assert carry_on(out, max_iters=5).checkpoint()["iter_num"] == 6
-    assert "at its end" in carry_on(out).console  # max_iters still is the later one
-    run = carry_on(out, max_epochs=0.5)
+    assert resume_run(out, max_iters=5).checkpoint()["iter_num"] == 6
+    assert "at its end" in resume_run(out).console  # max_iters still is the later one
+    run = resume_run(out, max_epochs=0.5)
     assert run.checkpoint()["position"] == pytest.approx(0.5 * windows(char_data), abs=2)
 
 
@@ -124,7 +124,7 @@ def test_two_length_keys_in_one_file(main, settings, tmp_path):
 
 
 def test_evaluation_at_resume_changes_nothing(
-    train_tiny, train_until, carry_on, tmp_path, monkeypatch
+    train_tiny, train_until, resume_run, tmp_path, monkeypatch
 ):
     """Stopped between two evaluations and resumed, each evaluation that the run makes by itself
     compares with the best of those before it, not with what the resume saw."""
@@ -147,7 +147,7 @@ def test_evaluation_at_resume_changes_nothing(
             patch.setattr(train, "estimate_loss", low_at_first)
             train_until(out, 11, given=resume_argv(out))
         assert torch.load(out / "ckpt.pt")["iter_num"] == 10
-        run = carry_on(out)
+        run = resume_run(out)
         assert_same_run(run, whole)
         assert best(run) == best(whole)
 
@@ -156,7 +156,9 @@ def resume_argv(out, *more):
     return ["--init_from=resume", f"--out_dir={out}", "--device=cpu", *more]
 
 
-def test_interrupted_evaluation_is_repeated(train_tiny, settings, carry_on, tmp_path, monkeypatch):
+def test_interrupted_evaluation_is_repeated(
+    train_tiny, settings, resume_run, tmp_path, monkeypatch
+):
     """A stop amid an evaluation saves without it; the resume evaluates, and saves the best."""
     changes = {"always_save_checkpoint": False, "max_iters": 6}
     stop, estimate = StopRequest(prints=False), train.estimate_loss
@@ -177,54 +179,54 @@ def test_interrupted_evaluation_is_repeated(train_tiny, settings, carry_on, tmp_
     assert whole.series("val_loss")[4] < whole.series("val_loss")[0]
     monkeypatch.setattr(train, "get_lr", lambda *_: pytest.fail("no step is needed"))
     with pytest.raises(pytest.fail.Exception):
-        carry_on(tmp_path / "out")
+        resume_run(tmp_path / "out")
     assert torch.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 4
 
 
 # ----------------------------------------------------------------------------- precision, compiling
 
 
-def test_compile_stays_as_resolved(train_until, carry_on, tmp_path, monkeypatch):
+def test_compile_stays_as_resolved(train_until, resume_run, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(train, "compile_model", lambda model, *_: compiled.append(model))
     monkeypatch.setattr("brisk.device.why_not_compile", lambda device: None)
     train_until(tmp_path / "out", 3, compile=True, max_iters=9)
     assert len(compiled) == 1
-    carry_on(tmp_path / "out", max_iters=4)
+    resume_run(tmp_path / "out", max_iters=4)
     assert len(compiled) == 2
-    carry_on(tmp_path / "out", max_iters=5, compile=False)
-    carry_on(tmp_path / "out", max_iters=6)
+    resume_run(tmp_path / "out", max_iters=5, compile=False)
+    resume_run(tmp_path / "out", max_iters=6)
     assert len(compiled) == 2
 
 
-def test_dtype_stays_as_resolved(train_until, carry_on, tmp_path, monkeypatch):
+def test_dtype_stays_as_resolved(train_until, resume_run, tmp_path, monkeypatch):
     """A run in bfloat16 by `auto` goes on in it on a CPU that has no such units."""
     monkeypatch.setattr("brisk.device.has_native_bfloat16", lambda: True)
     large = {"dtype": "auto", "block_size": 32, "n_embd": 256, "batch_size": 32, "eval_iters": 1}
     train_until(tmp_path / "out", 1, max_iters=1, **large)
     monkeypatch.setattr("brisk.device.has_native_bfloat16", lambda: False)
-    run = carry_on(tmp_path / "out")
+    run = resume_run(tmp_path / "out")
     assert re.search(r"^device: .*, bfloat16,", run.console, re.MULTILINE)
     assert run.checkpoint()["config"]["dtype"] == "auto"
     assert run.checkpoint()["resolved"]["dtype"] == "bfloat16"
 
 
-def test_other_device_resolves_dtype_again(train_until, carry_on, tmp_path):
+def test_other_device_resolves_dtype_again(train_until, resume_run, tmp_path):
     train_until(tmp_path / "out", 2, dtype="auto", compile="auto")
     checkpoint = torch.load(tmp_path / "out" / "last.pt")
     checkpoint["resolved"] |= {"device": "cuda", "dtype": "bfloat16", "compile": True}
     save_checkpoint(checkpoint, tmp_path / "out" / "last.pt")
-    run = carry_on(tmp_path / "out")
+    run = resume_run(tmp_path / "out")
     assert "note: the checkpoint was trained on cuda" in run.console
     assert run.checkpoint()["resolved"]["dtype"] == "float32"
     assert run.checkpoint()["resolved"]["device"] == "cpu"
 
 
-def test_parallel_is_kept_in_one_process(train_until, carry_on, tmp_path):
+def test_parallel_is_kept_in_one_process(train_until, resume_run, tmp_path):
     """What a dry run says of 8 ranks is of the FSDP that the run was started with."""
 
     def memory(**changes):
-        said = carry_on(
+        said = resume_run(
             tmp_path / "out", dry_run=True, dry_run_world_size=8, **sizes, **changes
         ).console
         return re.search(
@@ -240,16 +242,16 @@ def test_parallel_is_kept_in_one_process(train_until, carry_on, tmp_path):
 # ----------------------------------------------------------------------------- other data
 
 
-def test_other_data_starts_at_its_beginning(train_until, carry_on, char_data, text, tmp_path):
+def test_other_data_starts_at_its_beginning(train_until, resume_run, char_data, text, tmp_path):
     """Another text, under whatever path: position 0. The same text elsewhere: no change."""
     moved = shutil.copytree(char_data, tmp_path / "moved")
     train_until(tmp_path / "a", 4)
-    assert carry_on(tmp_path / "a", data_dir=moved, max_iters=4).checkpoint()["position"] == 5 * 4
+    assert resume_run(tmp_path / "a", data_dir=moved, max_iters=4).checkpoint()["position"] == 5 * 4
     tokenizer = CharTokenizer(sorted(set(text)))
     splits = {"train": [text[300:]], "val": [text[:300]]}
     write_dataset(tmp_path / "other", tokenizer, splits, "other")
     train_until(tmp_path / "b", 4)
-    run = carry_on(tmp_path / "b", data_dir=tmp_path / "other", max_iters=4)
+    run = resume_run(tmp_path / "b", data_dir=tmp_path / "other", max_iters=4)
     assert run.checkpoint()["position"] == 4 and run.checkpoint()["iter_num"] == 5
     assert "note: the training data has changed" in run.console
 
@@ -262,16 +264,16 @@ def as_nanogpt_saves(checkpoint):
     return {key: checkpoint[key] for key in keys}
 
 
-def test_position_of_a_nanogpt_checkpoint(train_until, carry_on, tmp_path):
+def test_position_of_a_nanogpt_checkpoint(train_until, resume_run, tmp_path):
     """Steps done, times the batch that it was trained with, not with today's."""
     out = tmp_path / "out"
     train_until(out, 4, batch_size=3, gradient_accumulation_steps=2)
     save_checkpoint(as_nanogpt_saves(torch.load(out / "last.pt")), out / "last.pt")
-    run = carry_on(out, batch_size=5, max_iters=4)
+    run = resume_run(out, batch_size=5, max_iters=4)
     assert run.checkpoint()["position"] == 4 * 3 * 2 + 5 * 2
 
 
-def test_checkpoint_of_version_0_1(train_tiny, train_until, carry_on, tmp_path):
+def test_checkpoint_of_version_0_1(train_tiny, train_until, resume_run, tmp_path):
     """It had derived values in the place of the settings; they are derived again."""
     out, changes = tmp_path / "out", {**EPOCHS, "max_epochs": 0.7}
     train_until(out, 5, **changes)
@@ -283,10 +285,10 @@ def test_checkpoint_of_version_0_1(train_tiny, train_until, carry_on, tmp_path):
         del checkpoint[key]
     save_checkpoint(checkpoint, out / "last.pt")
     shutil.copytree(out, tmp_path / "longer")
-    run = carry_on(out)
+    run = resume_run(out)
     assert max(run.series("lr")) == last and "bfloat16" in run.console
     assert run.checkpoint()["config"]["max_iters"] == 600000
-    longer = carry_on(tmp_path / "longer", max_epochs=1.4)
+    longer = resume_run(tmp_path / "longer", max_epochs=1.4)
     assert max(longer.series("lr")) == pytest.approx(2 * last, abs=2)
     assert longer.series("lr")[max(longer.series("lr"))] == pytest.approx(1e-3)
 
@@ -322,7 +324,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 @given(length=LENGTHS, changes=SETTINGS, data=st.data())
 def test_resume_is_bit_exact_with_any_settings(
-    train_tiny, train_until, carry_on, lines_data, tmp_path_factory, length, changes, data
+    train_tiny, train_until, resume_run, lines_data, tmp_path_factory, length, changes, data
 ):
     folder = tmp_path_factory.mktemp("any")
     changes = {**EPOCHS, "data_dir": lines_data, "eval_iters": 1, **length, **changes}
@@ -332,7 +334,7 @@ def test_resume_is_bit_exact_with_any_settings(
     steps = len(whole.series("lr"))
     stop = data.draw(st.integers(1, steps - 1), "stop")
     train_until(folder / "parts", stop, **changes)
-    run = carry_on(folder / "parts")
+    run = resume_run(folder / "parts")
     assert_same_run(run, whole)
     assert best(run) == best(whole)
 
@@ -358,7 +360,7 @@ AT_A_RESUME = st.fixed_dictionaries(
 )
 @given(length=LENGTHS, changes=AT_A_RESUME, longer=st.none() | LENGTHS, data=st.data())
 def test_resume_with_other_settings(
-    train_until, carry_on, char_data, tmp_path_factory, length, changes, longer, data
+    train_until, resume_run, char_data, tmp_path_factory, length, changes, longer, data
 ):
     """What is given stays, what is derived follows: length, decay and position, by the formulas."""
     out = tmp_path_factory.mktemp("other") / "out"
@@ -366,7 +368,7 @@ def test_resume_with_other_settings(
     decay = data.draw(st.none() | st.integers(2, 30), "lr_decay_iters")
     stop = data.draw(st.integers(1, 7), "stop")  # the shortest run has 8 steps
     train_until(out, stop, **{**EPOCHS, **before, **length, "lr_decay_iters": decay})
-    run = carry_on(out, **changes, **(longer or {}))
+    run = resume_run(out, **changes, **(longer or {}))
     checkpoint, now = run.checkpoint(), {**before, **changes}
     batch = now["batch_size"] * now["gradient_accumulation_steps"]
     first = stop * 4 * 16 // now["block_size"]
@@ -395,7 +397,7 @@ def test_resume_with_other_settings(
     assert run.checkpoint()["resolved"]["dtype"] == changes.get("dtype", "float32")
 
 
-def test_resume_with_renamed_keys(train_until, carry_on, tmp_path):
+def test_resume_with_renamed_keys(train_until, resume_run, tmp_path):
     train_until(tmp_path / "out", 4, keep_last=2, schedule="wsd", decay_frac=0.5)
     path = tmp_path / "out" / "last.pt"
     checkpoint = torch.load(path)
@@ -403,23 +405,24 @@ def test_resume_with_renamed_keys(train_until, carry_on, tmp_path):
     checkpoint["config"] = {old.get(k, k): value for k, value in checkpoint["config"].items()}
     checkpoint["given"] = [old.get(k, k) for k in checkpoint["given"]]
     save_checkpoint(checkpoint, path, [tmp_path / "out" / "ckpt.pt"])
-    config = carry_on(tmp_path / "out").checkpoint()["config"]
+    config = resume_run(tmp_path / "out").checkpoint()["config"]
     assert (config["keep_last"], config["decay_frac"]) == (2, 0.5)
 
 
-def test_vocab_size_given_at_resume_is_noted(train_until, carry_on, tmp_path):
+def test_vocab_size_given_at_resume_is_noted(train_until, resume_run, tmp_path):
     train_until(tmp_path / "out", 4)
     assert re.search(
-        r"the checkpoint's vocab_size=\d+ stays", carry_on(tmp_path / "out", vocab_size=999).console
+        r"the checkpoint's vocab_size=\d+ stays",
+        resume_run(tmp_path / "out", vocab_size=999).console,
     )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="paths are bytes on POSIX only")
-def test_resume_from_a_non_utf8_folder(train_until, carry_on, tmp_path):
+def test_resume_from_a_non_utf8_folder(train_until, resume_run, tmp_path):
     out = tmp_path / os.fsdecode(b"out-\xff")
     try:
         out.mkdir()
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     train_until(out, 4)
-    assert carry_on(out).checkpoint()["iter_num"] == 8
+    assert resume_run(out).checkpoint()["iter_num"] == 8

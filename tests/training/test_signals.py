@@ -1,4 +1,4 @@
-"""A run that is asked to stop finishes its step, saves, and goes on as if nothing had been."""
+"""A run stopped by a signal finishes its step, saves, and resumes exactly."""
 
 import os
 import signal

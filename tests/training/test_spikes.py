@@ -1,4 +1,4 @@
-"""A step that would spoil the run is seen, told, and handled as `on_spike` says."""
+"""Non-finite losses and gradient spikes are detected and handled according to `on_spike`."""
 
 import math
 
