@@ -1,4 +1,4 @@
-"""train.py up to its loop, for a measurement: what is measured is what is shipped."""
+"""Run train.py up to its loop, so that benchmarks measure the real training step."""
 
 import sys
 from contextlib import contextmanager
