@@ -206,6 +206,14 @@ def resumed_settings(settings):
 
 
 @pytest.fixture
+def tapes(monkeypatch):
+    """CUDA graphs are tapes on the CPU (tape.py); their counts."""
+    from tape import use_tapes
+
+    return use_tapes(monkeypatch)
+
+
+@pytest.fixture
 def main(capsys):
     """Run train.py's main in this process on a command line (a list); a `Run`."""
     import train

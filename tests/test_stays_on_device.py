@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
+from brisk.cuda_graph import WARM_UP, GraphPool
 from brisk.device import Device
 from brisk.distributed.parallelize import checkpoint_activations
 from brisk.distributed.process_group import Ranks
 from brisk.generation.generate import sample_rows
 from brisk.generation.kv_cache import KVCache, decode_step
 from brisk.reporting.forecast import Forecast
+from brisk.training.cuda_graph import StepGraphs
 from brisk.training.optim import get_lr
 from brisk.training.spikes import SpikeWatch
 from brisk.training.state import TrainState
@@ -30,7 +32,8 @@ class OnDeviceOnly(TorchDispatchMode):
     """Fails where an operation takes or makes a tensor on the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        in_place = func is torch.ops.aten._fused_adamw_.tensor_lr  # has no kernel for meta
+        out = None if in_place else func(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, out)):
             if isinstance(tensor, torch.Tensor):
                 assert tensor.is_meta, f"{func} has a tensor on the host"
@@ -64,7 +67,7 @@ class Batches:
         return [torch.zeros(shape, **kind) for _ in "xy"]
 
 
-def one_step(model, **settings):
+def one_step(model, calls=2, **settings):
     """`train.train_step` on this model, of two micro-batches; its loss and gradient norm."""
     config = train.TrainConfig(**settings)
     ranks, steps = Ranks(), 0
@@ -81,7 +84,8 @@ def one_step(model, **settings):
     assert forecast.is_complete
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(0, config, 10)
-    for _ in range(2):
+    state.graphs = StepGraphs(state.optimizer, META) if config.cuda_graph else None
+    for _ in range(calls):
         with torch.device("cpu"), OnDeviceOnly():  # a tensor without a device is on the host
             loss, norm = train.train_step(config, plan, state, data, run, forecast)
     return loss, norm
@@ -117,6 +121,20 @@ def test_training_step_with_settings(on_meta, settings, optimizer):
             checkpoint_activations(block, False)
     model.freeze_layers(settings.get("freeze_layers", 0))
     one_step(model, optimizer=optimizer, **settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("on_spike", ["stop", "skip"])
+def test_training_step_as_graphs(on_meta, monkeypatch, optimizer, on_spike):
+    """What is captured, and what is around it: static inputs, learning rates, results."""
+    replays = []
+    monkeypatch.setattr(GraphPool, "__init__", lambda pool, device: setattr(pool, "device", device))
+    monkeypatch.setattr(GraphPool, "call", lambda pool, function: function())
+    replayed = (lambda: replays.append(1),)
+    monkeypatch.setattr(GraphPool, "capture", lambda pool, function: (*replayed, function()))
+    settings = {"optimizer": optimizer, "on_spike": on_spike, "spike_factor": 10.0}
+    one_step(a_model(), calls=WARM_UP + 2, cuda_graph=True, **settings)
+    assert len(replays) == 2 + 2 * (WARM_UP + 2) - WARM_UP
 
 
 @pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)

@@ -142,7 +142,11 @@ def find_data_dir(data_dir, dataset):
 
 
 def to_device(batch, device):
-    """The tensors of `batch` on `device`; to a GPU by way of pinned memory, without waiting."""
+    """The tensors of `batch` on `device`; to a GPU by way of pinned memory, without waiting.
+
+    Between log lines the host is therefore ahead of the GPU: it prepares and sends the next batch
+    while the GPU computes. PyTorch reuses pinned memory only after the copy from it.
+    """
     if device.type == "cuda":
         return tuple(t.pin_memory().to(device.device, non_blocking=True) for t in batch)
     return tuple(t.to(device.device) for t in batch)
