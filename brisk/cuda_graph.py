@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 
+from brisk.errors import UserError
+
 WARM_UP = 3  # calls before a capture: they compile, load and select kernels, and allocate state
 
 
@@ -47,6 +49,12 @@ class GraphPool:
         with torch.cuda.graph(graph, pool=self.handle, stream=self.stream):
             outputs = function()
         return graph.replay, outputs
+
+
+def check_device(device):
+    """Raise `UserError` if functions on `device` cannot be CUDA graphs."""
+    if not GraphPool.supports(device):
+        raise UserError(f"--cuda_graph needs a GPU with CUDA; the device is {device.type}")
 
 
 class CapturedFunction:

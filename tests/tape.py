@@ -28,7 +28,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if READS & set(func.tags) or func is torch.ops.aten._local_scalar_dense.default:
+        if reads_numbers(func, args):
             raise RuntimeError(f"{func} reads numbers on the host during a capture")
         if func is torch.ops.aten.lift_fresh.default:
             raise RuntimeError("a tensor is made from Python numbers during a capture")
@@ -58,6 +58,14 @@ class Tape(TorchDispatchMode):
             for old, new in zip(tensors(results), tensors(again), strict=True):
                 if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.copy_(new)
+
+
+def reads_numbers(func, args):
+    """Whether the host must wait for what a function computes, for a number or a shape."""
+    aten = torch.ops.aten
+    if func is aten.index.Tensor:  # by numbers, or by a mask
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return bool(READS & set(func.tags)) or func is aten._local_scalar_dense.default
 
 
 def tensors(tree):

@@ -10,15 +10,14 @@ from functools import partial
 
 import torch
 
-from brisk.cuda_graph import CapturedFunction, GraphPool
+from brisk.cuda_graph import CapturedFunction, GraphPool, check_device
 from brisk.errors import UserError
 
 
 def check_cuda_graph(config, device, ranks):
     """Raise `UserError` if the steps of a run cannot be CUDA graphs."""
-    if not GraphPool.supports(device):
-        reason = f"needs a GPU with CUDA; the device is {device.type}"
-    elif not ranks.is_alone:
+    check_device(device)
+    if not ranks.is_alone:
         reason = "supports a single process; start it without torchrun"
     elif device.dtype_name == "float16":
         reason = "does not support the gradient scaler of --dtype=float16"
