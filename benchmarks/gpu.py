@@ -11,11 +11,12 @@ that says why, and the next begins. Every row is appended to `--out` as soon as 
 that a loan that ends early loses only what was under way.
 
     correct  ceilings of this device; the tests of numbers on it (BRISK_TEST_DEVICE); memory that
-             was expected, beside what was taken
+             was expected, beside what was taken; CUDA graphs beside the same without
     gpt2     124M, 12x1024, beside nanoGPT; larger batches; DDP of one process; the loss, attention
              and every kernel of a step; gpt2-xl in 80 GB
-    small    train_shakespeare_char beside nanoGPT, compiled and not
-    decode   124M: 1 and 64 samples, nanoGPT's one after another and as one batch
+    small    train_shakespeare_char beside nanoGPT, compiled and not, and as CUDA graphs
+    decode   124M: 1 and 64 samples, nanoGPT's one after another and as one batch; with weights
+             cast once, and as CUDA graphs
     learn    whole runs: shakespeare_char to a loss of 1.4697, and the 124M recipes for some minutes
 
 A step is timed between two CUDA events around `steps` steps, after `warm_up`, in `rounds`; two
@@ -42,7 +43,7 @@ from configurator import PositiveInt, configure
 from gpu_sections.job import Job, describe_machine
 
 # minutes that a section may take; learn's grow with --minutes
-SECTIONS = {"correct": 6, "gpt2": 8, "small": 4, "decode": 4, "learn": 6}
+SECTIONS = {"correct": 7, "gpt2": 8, "small": 6, "decode": 6, "learn": 6}
 
 
 @dataclass

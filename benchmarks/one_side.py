@@ -190,17 +190,21 @@ def peak_memory(job):
 
 def generate(job):
     """In each round, seconds of `model.generate` for `samples` samples of `tokens` tokens,
-    `batch_size` of them side by side (by default ours all, nanoGPT's one). Eight tokens of each
-    are drawn before the clock starts."""
+    `batch_size` of them side by side (by default ours all, nanoGPT's one). Ours may have its linear
+    weights `cast` to the precision of autocast before, and run as a `cuda_graph`. Eight tokens of
+    each are drawn before the clock starts."""
     if job["is_brisk"]:
         from brisk.device import open_device
 
-        autocast = open_device(job["device"], "auto").autocast()
-        options = {"exact_window": job.get("exact_window", False)}
+        device = open_device(job["device"], "auto")
+        autocast = device.autocast()
+        options = {key: job.get(key, False) for key in ("exact_window", "cuda_graph")}
     else:
         autocast, options = autocast_of_nanogpt(job), {}
     batch_size = job.get("batch_size") or (job["samples"] if job["is_brisk"] else 1)
     model = load_model(job).to(job["device"]).eval()
+    if job.get("cast"):
+        device.cast_linear_weights(model)
     idx = torch.zeros(batch_size, 1, dtype=torch.long, device=job["device"])
 
     def draw(tokens, times=1):

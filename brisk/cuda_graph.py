@@ -8,13 +8,19 @@ place.
 See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from brisk.errors import UserError
 
 WARM_UP = 3  # calls before a capture: they compile, load and select kernels, and allocate state
+
+
+@cache
+def capture_stream(device):
+    """The stream of all captures on `device`: cuBLAS keeps memory for each stream that it meets."""
+    return torch.cuda.Stream(device)
 
 
 class GraphPool:
@@ -26,7 +32,7 @@ class GraphPool:
     """
 
     def __init__(self, device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, capture_stream(device)
         self.handle = torch.cuda.graph_pool_handle()
 
     @staticmethod
