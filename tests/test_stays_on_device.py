@@ -16,7 +16,8 @@ from brisk.cuda_graph import WARM_UP, GraphPool
 from brisk.device import Device
 from brisk.distributed.parallelize import checkpoint_activations
 from brisk.distributed.process_group import Ranks
-from brisk.generation.generate import sample_rows
+from brisk.generation.decode_graph import DecodeGraphs
+from brisk.generation.generate import Batch, sample_rows
 from brisk.generation.kv_cache import KVCache, decode_step
 from brisk.reporting.forecast import Forecast
 from brisk.training.cuda_graph import StepGraphs
@@ -148,6 +149,18 @@ def test_decode_step(on_meta, variant, how):
     with torch.device("cpu"), torch.no_grad(), OnDeviceOnly():
         logits = model(ids, cache=cache.static_step(ids, positions))[0][:, -1]
         assert sample_rows(logits, uniforms, [how] * 2).shape == (2,)
+
+
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
+def test_decode_step_as_graph(on_meta, monkeypatch, variant):
+    """What is captured: the network, the draw, and the next positions."""
+    monkeypatch.setattr(GraphPool, "__init__", lambda pool, device: None)
+    model, prompts = a_model(**variant).eval(), [torch.zeros(5, dtype=torch.int64) for _ in "ab"]
+    batch, uniforms = Batch(model, prompts, 9), torch.zeros(2, 9)
+    own = [(0.8, 20, 0.9)] * 2
+    graphs = DecodeGraphs(batch, lambda logits, u: sample_rows(logits, u, own), uniforms)
+    with torch.device("cpu"), torch.no_grad(), OnDeviceOnly():
+        assert graphs.step(8).shape == (2,)
 
 
 class Copies(TorchDispatchMode):

@@ -84,7 +84,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # A first capture in inference mode would leave the device's generator with tensors that a
+        # capture in training may not change (https://github.com/pytorch/pytorch/issues/166792).
+        with torch.no_grad() if graphs else torch.inference_mode():
             for step in range(max_new_tokens):
                 if graphs:
                     new = graphs.next_ids()
