@@ -21,6 +21,7 @@ from typing import Annotated, Literal, get_type_hints
 
 import torch
 
+from brisk.cuda_graph import check_device
 from brisk.data.tokenizer import EOT, Tokenizer, knows_documents
 from brisk.device import Device, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors, without_controls
@@ -82,6 +83,7 @@ class SampleConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
     compile: bool | Literal["auto"] = False  # torch.compile the blocks: a slow start, then faster
+    cuda_graph: bool = False  # replay decode steps as CUDA graphs: a slow start, then faster
 
     given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 
@@ -161,6 +163,8 @@ def before_loading(config):
 def load_source(config):
     """The `Source` that the settings name, on its device."""
     device = open_device(config.device, config.dtype)
+    if config.cuda_graph:
+        check_device(device)
     start = read_pretrained(config.init_from, config.out_dir)
     model, tokenizer = GPT.from_checkpoint(start.checkpoint), start.tokenizer
     model.to(device.device)
@@ -276,6 +280,7 @@ def print_samples(source, samples, config):
             samples=[sample.number for sample in samples],
             on_token=on_token,
             exact_window=config.exact_window,
+            cuda_graph=config.cuda_graph,
             **source.drawable,
         )
     except KeyboardInterrupt:

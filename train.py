@@ -3,7 +3,6 @@
 On one device:           python train.py config/train_shakespeare_char.py
 On your own text:        python train.py --input=my.txt
 On the GPUs of a node:   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-The plan of a run:       python train.py config/train_gpt2.py --dry_run=True
 """
 
 import gc
@@ -11,7 +10,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,9 +32,10 @@ from brisk.reporting.forecast import Forecast
 from brisk.training import own_text
 from brisk.training.budget import fit_to_minutes, seconds_per_step
 from brisk.training.compilation import compile_model
+from brisk.training.cuda_graph import StepGraphs
 from brisk.training.inputs import open_data
 from brisk.training.memory import check_fits, peak_memory
-from brisk.training.optim import get_lr, step_if_finite
+from brisk.training.optim import get_lr, step_optimizer
 from brisk.training.plan import make_plan
 from brisk.training.resume import load_start, resolve, resumed_position
 from brisk.training.run import Outcome, conclude, open_run, peak_flops_of
@@ -115,7 +114,8 @@ class TrainConfig(GPTConfig):
     backend: str = "auto"  # of torch.distributed: nccl, gloo or auto
     device: str = "auto"  # cpu, cuda, cuda:1, mps or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
-    compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the model
+    cuda_graph: bool = False  # replay micro-batch and optimizer step as CUDA graphs: small models
     parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate the state on all ranks, or shard it
     cpu_offload: bool = False  # fsdp: keep the shards in host memory
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
@@ -124,8 +124,8 @@ class TrainConfig(GPTConfig):
     given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 
     # Of a start or of this machine: a resume does not take these from its checkpoint.
-    start_keys = ("out_dir", "init_from", "eval_only", "dry_run", "dry_run_world_size")
-    start_keys += ("input", "minutes", "verify_data", "device", "backend", "timeout", "cpu_offload")
+    start_keys = "out_dir", "init_from", "eval_only", "dry_run", "dry_run_world_size", "cuda_graph"
+    start_keys += "input", "minutes", "verify_data", "device", "backend", "timeout", "cpu_offload"
     exclusive = (("max_iters", "max_epochs"),)  # in one config file
 
 
@@ -162,8 +162,7 @@ def main(given, stop=None):
         del start  # free memory
         outcome = train(config, plan, state, data, run)
     conclude(outcome, config, state.best_val_loss, run)
-    if config.input and run.ranks.is_main:
-        own_text.show_sample(config, Path(__file__).with_name("sample.py"))
+    own_text.show_sample(config, run, Path(__file__).with_name("sample.py"))
 
 
 def initial_state(config, start, data, run):
@@ -195,21 +194,21 @@ def initial_state(config, start, data, run):
 
 def parallelize(state, config, plan, run):
     """Apply activation checkpointing, compilation and DDP or FSDP; create the optimizer."""
-    for block in state.model.transformer.h:
-        if config.activation_checkpointing:
+    if config.activation_checkpointing:
+        for block in state.model.transformer.h:
             checkpoint_activations(block, config.dropout > 0)
     if plan.compile:
         blocks_only = run.ranks.shards or config.activation_checkpointing
         compile_model(state.model, config.batch_size * config.block_size, run.say, blocks_only)
     state.ddp_model = wrap_model(state.model, run.ranks, plan.device, config.cpu_offload)
-    muon = (config.muon_learning_rate, config.muon_momentum, run.ranks)
     adamw = (config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
-    state.optimizer = state.model.configure_optimizers(
-        *adamw, plan.device.type, muon if config.optimizer == "muon" else None
-    )
+    muon = (config.muon_learning_rate, config.muon_momentum, run.ranks)
+    muon = muon if config.optimizer == "muon" else None
+    state.optimizer = state.model.configure_optimizers(*adamw, plan.device.type, muon)
     state.scaler = plan.device.scaler()
-    scaled = state.scaler.is_enabled()
-    state.spikes = SpikeWatch(plan.device.device, config.on_spike, config.spike_factor, scaled)
+    spikes = (config.on_spike, config.spike_factor, state.scaler.is_enabled())
+    state.spikes = SpikeWatch(plan.device.device, *spikes)
+    state.graphs = StepGraphs(state.optimizer, plan.device) if config.cuda_graph else None
 
 
 def fit_length(config, start, run):
@@ -225,7 +224,7 @@ def throwaway_step(config, start, run, data):
     state = initial_state(config, start, data, run)
     plan = make_plan(config, start, state, data, run)
     parallelize(state, config, plan, run)
-    return plan, state, partial(train_step, config, plan, state, data, run, Forecast.off(plan))
+    return plan, state, lambda: train_step(config, plan, state, data, run, Forecast.off(plan))
 
 
 def train(config, plan, state, data, run):
@@ -299,12 +298,11 @@ def train(config, plan, state, data, run):
             # one read of the device, which waits for it
             loss, norm, steps_clipped = torch.stack((step_loss, grad_norm, clipped)).tolist()
             seconds = (time.perf_counter() - t0) / steps_timed
-            steps_logged = min(config.log_interval, step - plan.first_step + 1)
             record = {
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": norm,
-                "clipped": steps_clipped / steps_logged,
+                "clipped": steps_clipped / min(config.log_interval, step - plan.first_step + 1),
                 "step_ms": seconds * 1000,
                 "tokens_per_second": plan.global_batch * config.block_size / seconds,
                 "mfu": state.model.estimate_mfu(plan.global_batch, seconds, peak_flops),
@@ -321,6 +319,25 @@ def train_step(config, plan, state, data, run, forecast):
     """One optimizer step on the global batch at `state.position`. Returns its loss and the norm of
     its gradient before clipping, tensors () on the device."""
     device, ranks = plan.device, run.ranks
+
+    def forward_backward(x, y, weight):
+        with device.autocast():
+            _, loss = state.ddp_model(x, y, return_logits=False)
+        # DDP and FSDP average gradients over the ranks, but `weight` is a fraction of the global
+        # batch: multiplying by world_size turns the average into the sum.
+        state.scaler.scale(loss * (weight * ranks.world_size)).backward()
+        return loss.detach() * weight
+
+    def update(step_loss):
+        state.scaler.unscale_(state.optimizer)
+        grad_norm = clip_grad_norm(state.model, config.grad_clip or math.inf, ranks, device)
+        limit, is_spike = state.spikes.check(step_loss, grad_norm)
+        step_optimizer(state.optimizer, state.scaler, is_spike)
+        state.optimizer.zero_grad(set_to_none=state.graphs is None)
+        return grad_norm, limit
+
+    if state.graphs:
+        forward_backward, update = state.graphs.of(forward_backward, update)
     step_targets = data.train.targets(state.position, plan.global_batch)
     step_loss = torch.zeros((), device=device.device)
     for index, first, count in forecast.timed("micro-batch", plan.micro_batches):
@@ -329,25 +346,9 @@ def train_step(config, plan, state, data, run, forecast):
         torch.manual_seed(hash64(config.seed, state.step, index))  # dropout: resume is exact
         # Accumulate gradients locally; average them over the ranks in the last micro-batch only.
         set_grad_sync(state.ddp_model, ranks, sync=index == plan.micro_batches[-1][0])
-        with device.autocast():
-            _, loss = state.ddp_model(*batch, return_logits=False)
-        step_loss += loss.detach() * weight
-        # DDP and FSDP average gradients over the ranks, but `weight` is a fraction of the global
-        # batch: multiplying by world_size turns the average into the sum.
-        state.scaler.scale(loss * (weight * ranks.world_size)).backward()
-    ranks.all_reduce_sum(step_loss)
-
-    state.scaler.unscale_(state.optimizer)
-    grad_norm = clip_grad_norm(state.model, config.grad_clip or math.inf, ranks, device)
-    is_spike = state.spikes.record(state.step, state.position, step_loss, grad_norm)
-    if config.on_spike == "skip":
-        # Skips non-finite gradients as scaler.step would. scaler.update below lowers the scale by
-        # what unscale_ found, whether or not the step was made.
-        step_if_finite(is_spike, state.optimizer)
-    else:
-        state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
+        step_loss += forward_backward(*batch, weight)
+    grad_norm, limit = update(ranks.all_reduce_sum(step_loss))
+    state.spikes.record(state.step, state.position, step_loss, grad_norm, limit)
     state.position += plan.global_batch
     state.step += 1
     return step_loss, grad_norm

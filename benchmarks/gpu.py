@@ -11,11 +11,12 @@ with the error. Each row is appended to `--out` at once, so an interruption lose
 part.
 
     correct  limits of this device; the numerical tests on it (BRISK_TEST_DEVICE); predicted and
-             measured memory
+             measured memory; CUDA graphs against eager execution
     gpt2     124M, 12x1024, and nanoGPT; larger batches; DDP with one process; the loss, attention
              and all kernels of a step; gpt2-xl in 80 GB
-    small    train_shakespeare_char and nanoGPT, compiled and not
-    decode   124M: 1 and 64 samples; nanoGPT one by one and as a batch
+    small    train_shakespeare_char and nanoGPT, compiled, eager and as CUDA graphs
+    decode   124M: 1 and 64 samples; nanoGPT one by one and as a batch; with weights cast once, and
+             as CUDA graphs
     learn    whole runs: shakespeare_char to a loss of 1.4697, and the 124M recipes for some minutes
 
 Steps are timed by CUDA events around `steps` steps, after `warm_up`, in `rounds`; two sides
@@ -42,7 +43,7 @@ from configurator import PositiveInt, configure
 from gpu_sections.job import Job, describe_machine
 
 # time limits in minutes; learn also gets time for --minutes
-SECTIONS = {"correct": 6, "gpt2": 8, "small": 4, "decode": 4, "learn": 6}
+SECTIONS = {"correct": 7, "gpt2": 8, "small": 6, "decode": 6, "learn": 6}
 
 
 @dataclass

@@ -191,16 +191,20 @@ def peak_memory(job):
 def generate(job):
     """Yield for each round the seconds of `model.generate` for `samples` samples of `tokens` tokens
     in batches of `batch_size` (default: all for ours, 1 for nanoGPT), after a warm-up of eight
-    tokens."""
+    tokens. Ours optionally `cast`s linear weights to the dtype of autocast first, and replays a
+    `cuda_graph`."""
     if job["is_brisk"]:
         from brisk.device import open_device
 
-        autocast = open_device(job["device"], "auto").autocast()
-        options = {"exact_window": job.get("exact_window", False)}
+        device = open_device(job["device"], "auto")
+        autocast = device.autocast()
+        options = {key: job.get(key, False) for key in ("exact_window", "cuda_graph")}
     else:
         autocast, options = autocast_of_nanogpt(job), {}
     batch_size = job.get("batch_size") or (job["samples"] if job["is_brisk"] else 1)
     model = load_model(job).to(job["device"]).eval()
+    if job.get("cast"):
+        device.cast_linear_weights(model)
     idx = torch.zeros(batch_size, 1, dtype=torch.long, device=job["device"])
 
     def draw(tokens, times=1):

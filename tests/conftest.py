@@ -204,6 +204,14 @@ def resumed_settings(settings):
 
 
 @pytest.fixture
+def tapes(monkeypatch):
+    """CUDA graphs are tapes on the CPU (tape.py); their counts."""
+    from tape import use_tapes
+
+    return use_tapes(monkeypatch)
+
+
+@pytest.fixture
 def main(capsys):
     """`main(argv)`: run train.py in this process. Returns a `Run`."""
     import train

@@ -272,10 +272,10 @@ def measure(gpu, tmp_path, monkeypatch):
 
 
 GPU_PARTS = {
-    "correct": ["ceilings", "memory"],
+    "correct": ["ceilings", "memory", "graphs"],
     "gpt2": ["step", "batches", "ddp", "attention", "loss", "kernels", "xl"],
-    "small": ["compiled", "eager"],
-    "decode": ["samples"],
+    "small": ["compiled", "eager", "graphs"],
+    "decode": ["samples", "graphs"],
     "learn": ["shakespeare_char", "gpt2", "modern"],
 }
 
@@ -393,6 +393,17 @@ def test_gpu_only_parts(measure, monkeypatch):
     assert {"loss, ours, compiled", "memory expected, eager", "attention, flash"} <= found
     assert {"product of 256x256, float32 as TF32", "memory, 124M, 2x16"} <= found
     assert fractions == [0.5, 1.0]
+
+
+def test_graphs_on_a_gpu(measure, monkeypatch, tapes):
+    """As tapes on a CPU that is taken for one."""
+    job = importlib.import_module("gpu_sections.job")
+    monkeypatch.setattr(job.Job, "on_gpu", True)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    rows = measure("correct", "--parts=graphs")
+    assert [row["values"] for row in rows] == [[1.0]] * 4 and tapes.captures >= 5
+    measure("small", "--parts=graphs")
 
 
 def test_failed_worker_ends_the_others(measure, monkeypatch):

@@ -14,7 +14,9 @@ from conftest import ROOT, Run, same
 from networks import SIZES, VARIANTS, random_ids, random_model
 from torch.nn import functional as F
 
+from brisk import cuda_graph
 from brisk.device import Device
+from brisk.generation import decode_graph
 from brisk.generation.kv_cache import KVCache, decode_step, prefill
 from brisk.training.optim import step_if_finite
 from model import GPT, GPTConfig
@@ -25,6 +27,13 @@ from trainer import open_trainer
 ALL_VARIANTS = pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
 FLOAT32, BFLOAT16 = 1e-4, 2e-2
 BOTH = pytest.mark.parametrize("dtype, limit", [("float32", FLOAT32), ("bfloat16", BFLOAT16)])
+
+
+@pytest.fixture
+def gpu(device):
+    if device.type != "cuda":
+        pytest.skip("needs a GPU; test_cuda_graph.py and test_decode_graph.py have it on tapes")
+    return device
 
 
 def error(found, expected):
@@ -119,29 +128,22 @@ def test_samples(device, top_k, top_p):
     assert same_tokens.double().mean() > 0.9  # rounding may tip a draw, and the text after it
 
 
-def test_static_step_is_a_cuda_graph(device):
-    if device.type != "cuda":
-        pytest.skip("needs a GPU")
-    model, idx = random_model().to(device.device), random_ids(B=2).to(device.device)
-    cache, positions = KVCache(model, 2, 24), torch.zeros(2, 1, dtype=torch.long, device="cuda")
+def test_static_step_is_a_cuda_graph(gpu):
+    model, idx = random_model().to(gpu.device), random_ids(B=2).to(gpu.device)
+    cache, positions = KVCache(model, 2, 24), idx.new_zeros(2, 1)
+    pool = cuda_graph.GraphPool(gpu.device)
     ids, expected = idx[:, :1].clone(), in_double(model)
 
     def step():
         return model(ids, cache=cache.static_step(ids, positions))[0][:, -1]
 
     with torch.no_grad():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step()
+        pool.call(step)
+        replay, logits = pool.capture(step)
         for i in range(24):
             ids.copy_(idx[:, i : i + 1])
             positions.fill_(i)
-            graph.replay()
+            replay()
             assert error(logits, expected.predict(idx.cpu()[:, : i + 1], targets=False)) < FLOAT32
 
 
@@ -245,18 +247,89 @@ def test_torchrun_with_one_process(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("on_spike", ["stop", "skip"])
-def test_no_step_synchronizes(device, settings, tmp_path, optimizer, on_spike):
+@pytest.mark.parametrize("graphs", [False, True], ids=["kernels", "graphs"])
+def test_no_step_synchronizes(device, settings, tmp_path, optimizer, on_spike, graphs):
     if device.type != "cuda":
         pytest.skip("needs a GPU; test_stays_on_device.py looks for the same")
     changes = {"device": "cuda", "optimizer": optimizer, "on_spike": on_spike, "spike_factor": 10.0}
     changes |= {"dtype": None, "gradient_accumulation_steps": 2, "dropout": 0.1}
-    with open_trainer(settings(tmp_path / "out", **changes)) as trainer:
-        trainer.step()
+    with open_trainer(settings(tmp_path / "out", cuda_graph=graphs, **changes)) as trainer:
+        for _ in range(cuda_graph.WARM_UP + 1 if graphs else 1):
+            trainer.step()
         torch.cuda.set_sync_debug_mode("error")
         try:
             trainer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# ----------------------------------------------------------------------------- CUDA graphs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 3, "dropout": 0.2},
+        {"on_spike": "skip", "spike_factor": 10.0},
+        {"activation_checkpointing": True},
+        {"ngrams": 3, "ngram_rows": 50, "tied": False},
+        {"position": "rotary", "norm": "rms", "qk_norm": True, "mlp": "swiglu", "n_kv_head": 1},
+        {"rows": "documents"},
+    ],
+    ids=str,
+)
+def test_training_as_cuda_graphs(gpu, run_on, lines_data, changes):
+    if changes.get("rows") == "documents":
+        changes = {**changes, "data_dir": lines_data}
+    changes = {"n_head": 2, "max_iters": 12, **changes}
+    plain = run_on("plain", gpu, **changes)
+    graphs = run_on("graphs", gpu, cuda_graph=True, **changes)
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert graphs.series(key) == pytest.approx(plain.series(key), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "optimizer, compiling, dtype",
+    [
+        ("adamw", False, "bfloat16"),
+        ("muon", False, "float32"),
+        ("muon", False, "bfloat16"),
+        ("adamw", True, "bfloat16"),
+    ],
+)
+def test_cuda_graphs_of_kinds(gpu, run_on, optimizer, compiling, dtype):
+    changes = {"dtype": dtype, "compile": compiling, "optimizer": optimizer, "max_iters": 12}
+    plain = run_on("plain", gpu, **changes)
+    graphs = run_on("graphs", gpu, cuda_graph=True, **changes)
+    assert graphs.series("loss") == pytest.approx(plain.series("loss"), rel=BFLOAT16)
+
+
+@pytest.mark.parametrize("before, after", [(True, False), (False, True)])
+def test_cuda_graphs_and_resume(gpu, run_on, resume, tmp_path, before, after):
+    changes = {"dropout": 0.1, "lr_decay_iters": 14}
+    whole = run_on("whole", gpu, max_iters=14, **changes)
+    run_on("part", gpu, max_iters=6, cuda_graph=before, **changes)
+    again = resume(tmp_path / "part", device="cuda", max_iters=14, cuda_graph=after)
+    assert again.series("loss") == pytest.approx(whole.series("loss"), rel=1e-3)
+
+
+@BOTH
+@ALL_VARIANTS
+def test_sampling_as_cuda_graphs(gpu, monkeypatch, variant, dtype, limit):
+    """Ragged rows, windows that move, several graphs: the ids of the same steps uncaptured, to the
+    bit. Other steps may tip a draw by their rounding."""
+    monkeypatch.setattr(decode_graph, "SHORTEST", 8)
+    model, prompts = random_model(**variant).to(gpu.device), [[1, 2, 3], [5], [7] * 20]
+    with Device(gpu.device, dtype).autocast():
+        options = {"seed": 1, "top_k": 20}
+        plain = torch.cat(model.generate(prompts, 60, **options))
+        graphs = torch.cat(model.generate(prompts, 60, cuda_graph=True, **options))
+        monkeypatch.setattr(cuda_graph, "WARM_UP", 10**9)
+        uncaptured = torch.cat(model.generate(prompts, 60, cuda_graph=True, **options))
+    assert graphs.equal(uncaptured)
+    if dtype == "float32":
+        assert (graphs == plain).double().mean() > 0.9
 
 
 @pytest.mark.slow

@@ -12,12 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
+from brisk.cuda_graph import WARM_UP, GraphPool
 from brisk.device import Device
 from brisk.distributed.parallelize import checkpoint_activations
 from brisk.distributed.process_group import Ranks
-from brisk.generation.generate import sample_rows
+from brisk.generation.decode_graph import DecodeGraphs
+from brisk.generation.generate import Batch, sample_rows
 from brisk.generation.kv_cache import KVCache, decode_step
 from brisk.reporting.forecast import Forecast
+from brisk.training.cuda_graph import StepGraphs
 from brisk.training.optim import get_lr
 from brisk.training.spikes import SpikeWatch
 from brisk.training.state import TrainState
@@ -30,7 +33,8 @@ class OnDeviceOnly(TorchDispatchMode):
     """Fails where an operation takes or makes a tensor on the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        in_place = func is torch.ops.aten._fused_adamw_.tensor_lr  # has no kernel for meta
+        out = None if in_place else func(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, out)):
             if isinstance(tensor, torch.Tensor):
                 assert tensor.is_meta, f"{func} has a tensor on the host"
@@ -64,7 +68,7 @@ class Batches:
         return [torch.zeros(shape, **kind) for _ in "xy"]
 
 
-def one_step(model, **settings):
+def one_step(model, calls=2, **settings):
     """`train.train_step` on this model, of two micro-batches; its loss and gradient norm."""
     config = train.TrainConfig(**settings)
     ranks, steps = Ranks(), 0
@@ -81,7 +85,8 @@ def one_step(model, **settings):
     assert forecast.is_complete
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(0, config, 10)
-    for _ in range(2):
+    state.graphs = StepGraphs(state.optimizer, META) if config.cuda_graph else None
+    for _ in range(calls):
         with torch.device("cpu"), OnDeviceOnly():  # a tensor without a device is on the host
             loss, norm = train.train_step(config, plan, state, data, run, forecast)
     return loss, norm
@@ -119,6 +124,20 @@ def test_training_step_with_settings(on_meta, settings, optimizer):
     one_step(model, optimizer=optimizer, **settings)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("on_spike", ["stop", "skip"])
+def test_training_step_as_graphs(on_meta, monkeypatch, optimizer, on_spike):
+    """What is captured, and what is around it: static inputs, learning rates, results."""
+    replays = []
+    monkeypatch.setattr(GraphPool, "__init__", lambda pool, device: setattr(pool, "device", device))
+    monkeypatch.setattr(GraphPool, "call", lambda pool, function: function())
+    replayed = (lambda: replays.append(1),)
+    monkeypatch.setattr(GraphPool, "capture", lambda pool, function: (*replayed, function()))
+    settings = {"optimizer": optimizer, "on_spike": on_spike, "spike_factor": 10.0}
+    one_step(a_model(), calls=WARM_UP + 2, cuda_graph=True, **settings)
+    assert len(replays) == 2 + 2 * (WARM_UP + 2) - WARM_UP
+
+
 @pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
 @pytest.mark.parametrize("how", [(1.0, None, None), (0.0, None, None), (0.8, 20, 0.9)], ids=str)
 def test_decode_step(on_meta, variant, how):
@@ -130,6 +149,18 @@ def test_decode_step(on_meta, variant, how):
     with torch.device("cpu"), torch.no_grad(), OnDeviceOnly():
         logits = model(ids, cache=cache.static_step(ids, positions))[0][:, -1]
         assert sample_rows(logits, uniforms, [how] * 2).shape == (2,)
+
+
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
+def test_decode_step_as_graph(on_meta, monkeypatch, variant):
+    """What is captured: the network, the draw, and the next positions."""
+    monkeypatch.setattr(GraphPool, "__init__", lambda pool, device: None)
+    model, prompts = a_model(**variant).eval(), [torch.zeros(5, dtype=torch.int64) for _ in "ab"]
+    batch, uniforms = Batch(model, prompts, 9), torch.zeros(2, 9)
+    own = [(0.8, 20, 0.9)] * 2
+    graphs = DecodeGraphs(batch, lambda logits, u: sample_rows(logits, u, own), uniforms)
+    with torch.device("cpu"), torch.no_grad(), OnDeviceOnly():
+        assert graphs.step(8).shape == (2,)
 
 
 class Copies(TorchDispatchMode):

@@ -12,7 +12,8 @@ import torch
 
 from brisk.device import DTYPES, Device, matmul_flops
 from brisk.errors import UserError
-from gpu_sections.job import GPT2, row
+from gpu_sections.job import GPT2, SMALL, row
+from model import GPT, GPTConfig
 from one_side import seconds_of
 from sides import ROOT
 from trainer import open_trainer
@@ -91,4 +92,51 @@ def memory(job):
             yield row(f"memory expected, {what}", "GB", [expected], **share)
 
 
-PARTS = {"ceilings": ceilings, "memory": memory, "tests": tests}
+def graphs(job):
+    """Losses and ids with CUDA graphs, beside those without. A part fails if they are not alike."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for optimizer in ("adamw", "muon"):
+            yield from losses_of_graphs(job, optimizer)
+        yield from ids_of_graphs(job)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def losses_of_graphs(job, optimizer):
+    found = []
+    for on in (False, job.on_gpu):
+        keys = {"dtype": "float32", "compile": False, "dropout": 0.1, "optimizer": optimizer}
+        keys |= {"gradient_accumulation_steps": 2, "cuda_graph": on}
+        job.clean_up()
+        with open_trainer(job.argv(SMALL, job.pick(16, 2), **keys)) as trainer:
+            found.append(torch.stack([trainer.step()[0] for _ in range(20)]).double().cpu())
+    differences = (found[1] / found[0] - 1).abs()
+    # Muon's products are in bfloat16 on a GPU
+    limit = 1e-4 if optimizer == "adamw" else 1e-2
+    alike = (differences < limit).double().mean().item()
+    what = f"losses of 20 steps alike as CUDA graphs, {optimizer}"
+    yield row(what, "", [alike], **{"largest difference": differences.max().item()})
+    if alike < 1:
+        raise UserError(f"{what}: a difference of {differences.max().item():.2g}")
+
+
+def ids_of_graphs(job):
+    args = job.model_args({**SMALL, "vocab_size": 65})
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**args)).to(job.device.device)
+    prompts = [[1, 2, 3], [5], [7] * 20]
+    for options in ({"temperature": 0}, {"top_k": 20, "seed": 1}):
+        texts = []
+        for on in (False, True):
+            drawn = model.generate(prompts, job.pick(400, 40), cuda_graph=on, **options)
+            texts.append(torch.cat(drawn))
+        alike = (texts[0] == texts[1]).double().mean().item()
+        what = f"ids alike as CUDA graphs, {options}"
+        yield row(what, "", [alike])
+        if alike < 1:
+            raise UserError(f"{what}: {alike:.3g} of them")
+
+
+PARTS = {"ceilings": ceilings, "memory": memory, "graphs": graphs, "tests": tests}

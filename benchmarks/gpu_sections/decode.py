@@ -4,14 +4,19 @@ from gpu_sections.job import GPT2, Worker, row, take_turns
 from sides import save_random_model
 
 
-def samples(job):
-    """Tokens a second of `model.generate`: one sample; many, nanoGPT's one after another as its
-    sample.py draws them, and as one batch."""
+def generate_job(job):
+    """A job "generate" of one_side.py, and its tokens in a sample."""
     args, tokens = job.model_args({**GPT2, "vocab_size": 50257}), job.pick(200, 12)
     weights = job.folder / "decode.pt"
     save_random_model(args, weights)
     settings = {"job": "generate", "model_args": args, "weights": str(weights), "tokens": tokens}
-    settings["device"] = str(job.device.device)
+    return {**settings, "device": str(job.device.device)}, tokens
+
+
+def samples(job):
+    """Tokens a second of `model.generate`: one sample; many, nanoGPT's one after another as its
+    sample.py draws them, and as one batch."""
+    settings, tokens = generate_job(job)
     many = job.pick(64, 3)
     cases = {  # what → (samples drawn, side by side) of ours, and of nanoGPT
         "1 sample": ((1, 1), (1, 1)),
@@ -33,4 +38,23 @@ def samples(job):
         yield row(what, "tokens/s", rates["brisk"], rates.get("nanogpt"), **job.clocks)
 
 
-PARTS = {"samples": samples}
+def graphs(job):
+    """Ours as it is, with weights cast once (as sample.py does), and as CUDA graphs too: one sample
+    and many. A graph is captured in every call of `generate`, as sample.py would."""
+    settings, tokens = generate_job(job)
+    hows = {
+        "as it is": {},
+        "weights cast once": {"cast": True},
+        "weights cast once, CUDA graphs": {"cast": True, "cuda_graph": True},
+    }
+    side = job.sides()["brisk"]
+    for count in (1, job.pick(64, 3)):
+        drawn = {"samples": count, "batch_size": count}
+        workers = {how: Worker(side, {**settings, **drawn, **more}) for how, more in hows.items()}
+        for how, rounds in take_turns(job, workers).items():
+            rates = [count * tokens / figures["seconds"] for figures in rounds]
+            what = f"124M, samples: {count}, of {tokens} tokens, {how}"
+            yield row(what, "tokens/s", rates, **job.clocks)
+
+
+PARTS = {"samples": samples, "graphs": graphs}

@@ -20,8 +20,21 @@ def eager(job):
     keys = {**KEYS, "dropout": 0.2, "compile": False}
     with open_trainer(job.argv(SMALL, job.pick(64, 2), **keys)) as trainer:
         times = job.time_steps(trainer.step)
-    rate = 1000 / sorted(times)[len(times) // 2]
-    yield row("step, shakespeare_char, eager", "ms", times, **{"steps/s": rate}, **job.clocks)
+    yield row_of("eager", times, job)
 
 
-PARTS = {"compiled": compiled, "eager": eager}
+def graphs(job):
+    """Ours as CUDA graphs, with --compile=False and without."""
+    for how, compiling in (("eager", False), ("compiled", "auto")):
+        job.clean_up()
+        keys = {**KEYS, "dropout": 0.2, "compile": compiling, "cuda_graph": job.on_gpu}
+        with open_trainer(job.argv(SMALL, job.pick(64, 2), **keys)) as trainer:
+            yield row_of(f"{how}, as CUDA graphs", job.time_steps(trainer.step), job)
+
+
+def row_of(how, times, job):
+    rate = {"steps/s": 1000 / sorted(times)[len(times) // 2]}
+    return row(f"step, shakespeare_char, {how}", "ms", times, **rate, **job.clocks)
+
+
+PARTS = {"compiled": compiled, "eager": eager, "graphs": graphs}

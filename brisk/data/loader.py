@@ -143,7 +143,11 @@ def find_data_dir(data_dir, dataset):
 
 
 def to_device(batch, device):
-    """Move the tensors of `batch` to `device`; to a GPU asynchronously, from pinned memory."""
+    """Move the tensors of `batch` to `device`; to a GPU asynchronously, from pinned memory.
+
+    Between log lines the host is therefore ahead of the GPU: it prepares and sends the next batch
+    while the GPU computes. PyTorch reuses pinned memory only after the copy from it.
+    """
     if device.type == "cuda":
         return tuple(t.pin_memory().to(device.device, non_blocking=True) for t in batch)
     return tuple(t.to(device.device) for t in batch)

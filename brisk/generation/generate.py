@@ -4,6 +4,8 @@ import numpy as np
 import torch
 
 from brisk.cpu.decode import Decoder
+from brisk.cuda_graph import GraphPool
+from brisk.generation.decode_graph import DecodeGraphs
 from brisk.generation.kv_cache import KVCache, decode_step, prefill_window
 
 
@@ -22,6 +24,7 @@ def generate(
     samples=None,
     on_token=None,
     exact_window=False,
+    cuda_graph=False,
 ):
     """Continue each of B prompts by up to `max_new_tokens` sampled tokens.
 
@@ -50,6 +53,9 @@ def generate(
             the generation, or a list of B bools that are True for finished samples, or None.
         exact_window: past `block_size` see the newest `block_size` tokens at every step, as nanoGPT
             does, at the cost of computing all of them at every step.
+        cuda_graph: on a CUDA device, replay steps as graphs (`decode_graph`): faster where the host
+            is the limit, after a slow start. It needs one setting for all prompts; other devices
+            and batches are sampled without.
 
     Returns:
         Prompts and samples: (B, T + n), or, for a list of prompts, a list of tensors (T + n,). A
@@ -67,14 +73,26 @@ def generate(
     # Drawn before the loop, so that the device need not wait for the host at each token.
     uniforms = draw_uniforms(range(B) if samples is None else samples, max_new_tokens, seed)
     uniforms, never = uniforms.to(device), suppressed_ids(suppress, vocab_size, device)
+
+    def draw(logits, uniform):
+        logits = mask_logits(logits[:, :vocab_size], never)
+        return sample_rows(logits, uniform, [settings[text] for text in batch.texts])
+
+    graphs = None
+    if cuda_graph and GraphPool.supports(device) and len(set(settings)) == 1:
+        graphs = DecodeGraphs(batch, draw, uniforms)
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # A first capture in inference mode would leave the device's generator with tensors that a
+        # capture in training may not change (https://github.com/pytorch/pytorch/issues/166792).
+        with torch.no_grad() if graphs else torch.inference_mode():
             for step in range(max_new_tokens):
-                logits = mask_logits(batch.next_logits()[:, :vocab_size], never)
-                own = [settings[text] for text in batch.texts]
-                new = batch.append(sample_rows(logits, uniforms[batch.rows, step], own))
+                if graphs:
+                    new = graphs.next_ids()
+                else:
+                    new = draw(batch.next_logits(), uniforms[batch.rows, step])
+                new = batch.append(new)
                 ends = on_token(step, new) if on_token is not None else None
                 if ends is True or (ends and batch.finish(ends)):
                     break
@@ -96,7 +114,10 @@ class Batch:
         texts: numbers of the texts that are in the cache, in the order of its rows.
         rows: the same as an index into `ids`.
         finished: for each text whether it is finished; `is_finished` is the same on the device.
+        keeps_rows: whether finished texts stay in the cache.
     """
+
+    keeps_rows = False
 
     def __init__(self, model, prompts, max_new_tokens, exact_window=False):
         if not prompts or 0 in map(len, prompts):
@@ -114,15 +135,24 @@ class Batch:
         self.cache, self.is_read = KVCache(model, *self.ids.shape), False
         self.decoder = Decoder.of(model)
 
-    def next_logits(self):
-        """Logits (R, vocab_size) after each of the R texts in the cache."""
+    def fill(self):
+        """Compute the windows that the cache does not hold: all at first, then those that have
+        moved. Returns whether there was one."""
         rows = self.cache.full_rows() if self.is_read else [*range(len(self.texts))]
         if rows:
             texts = [self.text(self.texts[row]) for row in rows]
             prefill_window(self.model, texts, self.cache, rows, exact_window=self.exact_window)
             self.is_read = True
-        newest = self.ids[self.rows, self.end - 1 : self.end]
-        return decode_step(self.model, newest, self.cache, decoder=self.decoder)
+        return bool(rows)
+
+    def newest(self):
+        """The last ids (R, 1) of the R texts in the cache."""
+        return self.ids[self.rows, self.end - 1 : self.end]
+
+    def next_logits(self):
+        """Logits (R, vocab_size) after each of the R texts in the cache."""
+        self.fill()
+        return decode_step(self.model, self.newest(), self.cache, decoder=self.decoder)
 
     def append(self, new):
         """Append the ids `new` (R,) to the texts in the cache; finished texts repeat their last id.
@@ -143,7 +173,7 @@ class Batch:
             self.finished = finished
             self.is_finished = torch.tensor(finished, device=self.ids.device)
             keep = [row for row, text in enumerate(self.texts) if not finished[text]]
-            if 0 < 2 * len(keep) <= len(self.texts):
+            if 0 < 2 * len(keep) <= len(self.texts) and not self.keeps_rows:
                 self.cache = self.cache.select(keep)
                 self.texts = [self.texts[row] for row in keep]
                 self.rows = torch.tensor(self.texts, device=self.ids.device)

@@ -95,14 +95,15 @@ class KVCache:
             start, masked = None, True
         return CacheStep(self, rows, positions, longest, before, start, masked)
 
-    def static_step(self, idx, positions):
+    def static_step(self, idx, positions, longest=None):
         """The `CacheStep` of all rows for idx (rows, 1) at `positions` (rows, 1) on the device.
 
-        Its shapes do not depend on the positions, and it uses no values from the host, so a CUDA
-        graph can capture it. The caller must add 1 to `lengths`.
+        Attention reads the first `longest` positions, more than any row holds; None: all. Shapes do
+        not depend on `positions`, and no value comes from the host, so a CUDA graph can capture the
+        step. The caller must add 1 to `lengths`.
         """
-        before = self.push_ids(idx)
-        return CacheStep(self, None, positions, self.size, before, start=None, masked=True)
+        before, longest = self.push_ids(idx), longest or self.size
+        return CacheStep(self, None, positions, longest, before, start=None, masked=True)
 
     def padded_step(self, idx, first, live, longest):
         """The `CacheStep` of the rows from `first` on for idx (R, 1), one token each, in which only

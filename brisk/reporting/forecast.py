@@ -3,26 +3,38 @@
 import math
 import time
 
+from brisk.cuda_graph import WARM_UP
+
 
 class Forecast:
     """Prints an estimate of the duration of a run as early as possible.
 
     The first timing of a kind is too slow (kernel selection, memory allocation), so the estimate is
     printed after the third, or at once if a single one exceeds `PATIENCE` seconds. In a compiled
-    run the first timing includes compilation and is ignored.
+    run the first timing includes compilation and is ignored, and so are those before a CUDA graph.
     """
 
     PATIENCE = 10.0
 
     def __init__(
-        self, say, device, steps, micro_batches, evaluations, eval_batches, compiled=False
+        self,
+        say,
+        device,
+        steps,
+        micro_batches,
+        evaluations,
+        eval_batches,
+        compiled=False,
+        captured=False,
     ):
         """The run has `steps` steps of `micro_batches` each, and `evaluations` evaluations of
-        `eval_batches` each."""
+        `eval_batches` each. Micro-batches are `captured` as CUDA graphs, or not."""
         self.say, self.device, self.steps, self.micro_batches = say, device, steps, micro_batches
         self.eval_batches, self.all_eval_batches = eval_batches, evaluations * eval_batches
         self.timings = {"evaluation": [], "micro-batch": []}
-        self.compiling = set(self.timings if compiled else ())  # kinds not yet compiled
+        # timings of each kind to ignore; the call after a warm-up captures
+        self.ignored = dict.fromkeys(self.timings, int(compiled))
+        self.ignored["micro-batch"] = WARM_UP + 1 if captured else int(compiled)
         self.reported = set()
 
     @classmethod
@@ -32,7 +44,8 @@ class Forecast:
         evaluations = 1 if config.eval_only else steps // config.eval_interval + 2
         batches = math.ceil(2 * config.eval_iters / run.ranks.world_size)
         per_step = len(plan.micro_batches)
-        return cls(run.say, plan.device, steps, per_step, evaluations, batches, plan.compile)
+        sizes = (steps, per_step, evaluations, batches)
+        return cls(run.say, plan.device, *sizes, plan.compile, config.cuda_graph)
 
     @classmethod
     def off(cls, plan):
@@ -61,8 +74,8 @@ class Forecast:
 
     def add_timing(self, kind, seconds):
         """Add a timing, and print the estimate when there are enough."""
-        if kind in self.compiling:
-            self.compiling.remove(kind)
+        if self.ignored[kind]:
+            self.ignored[kind] -= 1
             return
         if not self._ready(kind, seconds):
             return

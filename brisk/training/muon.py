@@ -135,7 +135,10 @@ class MuonAdamW(Uncompiled, torch.optim.Optimizer):
                 direction = direction * (1 - skipped).to(direction)
             # maps that share a matrix have no more rows than columns
             scale = max(1, max(rows) / p.size(1)) ** 0.5
-            weight.add_(direction.to(weight.device), alpha=-group["lr"] * scale)
+            if isinstance(group["lr"], torch.Tensor):  # in a CUDA graph
+                weight.addcmul_(direction.to(weight), group["lr"], value=-scale)
+            else:
+                weight.add_(direction.to(weight.device), alpha=-group["lr"] * scale)
 
 
 def orthogonalize_maps(matrices, rows):

@@ -43,6 +43,18 @@ def adamw(named_parameters, weight_decay, learning_rate, betas, device_type):
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
+def step_optimizer(optimizer, scaler, is_spike=None):
+    """Make a step and update `scaler`. `is_spike` is from `SpikeWatch.check`: 1 skips the step, and
+    None is for modes that skip none."""
+    if is_spike is None:
+        scaler.step(optimizer)
+    else:
+        # Skips non-finite gradients as scaler.step would. scaler.update lowers the scale by what
+        # unscale_ found, whether or not the step was made.
+        step_if_finite(is_spike, optimizer)
+    scaler.update()
+
+
 def step_if_finite(skipped, optimizer):
     """Call `optimizer.step()`, but change nothing if `skipped`, a tensor () on the device, is 1.
 

@@ -110,7 +110,10 @@ def command(config):
     return [f"with every setting explicit: {shlex.join(['python', 'train.py', *arguments])}"]
 
 
-def show_sample(config, script):
-    """Sample a text from the best model of a finished run. `script` is the path of sample.py."""
+def show_sample(config, run, script):
+    """After a run with `--input`, sample a text from its best model. `script` is the path of
+    sample.py."""
+    if not (config.input and run.ranks.is_main):
+        return
     arguments = [f"--out_dir={config.out_dir}", "--num_samples=1", f"--device={config.device}"]
     subprocess.run([sys.executable, script, *arguments, f"--max_new_tokens={SAMPLE_TOKENS}"])

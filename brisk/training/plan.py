@@ -6,6 +6,7 @@ from brisk.device import Device, cpu_training_dtype, resolve_compile
 from brisk.distributed.parallelize import check_offload
 from brisk.errors import UserError, format_bytes
 from brisk.reporting.forecast import duration
+from brisk.training.cuda_graph import check_cuda_graph
 from brisk.training.memory import expected_memory, shared_state
 from brisk.training.resume import is_other_data
 
@@ -46,6 +47,8 @@ def make_plan(config, start, state, data, run):
     resolved = start.saved.resolved if start.saved else {}
     dtype, compiling = resolve_precision(config, resolved, run)
     device = replace(run.device, dtype_name=dtype)
+    if config.cuda_graph and not config.dry_run:
+        check_cuda_graph(config, device, run.ranks)
     epochs, batch, rows = epochs_to_train(config), global_batch(config), data.train.rows
     last_step, length = config.max_iters, f"max_iters={config.max_iters}"
     basis = [epochs, rows, batch, config.block_size, config.rows]
@@ -102,10 +105,11 @@ def describe(config, last_step, data, device, compiling, model, ranks):
         device,
         recomputed=config.activation_checkpointing,
         ranks=ranks,
-        accumulates=len(micro_batches) > 1,
+        accumulates=len(micro_batches) > 1 or config.cuda_graph,
         offload=config.cpu_offload,
     )
     compiled = "compiled" if compiling else "not compiled"
+    compiled += ", as CUDA graphs" if config.cuda_graph else ""
     count = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
     processes = f"{count} ({config.parallel}), each on "
     where = f"{'' if ranks.is_alone else processes}{device}, {compiled}"

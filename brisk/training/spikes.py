@@ -62,22 +62,27 @@ class SpikeWatch:
         self.rewinds = 0
 
     @torch.no_grad()
-    def record(self, step, position, loss, grad_norm):
-        """Record `loss` and `grad_norm` of a step, tensors () on the device.
+    def check(self, loss, grad_norm):
+        """Compare `loss` and `grad_norm` of a step, tensors () on the device, with the history.
 
-        For "skip", returns a tensor (): 1 if the step must be skipped, else 0.
+        Returns (limit, is_spike): the norm above which a step is a spike, a tensor (); and, for
+        "skip", a tensor (): 1 if the step must be skipped, else 0. Otherwise None.
         """
-        if self.on_spike == "ignore":
-            return None
         limit = self.no_limit
-        if self.factor:
+        if self.factor and self.on_spike != "ignore":
             enough = self.norms.isfinite().sum() >= MIN_HISTORY
             limit = torch.where(enough, self.factor * median(self.norms), self.no_limit)
             finite = torch.where(grad_norm.isfinite(), grad_norm, float("nan"))
-            self.norms = torch.cat((self.norms[1:], finite[None]))
-        self.unread.append((step, position, (loss, grad_norm, limit)))
-        if self.on_spike == "skip":
-            return (~torch.isfinite(loss + grad_norm) | (grad_norm > limit)).float()
+            # in place: a CUDA graph has the address of `norms`
+            self.norms.copy_(torch.cat((self.norms[1:], finite[None])))
+        if self.on_spike != "skip":
+            return limit, None
+        return limit, (~torch.isfinite(loss + grad_norm) | (grad_norm > limit)).float()
+
+    def record(self, step, position, loss, grad_norm, limit):
+        """Record a step for `poll`, with the `limit` of its norm from `check`."""
+        if self.on_spike != "ignore":
+            self.unread.append((step, position, (loss, grad_norm, limit)))
 
     def poll(self):
         """Return the spikes among the steps since the last call. Waits for the device."""
@@ -101,7 +106,7 @@ class SpikeWatch:
     def load(self, norms):
         """Load the `norms` of a checkpoint, or None."""
         if self.factor and norms is not None:
-            self.norms = norms.to(self.no_limit.device)
+            self.norms = norms.to(self.no_limit.device, copy=True)  # `check` changes it
 
     def respond(self, saver, ranks, log):
         """Respond to the spikes since the last call. Waits for the device.

@@ -24,6 +24,7 @@ class TrainState:
     optimizer: Any = None
     scaler: Any = None  # gradient scaler, enabled for float16 only
     spikes: Any = None  # a `SpikeWatch`
+    graphs: Any = None  # `StepGraphs`, or None to launch kernels one by one
 
     def state_dict(self):
         """The entries of a checkpoint that a step changes."""
@@ -53,6 +54,8 @@ class TrainState:
         batches."""
         load_weights(self.model, checkpoint["model"], ranks)
         self.load_state_dict(checkpoint)
+        if self.graphs:
+            self.graphs.reset()
 
 
 def checkpoint_header(config, plan, state, data):

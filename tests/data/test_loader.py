@@ -1,6 +1,7 @@
 """Batches: each row once per epoch, as a pure function of (seed, position)."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import brisk
 from brisk.data import loader
-from brisk.data.loader import TokenFile, find_data_dir, hash64, shuffled
+from brisk.data.loader import TokenFile, find_data_dir, hash64, shuffled, to_device
 from brisk.errors import UserError
 
 EOT = 99
@@ -350,3 +351,21 @@ def test_evaluation_rows_are_even_and_seedless(tmp_path, evenly):
     gaps = np.diff([*starts, 500])
     assert gaps.max() <= max(8, 500 / evenly) + 24  # nowhere a stretch that is left out
     assert torch.equal(x, other.batch(0, evenly)[0]) and torch.equal(y[:, :-1], x[:, 1:])
+
+
+def test_batch_is_sent_without_waiting():
+    """From pinned memory: from other memory a copy to a GPU waits for it."""
+
+    class Batch:
+        def __init__(self, calls=()):
+            self.calls = calls
+
+        def pin_memory(self):
+            return Batch((*self.calls, "pinned"))
+
+        def to(self, device, non_blocking=False):
+            return Batch((*self.calls, device, non_blocking))
+
+    device = torch.device("cuda", 0)
+    (sent,) = to_device([Batch()], SimpleNamespace(type="cuda", device=device))
+    assert sent.calls == ("pinned", device, True)

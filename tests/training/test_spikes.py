@@ -145,9 +145,8 @@ def test_too_many_skipped_steps_end_the_run(spoil, train_tiny, tmp_path):
 
 def test_float16_scaler_handles_overflow():
     watch = SpikeWatch("cpu", "skip", scaled=True)
-    one = torch.tensor(1.0)
-    assert watch.record(0, 0, one, torch.tensor(math.inf)) == 1  # not to be taken, but no spike
-    assert watch.record(1, 4, torch.tensor(NAN), one) == 1
+    assert check(watch, 0, 1.0, math.inf) == 1  # not to be taken, but no spike
+    assert check(watch, 1, NAN, 1.0) == 1
     assert [spike.step for spike in watch.poll()] == [1]
 
 
@@ -242,11 +241,15 @@ def test_nonfinite_weight_is_not_saved(train_tiny, tmp_path, monkeypatch, on_spi
 
 def norms(watch, values, start=0):
     """The verdicts on steps with a loss of 1 and these norms."""
-    one = torch.tensor(1.0)
-    return [
-        watch.record(step, 4 * step, one, torch.tensor(float(norm))).item()
-        for step, norm in enumerate(values, start)
-    ]
+    return [check(watch, step, 1.0, norm) for step, norm in enumerate(values, start)]
+
+
+def check(watch, step, loss, norm):
+    """The verdict on a step, which is recorded."""
+    loss, norm = torch.tensor(float(loss)), torch.tensor(float(norm))
+    limit, is_spike = watch.check(loss, norm)
+    watch.record(step, 4 * step, loss, norm, limit)
+    return is_spike.item()
 
 
 def test_norm_above_the_median_is_a_spike():
