@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ending
+from conftest import exit_line
 from networks import VARIANTS, random_model
 
 from brisk.cpu.decode import Decoder
@@ -102,4 +102,6 @@ def test_sample_refuses_other_devices(train_tiny, tmp_path):
 
     train_tiny(tmp_path / "out", max_iters=1)
     argv = [f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--cuda_graph=True"]
-    assert "--cuda_graph needs a GPU" in ending(sample.main, configure(sample.SampleConfig, argv))
+    assert "--cuda_graph needs a GPU" in exit_line(
+        sample.main, configure(sample.SampleConfig, argv)
+    )

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, ending, same
+from conftest import ROOT, exit_line, same
 
 from brisk.cuda_graph import WARM_UP, CapturedFunction, GraphPool
 from brisk.device import Device
@@ -253,5 +253,5 @@ def test_refusal_is_one_line(settings, tmp_path):
     from configurator import configure
 
     given = configure(train.TrainConfig, settings(tmp_path / "out", cuda_graph=True))
-    assert "--cuda_graph needs a GPU" in ending(train.main, given)
+    assert "--cuda_graph needs a GPU" in exit_line(train.main, given)
     train.main(configure(train.TrainConfig, settings(tmp_path, cuda_graph=True, dry_run=True)))
