@@ -166,7 +166,7 @@ def test_wrong_peer_is_one_line(script, quick_script, tmp_path):
         (script, [], "--peer="),
         (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is not a checkout of nanoGPT"),
         (quick_script, ["--peer=x", "--sections=step,dat"], "unknown name dat; did you mean data?"),
-        (quick_script, ["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
+        (quick_script, ["--peer=x", "--sizes=gpt3"], "unknown name gpt3; did you mean gpt2?"),
     ]:
         done = start("benchmarks/compare_nanogpt.py", *argv)
         assert done.returncode == 2 and done.stdout == ""
