@@ -22,8 +22,8 @@ from brisk.data.bpe import (
     TIKTOKEN_PATTERN,
     BPETokenizer,
     gpt2,
-    learn_pairs,
     train_bpe,
+    train_merges,
 )
 from brisk.data.saved_tokenizer import from_dict, read_meta_pkl, same_tokenizer
 from brisk.data.tokenizer import (
@@ -146,7 +146,7 @@ LESSON = "def add(a, b):\n    return a + b\n\n\nfor number in range(10):\n    pr
 @given(st.text(max_size=60) | st.sampled_from([LESSON, "  \n\t x", "数字 and 🎉's"]))
 @settings(max_examples=60)
 def test_trained_bpe_matches_tokenizers(text):
-    learner, tokenizer = learn_pairs([LESSON], 279), train_bpe([LESSON], 280)
+    learner, tokenizer = train_merges([LESSON], 279), train_bpe([LESSON], 280)
     assert tokenizer.encode(text).tolist() == learner.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
     again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
