@@ -75,14 +75,14 @@ def main(config):
     results = {}
     with TemporaryDirectory() as folder:
         write_tuning_set(find_data_dir(config.data_dir, config.dataset), folder)
-        print(f"{'':<20}{'loss':>8}{'spread':>9}{'worse by':>10}{'step':>8}")
+        print(f"{'':<20}{'loss':>8}{'spread':>9}{'increase':>10}{'step':>8}")
         for name, change in lines.items():
             argv = [config.config, *shlex.split(config.more), *shlex.split(change)]
             seeds = range(1, config.seeds + 1)
             results[name] = of = summary([trial(folder, [*argv, f"--seed={s}"]) for s in seeds])
             recipe = results["the recipe"]
-            worse, slower = of["mean"] - recipe["mean"], of["step_ms"] / recipe["step_ms"]
-            figures = f"{of['mean']:8.4f}{of['spread']:9.4f}{worse:+10.4f}{slower:7.2f}x"
+            increase, slower = of["mean"] - recipe["mean"], of["step_ms"] / recipe["step_ms"]
+            figures = f"{of['mean']:8.4f}{of['spread']:9.4f}{increase:+10.4f}{slower:7.2f}x"
             print(f"{name:<20}{figures}   {change}", flush=True)
     if config.json:
         Path(config.json).write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -115,7 +115,7 @@ def main(config):
     if config.json:
         print(json.dumps(result, ensure_ascii=False))
         return
-    print("prompt       agreement: real       generated   ratio")
+    print(f"{'prompt':<9} {'agreement: real':>18}   {'generated':<12}   ratio")
     for prompt, of in result.items():
         real_share = f"{of['real']:.3f} of {of['n_real']}"
         print(f"{prompt:<9} {real_share:>18}   {of['written']:.3f} of {of['n_written']}", end="")

@@ -110,7 +110,7 @@ def lay_out_text(config, sides):
     """Copy the raw text to input.txt in the folders of both sides."""
     path = find_file(config.input, ROOT / "data" / DATASET, "tinyshakespeare.txt", None, None)
     if not path.exists():
-        raise UserError(f"there is no text {path}")
+        raise UserError(f"{path}: no such file")
     for side in sides.values():
         shutil.copy(path, side.folder / "data" / DATASET / "input.txt")
 

@@ -22,6 +22,8 @@ class Trainer:
     rate and returns loss and gradient norm, tensors () on the device."""
 
     config: Any
+    data: Any
+    run: Any
     plan: Any
     state: Any
     step: Any
@@ -44,4 +46,4 @@ def open_trainer(argv):
         start = load_start(given, run.ranks)
         config = resolve(given, start, train.SHAPE_KEYS, run.log)
         data = open_data(config, start, run)
-        yield Trainer(config, *train.throwaway_step(config, start, run, data))
+        yield Trainer(config, data, run, *train.throwaway_step(config, start, run, data))

@@ -27,6 +27,7 @@ def test_bench_reports_all_figures(device, script, argv, tmp_path):
     found = lines_of(script("bench.py", *argv, cwd=tmp_path))
     assert [*found] == LINES
     assert float(found["step"].split()[0]) > 0
+    assert 0 < float(found["MFU"].split("%")[0]) < 150
     assert found["model"].endswith("not compiled") == ("--compile=True" not in argv)
     assert not [*tmp_path.iterdir()]
 

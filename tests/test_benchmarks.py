@@ -24,7 +24,7 @@ from configurator import configure
 
 FOLDER = ROOT / "benchmarks"
 CHECKOUT = Path(os.environ.get("NANOGPT") or "nowhere")
-sys.path.insert(0, str(FOLDER))  # where its scripts find each other
+sys.path.insert(0, str(FOLDER))  # for imports between the benchmarks
 
 
 import ratios  # noqa: E402 (found by the line above)
@@ -41,7 +41,7 @@ def load(name):
 def test_naive_bayes_matches_the_formula():
     judge = load("label_agreement").NaiveBayes({"a": ["xx", "xy"], "b": ["yy"]}, alpha=0.5)
     # features: x, y and the pairs xx, xy, yy; a has x 3, y 1, xx 1, xy 1 of 6, b has y 2, yy 1 of 3
-    a = math.log(1.5 / 8.5) + math.log(3.5 / 8.5)  # of "yx"; the pair is not known
+    a = math.log(1.5 / 8.5) + math.log(3.5 / 8.5)  # for "yx", whose pair is unknown
     b = math.log(2.5 / 5.5) + math.log(0.5 / 5.5)
     assert judge.label("yx") == ("a" if a > b else "b")
     assert judge.label("xx") == "a" and judge.label("yy") == "b"
@@ -68,7 +68,7 @@ def test_agreement_of_a_trained_model(train_tiny, tmp_path, capsys):
 
 @pytest.fixture
 def compare(monkeypatch):
-    """compare_nanogpt.py, with a size that is quick."""
+    """compare_nanogpt.py with a tiny model size."""
     module = load("compare_nanogpt")
     tiny = module.Size(2, 16, 1, 2, 16, 65, 0.0, log_interval=1, warm_up=1, steps=3, samples=2)
     monkeypatch.setitem(module.SIZES, "tiny", tiny)
@@ -77,7 +77,7 @@ def compare(monkeypatch):
 
 @pytest.fixture
 def peer(tmp_path):
-    """A checkout of nanoGPT in which to import anything of ours fails."""
+    """A checkout of nanoGPT in which imports of our modules fail."""
     if not (CHECKOUT / "train.py").exists():
         pytest.skip("NANOGPT names no checkout of nanoGPT")
     leave_out = shutil.ignore_patterns(".git", "assets", "out*", "*.bin")
@@ -88,7 +88,7 @@ def peer(tmp_path):
 
 @pytest.fixture
 def result(compare, peer, text, tmp_path, capsys):
-    """The rows of a section of the comparison, in one round, by what they are about."""
+    """Run a section of the comparison for one round. Returns {label: row}."""
 
     def run(section, *more):
         (tmp_path / "text.txt").write_text(text * 20, encoding="utf-8")
@@ -131,7 +131,7 @@ def test_compare_sample(result):
     kinds = [what.removeprefix("tiny, 2x20, ") for what in rows]
     assert kinds == ["sample.py, whole process", "generate alone", "alone, exact_window"]
     whole, alone, exact = rows.values()
-    assert max(alone["brisk"]) < min(whole["brisk"])  # which imports torch first
+    assert max(alone["brisk"]) < min(whole["brisk"])  # the whole process imports torch
     assert exact["nanogpt"] == alone["nanogpt"] and exact["brisk"] != alone["brisk"]
 
 
@@ -166,7 +166,7 @@ def test_wrong_peer_is_one_line(script, quick_script, tmp_path):
         (script, [], "--peer="),
         (quick_script, [f"--peer={tmp_path}"], f"{tmp_path} is not a checkout of nanoGPT"),
         (quick_script, ["--peer=x", "--sections=step,dat"], "unknown name dat; did you mean data?"),
-        (quick_script, ["--peer=x", "--sizes=gpt3"], "there is no gpt3; did you mean gpt2?"),
+        (quick_script, ["--peer=x", "--sizes=gpt3"], "unknown name gpt3; did you mean gpt2?"),
     ]:
         done = start("benchmarks/compare_nanogpt.py", *argv)
         assert done.returncode == 2 and done.stdout == ""
@@ -177,7 +177,7 @@ def test_ratios_are_within_a_round():
     row = {"brisk": [1.0, 2.0, 4.0], "nanogpt": [3.0, 2.0, 20.0]}
     assert ratios.summary(row) == {
         "median": {"brisk": 2.0, "nanogpt": 3.0},
-        "ratio": 3.0,  # of 3, 1 and 5; that of the medians is 1.5
+        "ratio": 3.0,  # median of 3, 1 and 5; the ratio of the medians is 1.5
         "lowest": 1.0,
         "highest": 5.0,
         "spread": {"brisk": 1.5, "nanogpt": 6.0},
@@ -260,7 +260,7 @@ def gpu():
 
 @pytest.fixture
 def measure(gpu, tmp_path, monkeypatch):
-    """The rows of a section of gpu.py with tiny sizes, measured in this process."""
+    """Run a section of gpu.py with tiny sizes in this process. Returns its rows."""
     monkeypatch.delenv("NANOGPT", raising=False)
 
     def run(section, *more):
@@ -372,7 +372,7 @@ def test_clocks_match_nvidia_smi(gpu, monkeypatch, tmp_path):
 
 
 def test_gpu_only_parts(measure, monkeypatch):
-    """Their branches, on a CPU that is taken for one."""
+    """The branches for GPUs, on a CPU that pretends to be one."""
     job, fractions = importlib.import_module("gpu_sections.job"), []
     monkeypatch.setattr(job.Job, "on_gpu", True)
     monkeypatch.setattr(torch, "compile", lambda form: form)
@@ -407,7 +407,7 @@ def test_graphs_on_a_gpu(measure, monkeypatch, tapes):
 
 
 def test_failed_worker_ends_the_others(measure, monkeypatch):
-    """What it said last is in the row, and no process is left that holds memory."""
+    """The row has its last message, and no process remains that holds memory."""
     gpt2, made = importlib.import_module("gpu_sections.gpt2"), []
 
     class Worker(gpt2.Worker):

@@ -20,13 +20,13 @@ MACHINE = observe.machine()
 ROUNDS_ALIKE = ("torch", "machine", "cpu_capability", "rounding", "dropout")
 EXACT = all(MACHINE[key] == EXPECTED["made"][key] for key in ROUNDS_ALIKE)
 
-PARAMETERS = 10_000  # of a recorded network, at most
+PARAMETERS = 10_000  # maximum of a recorded model
 LONGEST_SUM = 64  # terms of a product, 4 n_embd
 
 
 @pytest.fixture(autouse=True)
 def beside_the_data(monkeypatch):
-    """The recorded runs name their data by relative paths."""
+    """The recorded runs have relative paths to their data."""
     monkeypatch.chdir(observe.FIXTURES)
 
 
@@ -40,8 +40,8 @@ def folder_of(run):
 
 
 def unit(run):
-    """Relative error of a matrix product: float32's rounding once a term, or one to float16 after
-    a sum in float32."""
+    """Relative error of a matrix product: one float32 rounding for each term, or one float16
+    rounding after a float32 sum."""
     return 2**-11 if run == "float16" else LONGEST_SUM * 2**-24
 
 
@@ -62,7 +62,7 @@ def tolerance(run, recorded, step):
 
 
 def assert_same_results(run, found, recorded):
-    """The losses and counters of a resumed run, from its first step to its end."""
+    """Compare the losses and counters of a resumed run."""
     if EXACT:
         assert found == recorded
         return
@@ -73,7 +73,7 @@ def assert_same_results(run, found, recorded):
             for key in line.keys() & {"loss", "train_loss", "val_loss"}:
                 assert found[part][step][key] == pytest.approx(line[key], abs=within, rel=0)
             assert found[part][step]["tokens"] == line["tokens"]
-            if "lr" in line:  # a cosine of the system's library
+            if "lr" in line:  # cosines differ between C libraries
                 assert found[part][step]["lr"] == pytest.approx(line["lr"], rel=1e-12)
     for key in ("iter_num", "position", "scaler"):
         assert found["final"][key] == recorded["final"][key]
@@ -88,7 +88,7 @@ def test_resume_matches_recorded_losses(run, tmp_path):
     if has_other_dropout(run):
         pytest.skip("PyTorch's dropout draws other masks here than where the run was recorded")
     out = shutil.copytree(folder_of(run), tmp_path / "out")
-    keys = {"dtype": "float32"} if run == "nanogpt" else {}  # theirs does not say what it ran in
+    keys = {"dtype": "float32"} if run == "nanogpt" else {}  # nanoGPT does not save it
     assert_same_results(run, observe.resume(out, **keys), EXPECTED["runs"][run]["resume"])
 
 
@@ -111,7 +111,7 @@ def test_best_loss_is_kept(tmp_path):
     """A resumed run replaces ckpt.pt, the best model, only by a better one."""
     out = shutil.copytree(folder_of("ngrams"), tmp_path / "out")
     checkpoint = observe.load(out / "last.pt")
-    checkpoint["best_val_loss"] = 0.5  # as if an earlier evaluation had come to this
+    checkpoint["best_val_loss"] = 0.5  # as from an earlier evaluation
     torch.save(checkpoint, out / "last.pt")
     best = (out / "ckpt.pt").read_bytes()
     assert observe.resume(out)["final"]["best_val_loss"] == 0.5
@@ -119,7 +119,7 @@ def test_best_loss_is_kept(tmp_path):
 
 
 def test_sample_matches_recorded_text(run):
-    """On every machine: `make.py` chose texts that no rounding changes."""
+    """On every machine: the texts in `make.py` do not depend on rounding."""
     assert observe.sample(out_dir=folder_of(run)) == EXPECTED["runs"][run]["sample"]
 
 
@@ -144,7 +144,7 @@ def assert_same_export(found, recorded):
 
 
 def test_export_matches_recorded_weights(run, tmp_path):
-    """Or is refused, where no other program computes the network."""
+    """Or is refused, if no other program supports the architecture."""
     found = observe.export(tmp_path / "exported", out_dir=folder_of(run))
     recorded = EXPECTED["runs"][run]["export"]
     assert found.keys() == recorded.keys()
@@ -167,7 +167,7 @@ def test_exported_directory_is_read(tmp_path):
 
 
 def test_recorded_data_is_verified(tmp_path):
-    """Its checksums hold, and a damaged copy is found out."""
+    """Its checksums are valid, and damage to a copy is detected."""
     keys = {"max_iters": 0, "eval_only": True, "device": "cpu", "n_layer": 1, "n_head": 1}
     keys |= {"n_embd": 8, "block_size": 8, "eval_iters": 1, "verify_data": True}
     for name in ("sonnets", "lines"):

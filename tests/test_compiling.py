@@ -20,7 +20,7 @@ compiler = pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Nothing compiled before, and no trial remembered."""
+    """Without earlier compilations and cached trials."""
     torch.compiler.reset()
     counters.clear()
     compile_failure.cache_clear()
@@ -30,7 +30,7 @@ def fresh():
 
 @pytest.fixture
 def backend(monkeypatch):
-    """`torch.compile` with a backend that a test gives, in place of inductor."""
+    """`torch.compile` with the backend of a test instead of inductor."""
     compile = torch.compile
 
     def use(backend):
@@ -41,7 +41,7 @@ def backend(monkeypatch):
 
 
 def steps(model, count=3, T=24):
-    """Training steps, each with an evaluation after it; the losses."""
+    """Run training steps, each followed by an evaluation. Returns the losses."""
     losses, idx = [], random_ids(T=T)
     for _ in range(count):
         model.train()
@@ -58,7 +58,7 @@ def a_model(**settings):
     return GPT(GPTConfig(**{**SIZES, **settings}))
 
 
-LARGE = 10**9  # tokens, whose logits do not fit into a chunk
+LARGE = 10**9  # tokens; their logits need several chunks
 
 
 @pytest.mark.parametrize("variant", [{}, {"dropout": 0.1}, *VARIANTS], ids=str)
@@ -68,8 +68,8 @@ LARGE = 10**9  # tokens, whose logits do not fit into a chunk
     ids=["whole", "regions", "blocks", "recomputed blocks"],
 )
 def test_graphs_are_few(backend, variant, tokens, blocks_only, recomputed, graphs):
-    """One of each region to train and one to evaluate, for any number of blocks: more would end in
-    PyTorch's limit of compilations, and run uncompiled without a word."""
+    """Two graphs for each region, for training and evaluation, with any number of blocks. More
+    would exceed PyTorch's recompilation limit, and then silently run uncompiled."""
     counter = backend(CompileCounter())
     model = a_model(**variant, n_layer=10 if blocks_only else 2)
     if recomputed:
@@ -83,7 +83,7 @@ def test_graphs_are_few(backend, variant, tokens, blocks_only, recomputed, graph
 @pytest.mark.parametrize("tokens", [32, LARGE], ids=["whole", "regions"])
 @pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
 def test_compiled_regions_compute_the_same(backend, variant, tokens):
-    backend("eager")  # the graphs as they were traced, without a compiler
+    backend("eager")  # run the traced graphs without a compiler
     model, plain = a_model(**variant), a_model(**variant)
     compile_model(model, tokens, pytest.fail)
     assert steps(model) == pytest.approx(steps(plain), rel=1e-5)
@@ -131,7 +131,7 @@ def test_compile_failure_is_one_line(backend, capsys, monkeypatch, error):
 
     monkeypatch.setattr(module.shutil, "which", lambda name: name)
     backend(broken)
-    for _ in range(2):  # the second asks nobody
+    for _ in range(2):  # the second is cached
         assert resolve_compile(True, CPU) is False
     lines = capsys.readouterr().out.splitlines()
     reason = str(error).splitlines()[0]

@@ -31,7 +31,7 @@ def at_the_top(monkeypatch):
 def test_every_config_runs_in_every_script(path, script, capsys):
     Config = next(value for name, value in vars(script).items() if name == f"{kind(script)}Config")
     configure(Config, [path])
-    assert capsys.readouterr().err == ""  # no name that is no key
+    assert capsys.readouterr().err == ""  # no unknown names
 
 
 def kind(script):
@@ -57,7 +57,7 @@ def test_presets_name_the_weights_to_finetune(name):
 
 
 def test_preset_of_another_size_finetunes(tmp_path, main, settings):
-    """Through the same lines as GPT-2's, with weights from a folder instead of the hub."""
+    """With the same code as for GPT-2, and weights from a folder instead of the hub."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=64)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "hf")

@@ -43,13 +43,13 @@ def test_float16_scales_its_gradients():
     [
         ({"amx_tile"}, "AVX512", "bfloat16"),
         ({"avx512_bf16"}, "AVX512", "bfloat16"),
-        ({"avx512_bf16"}, "AVX2", "float32"),  # PyTorch is told not to use them
+        ({"avx512_bf16"}, "AVX2", "float32"),  # disabled by ATEN_CPU_CAPABILITY
         (set(), "AVX512", "float32"),
         (set(), "DEFAULT", "float32"),  # Arm, or an old processor
     ],
 )
 def test_cpu_training_dtype(monkeypatch, units, capability, expected):
-    """It follows from the CPU and the sizes: 16 × 128 tokens of 128 channels are 2^18."""
+    """The threshold is 2^18 activations: 16 × 128 tokens with 128 channels."""
     for name in ("amx_tile", "avx512_bf16"):
         here = name in units
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda here=here: here)
@@ -134,7 +134,7 @@ def test_peak_of_an_unknown_gpu_is_measured(monkeypatch, name):
 
 
 def test_mps_is_float32_without_fused_adamw(monkeypatch):
-    """Its bfloat16 is no faster, and its fused kernel steps where it is told not to."""
+    """bfloat16 is not faster there, and the fused kernel ignores `found_inf`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     device = open_device()
@@ -164,13 +164,13 @@ def test_frozen_layers_need_weights_only():
     learned = sum(p.numel() for p in frozen.parameters() if p.requires_grad)
     spared = 12 * (sum(p.numel() for p in whole.parameters()) - learned)
     none, one = (expected_memory(model, 2, CPU) for model in (whole, frozen))
-    block = (expected_memory(whole, 4, CPU) - none) / 2  # of a sequence, in all blocks
+    block = (expected_memory(whole, 4, CPU) - none) / 2  # per sequence, for all blocks
     assert none - one > spared
     assert none - one < spared + 2 * block
 
 
 def test_expected_memory_keeps_the_random_state(monkeypatch, recwarn):
-    """Of this device only: PyTorch warns at length where it is to look at several GPUs."""
+    """Only that of this device: PyTorch warns if it must fork the state of several GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     model = GPT(SMALL)
     before = torch.get_rng_state()
@@ -180,11 +180,11 @@ def test_expected_memory_keeps_the_random_state(monkeypatch, recwarn):
 
 
 def test_norms_of_bfloat16_weights_are_float32():
-    """As autocast runs them on a GPU: they keep a float32 copy (4 bytes) of what goes in."""
+    """As under autocast on a GPU: they save a float32 copy (4 bytes) of their input."""
     model = GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.0, "n_embd": 256}))
     each, _, x = kept_by_block(model, Device(torch.device("cpu"), "bfloat16"), torch.bfloat16)
     assert x == 2 * 32 * 256
-    # two norms; then in bfloat16 what goes into four linear layers and GELU, q, k, v and their mean
+    # two norms; in bfloat16, the inputs of four linear layers and GELU, q, k, v and attention's y
     channels = 2 * 4 + 2 * (1 + 3 + 1 + 1 + 4 + 4)
     assert each == pytest.approx(channels * 32 * 256, rel=0.05)
 
@@ -207,7 +207,7 @@ def test_schedule_warms_up_decays_and_stays():
     Settings.decay_lr = False
     assert get_lr(0, Settings, 109) == get_lr(500, Settings, 109) == 1.0
     Settings.decay_lr, Settings.warmup_iters = True, 5
-    assert get_lr(5, Settings, 5) == 0.1  # no decay to speak of, and no division by zero
+    assert get_lr(5, Settings, 5) == 0.1  # without a decay phase: no division by zero
 
 
 @pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)

@@ -18,7 +18,7 @@ from brisk.checkpoint import load_checkpoint
 from configurator import configure
 from train import TrainConfig
 
-# Stand-ins: one node, which is this machine, and a queue that takes note of what comes back to it.
+# Fake Slurm commands: one node, which is this machine, and a queue that records requeued jobs.
 SLURM = {
     "srun": 'exec "$@"',
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$2" >> requeued; fi',
@@ -63,7 +63,7 @@ def test_slurm_job_saves_and_is_requeued(settings, tmp_path):
     assert submit(**{**length, "max_iters": step + 3}).wait(120) == 0
     log = (tmp_path / "log").read_text()
     assert f"at step {step}" in log and f"iter {step + 3}:" in log
-    assert (tmp_path / "requeued").read_text() == "7\n"  # the end is the end
+    assert (tmp_path / "requeued").read_text() == "7\n"  # a finished job is not requeued
 
 
 def test_kubernetes_job_has_valid_arguments(monkeypatch):
@@ -85,7 +85,7 @@ def test_kubernetes_job_has_valid_arguments(monkeypatch):
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 NOT_HERE = "torchrun|init_from=gpt2|finetune|openwebtext|data/shakespeare/|interactive|serve"
-# Added to a command, so that it takes a second: by the script, the last that fits.
+# Arguments that shorten a command to a second, by script; the last match is used.
 SHORTER = {
     "prepare.py": "--input=my.txt --data_dir=data/shakespeare_char",
     "train.py": "--max_iters=2 --eval_iters=1 --eval_interval=2 --batch_size=1 --device=cpu",
@@ -114,7 +114,7 @@ def commands(page):
 
 
 def settings_class(script):
-    """The dataclass of settings that a script of ours is configured by."""
+    """The dataclass of a script's settings."""
     spec = importlib.util.spec_from_file_location("script_of_a_page", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -147,7 +147,7 @@ def test_readme_commands_run(quick_script, tmp_path):
     (tmp_path / "config").symlink_to(ROOT / "config")
     (tmp_path / "my.txt").write_text("ROMEO:\nThe answer, def " + 30 * TEXT)
     demo = "python train.py config/train_python_source.py --dataset=shakespeare_char"
-    demo = shlex.split(f"{demo} --out_dir=out-demo")  # stands in for `make demo`
+    demo = shlex.split(f"{demo} --out_dir=out-demo")  # instead of `make demo`
     run, ran = list(commands(ROOT / "README.md")), 0
     run.insert(1 + next(i for i, words in enumerate(run) if "prepare.py" in words[-1]), demo)
     for words in run:

@@ -5,7 +5,7 @@ import shutil
 import torch
 from conftest import ROOT
 
-# Run in a copy of the code with one more field. Its arguments: those of a tiny run.
+# Runs in a copy of the code with an additional field, with the arguments of a tiny run.
 CHECK = """
 import contextlib, io, re, sys
 import bench, train
@@ -40,8 +40,7 @@ assert "width_of_dummies=5 stays" in said, said
 
 
 def test_new_field_is_known_everywhere(script, settings, tmp_path):
-    """train.py and bench.py take it within its bounds, help lists it, a checkpoint keeps it, and a
-    resume holds on to it."""
+    """train.py and bench.py accept it within its bounds, help lists it, and checkpoints save it."""
     root = tmp_path / "code"
     root.mkdir()
     for file in ROOT.glob("*.py"):
@@ -59,7 +58,7 @@ def test_new_field_is_known_everywhere(script, settings, tmp_path):
 
 
 def test_vocab_size(train_tiny, settings, script, tmp_path, text):
-    """0 stands for the rows that the tokenizer needs; fewer than it has tokens are refused."""
+    """0 means the tokenizer's vocabulary. Smaller values than that are refused."""
     run = train_tiny(tmp_path / "out", vocab_size=64, max_iters=0)
     assert run.checkpoint()["model_args"]["vocab_size"] == 64
     few = script("train.py", *settings(tmp_path / "few", vocab_size=9))

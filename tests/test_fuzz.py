@@ -111,7 +111,7 @@ def test_two_thousand_command_lines(script):
 
 @pytest.mark.parametrize("script", CONFIGS)
 def test_hostile_values_of_every_key(script):
-    """All at once: 70 keys of 60 values."""
+    """70 keys with 60 values each."""
     Config = CONFIGS[script]
     short = [value for value in HOSTILE if len(value) < 1000]
     for key in key_types(Config):
@@ -124,8 +124,7 @@ def test_error_about_a_long_value_is_short():
         assert len(exit_line(lambda a=argument: configure(train.TrainConfig, [a]))) < 1200
 
 
-# Texts and paths that settings of type str take; `\0` cannot stand on a real command line, but in a
-# config file.
+# Values for settings of type str; `\0` is possible in a config file, not on a real command line.
 PATHS = [
     "",
     "\0",
@@ -152,7 +151,7 @@ STRINGS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, char_data):
-    """The folder of a trained model of characters."""
+    """The folder of a trained character model."""
     return trained(tmp_path_factory.mktemp("char"), char_data)
 
 
@@ -229,7 +228,7 @@ def test_huge_model_is_refused(char_data, forked, tmp_path, key, value):
 
 @pytest.fixture(scope="module", params=["char", "byte", "bpe"])
 def model_of(request, tmp_path_factory):
-    """The folder of a trained model, of each kind of tokenizer."""
+    """The folder of a trained model, for each kind of tokenizer."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizers = {
         "char": lambda: CharTokenizer(sorted(set(TEXT)), eot=True),
@@ -242,7 +241,7 @@ def model_of(request, tmp_path_factory):
 
 
 def sampled(out_dir, **changes):
-    """How sample.py ends."""
+    """Run sample.py. Returns the line of its error, or None."""
     given = {"out_dir": out_dir, "num_samples": 2, "max_new_tokens": 3, "device": "cpu", **changes}
     argv = [f"--{key}={value}" for key, value in given.items()]
     return exit_line(lambda: sample.main(configure(sample.SampleConfig, argv)))
@@ -257,7 +256,7 @@ def check_prompt(model_of, prompt, stop=""):
     error = sampled(model_of, start=prompt, stop=stop)
     if prompt.startswith("FILE:"):
         assert error
-    elif "char" not in str(model_of):  # any text at all has bytes
+    elif "char" not in str(model_of):  # bytes encode any text
         assert error is None
     else:
         known = set(TEXT)
@@ -285,7 +284,7 @@ def test_prompt_of_a_megabyte(model_of, tmp_path, piece):
     path = tmp_path / "prompt.txt"
     path.write_text(piece * (2**20 // len(piece)))
     error = sampled(model_of, start=f"FILE:{path}")
-    if error:  # so long a run of white space is too much for tiktoken's regular expressions
+    if error:  # tiktoken's regex engine fails on such a long run of white space
         assert "cannot split this text" in error and "bpe" in str(model_of) and piece.isspace()
 
 

@@ -27,13 +27,13 @@ SAMPLE = {"device": "cpu", "num_samples": 1, "max_new_tokens": 4, "start": "a"}
 
 @pytest.fixture
 def marker(tmp_path):
-    """The path that every attack makes when it works."""
+    """The path that each attack creates if it succeeds."""
     return tmp_path / "marker"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, char_data):
-    """A whole run of one step: a folder with ckpt.pt, last.pt and metrics.jsonl."""
+    """A complete run of one step: a folder with ckpt.pt, last.pt and metrics.jsonl."""
     out = tmp_path_factory.mktemp("trained") / "out"
     given = {**TINY, "data_dir": char_data, "out_dir": out, "max_iters": 1}
     train.main(configure(train.TrainConfig, [f"--{k}={v}" for k, v in given.items()]))
@@ -42,7 +42,7 @@ def trained(tmp_path_factory, char_data):
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    """The same model as a Hugging Face directory."""
+    """The model as a Hugging Face directory."""
     folder = tmp_path_factory.mktemp("exported") / "model"
     argv = [f"--out_dir={trained}", f"--to={folder}"]
     export.main(configure(export.ExportConfig, argv))
@@ -51,7 +51,7 @@ def exported(trained, tmp_path_factory):
 
 @pytest.fixture
 def directory(exported, tmp_path):
-    """A copy of it to be damaged."""
+    """A copy to damage."""
     return Path(shutil.copytree(exported, tmp_path / "model"))
 
 
@@ -61,7 +61,7 @@ def sampled(**changes):
 
 
 class Calls:
-    """Pickled, it is a call of `function`."""
+    """An object whose unpickling calls `function`."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -71,7 +71,7 @@ class Calls:
 
 
 def attacks(marker):
-    """name → the bytes of a pickle that makes `marker` when a plain unpickler reads it."""
+    """{name: pickle} of attacks that create `marker` if read by a plain unpickler."""
     path = str(marker)
     made = {f"mkdir, protocol {n}": pickle.dumps(Calls(os.mkdir, path), n) for n in range(6)}
     made["exec"] = pickle.dumps(Calls(exec, f"open({path!r}, 'w')"))
@@ -97,7 +97,7 @@ def test_attacks_are_live(marker, name):
 
 
 def rewritten(checkpoint, new, payload):
-    """Write the checkpoint `new`: that of `checkpoint` with another pickle, its checksums right."""
+    """Write `new`: a copy of `checkpoint` with another pickle and valid checksums."""
     with zipfile.ZipFile(checkpoint) as before, zipfile.ZipFile(new, "w") as after:
         for info in before.infolist():
             is_pickle = info.filename.endswith("data.pkl")
@@ -145,7 +145,7 @@ def test_pytorch_model_bin_runs_nothing(trained, directory, marker, name, bare):
 
 
 def test_meta_pkl_index_allocates_no_memory(tmp_path, forked, char_data):
-    """LONG_BINPUT with a number of four billion: the unpickler in C makes a table that long."""
+    """LONG_BINPUT with an index of four billion: the unpickler in C allocates such a table."""
     data = shutil.copytree(char_data, tmp_path / "data")
     (data / "meta.json").unlink()
     (data / "meta.pkl").write_bytes(b"\x80\x02}r\xff\xff\xff\xffX\x04\x00\x00\x00itosK\x01s.")
@@ -166,7 +166,7 @@ def test_pickle_under_another_name_is_refused(directory, marker, name):
 
 
 def test_code_next_to_a_model_is_not_run(directory, marker):
-    """What `trust_remote_code` would run elsewhere is no more than a file here."""
+    """Code for `trust_remote_code` is ignored."""
     code = f"open({str(marker)!r}, 'w')\nclass C: pass\n"
     for module in ("modeling_evil", "configuration_evil", "tokenization_evil", "conftest", "setup"):
         (directory / f"{module}.py").write_text(code)
@@ -195,7 +195,7 @@ def test_weight_index_stays_in_its_folder(directory, marker, tmp_path, where, su
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": []}}'])
 def test_invalid_weight_index(directory, index):
-    (directory / "model.safetensors").unlink()  # it would be taken before the index
+    (directory / "model.safetensors").unlink()  # it has priority over the index
     (directory / "model.safetensors.index.json").write_text(index)
     assert "index" in sampled(init_from=directory)
 
@@ -220,7 +220,7 @@ def test_meta_json_is_never_executed(char_data, marker, tmp_path):
 
 
 def test_metrics_jsonl_is_never_executed(trained, marker, tmp_path):
-    run = tmp_path / "$\\frac{$"  # a name that matplotlib would typeset
+    run = tmp_path / "$\\frac{$"  # matplotlib would typeset this name
     run.mkdir()
     lines = (trained / "metrics.jsonl").read_bytes()
     hostile = [code_as_text(marker).encode(), attacks(marker)["exec"], b"[" * 100_000, b"\xff\x00"]
@@ -234,11 +234,11 @@ def test_metrics_jsonl_is_never_executed(trained, marker, tmp_path):
 
 
 def test_prompt_file_cannot_name_other_files(trained, tmp_path, capsys):
-    """FILE: is what a person types; a line of somebody's list of prompts does not get it."""
+    """FILE: works on the command line, not in a file of prompts."""
     (tmp_path / "secret.txt").write_text("Shall I compare thee")
     (tmp_path / "prompts.txt").write_text(f"FILE:{tmp_path / 'secret.txt'}\n")
     error = sampled(out_dir=trained, start="", prompts=tmp_path / "prompts.txt")
-    assert "prompt 1" in error and "characters" in error  # those of the path: it is taken as text
+    assert "prompt 1" in error and "characters" in error  # the path is treated as text
 
 
 # ----------------------------------------------------------------------------- claims
@@ -305,8 +305,7 @@ def test_expanded_weight_is_refused(trained, tmp_path):
 
 
 def test_compressed_checkpoint_is_refused(trained, tmp_path):
-    """PyTorch does not compress: what does is not its file, and may be a thousand times as large
-    when unpacked."""
+    """PyTorch does not compress checkpoints. A compressed one may expand a thousandfold."""
     path = tmp_path / "ckpt.pt"
     with zipfile.ZipFile(trained / "ckpt.pt") as before:
         with zipfile.ZipFile(path, "w") as after:
@@ -353,7 +352,7 @@ def test_invalid_entry_is_named(trained, tmp_path):
 
 
 def odd_optimizers(state):
-    """Optimizer states that `torch.optim` takes, or fails on in ways of its own."""
+    """Optimizer states that `torch.optim` accepts, or fails on with various exceptions."""
     first = state["state"][0]
     return (
         {},

@@ -19,7 +19,7 @@ from configurator import configure
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with a run in `out/` on a character tokenizer."""
+    """The working directory, with a run in `out/` that has a character tokenizer."""
     tokenizer = CharTokenizer(CHARACTERS).to_dict()
     write_checkpoint(tmp_path / "out" / "ckpt.pt", len(CHARACTERS), tokenizer=tokenizer)
     monkeypatch.chdir(tmp_path)
@@ -28,8 +28,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def converse(folder, capsys, monkeypatch):
-    """Type lines into a session in this process; what it wrote to standard output, and to error
-    after the model was loaded."""
+    """`converse(*lines)`: type lines into a session in this process. Returns its standard output,
+    and the lines on standard error after the model was loaded."""
 
     def converse(*lines, argv=(), tokens=30):
         typed = b"".join(
@@ -48,7 +48,7 @@ def converse(folder, capsys, monkeypatch):
 
 @pytest.fixture
 def batch(folder, capsys):
-    """The texts that sample.py gives for a prompt."""
+    """The texts that sample.py generates for a prompt."""
 
     def batch(start, *argv, samples=1, tokens=30):
         argv = [f"--start={start}", f"--num_samples={samples}", f"--max_new_tokens={tokens}", *argv]
@@ -65,7 +65,7 @@ def batch(folder, capsys):
 def test_each_line_is_a_prompt(converse, batch):
     out, notices = converse("ab", "ab", "语言 x", "")
     first, second, third, fourth = texts(out)
-    assert [first, second] == batch("ab", samples=2)  # the same prompt again, another text
+    assert [first, second] == batch("ab", samples=2)  # the same prompt gives another text
     assert third == batch("语言 x", samples=3)[2]
     assert fourth == batch("", samples=4)[3]
     assert notices == []
@@ -78,7 +78,7 @@ def test_settings_change_between_prompts(converse, batch):
     first, second = texts(out)
     assert [first] == batch("ab", "--temperature=2") != batch("ab")
     settings = ["--temperature=2", "--seed=5", "--top_k=9", "--top_p=0.9"]
-    assert [second] == batch("ab", *settings, tokens=12)  # a seed begins with sample 0 again
+    assert [second] == batch("ab", *settings, tokens=12)  # a new seed restarts at sample 0
     assert notices == []
 
 
@@ -142,7 +142,7 @@ def test_wrong_command_changes_nothing(converse, batch, line, words):
     out, notices = converse(line, "/settings", "ab")
     assert len(notices) == 2 and notices[0].startswith("error: ") and words in notices[0]
     assert notices[1].startswith("temperature=0.8  top_k=200  top_p=1.0  max_new_tokens=30")
-    assert texts(out) == batch("ab")  # sample 0: nothing was drawn before
+    assert texts(out) == batch("ab")  # sample 0: nothing was sampled before
 
 
 def test_help_names_every_command(converse):
@@ -242,7 +242,7 @@ def test_pipe(folder, batch):
     assert texts(out) == [*batch("语 ab"), *batch("the end", "--temperature=0")]  # no sign, no echo
     notices = done.stderr.decode().splitlines()
     assert "unknown command /nonsense" in notices[-1] and ">" not in notices[-1]
-    assert len(notices) == 3  # the checkpoint, its size, the mistake
+    assert len(notices) == 3  # checkpoint, size, error
 
 
 # ----------------------------------------------------------------------------- at a terminal
@@ -251,7 +251,7 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 
 class Terminal:
-    """sample.py at a pseudo-terminal, as a person has it."""
+    """sample.py at a pseudo-terminal."""
 
     def __init__(self, *argv, kind="dumb", **redirected):
         import fcntl
@@ -276,7 +276,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def expect(self, pattern, seconds=60):
-        """What came up to the end of the first match of `pattern`; the next look begins there."""
+        """Read until `pattern` matches. Returns the text up to the end of the match."""
         import select
 
         deadline = time.monotonic() + seconds
@@ -348,7 +348,7 @@ def test_terminal_tab_and_history(terminal, batch):
     )
     at.type("ab\\\n")
     at.expect(r"\n\.\.\. ")
-    at.type(CTRL_C)  # drops the lines before it too
+    at.type(CTRL_C)  # discards the previous lines of the prompt too
     at.expect("\n> ")
     at.type(CTRL_D)
     assert at.status() == 0
@@ -386,8 +386,7 @@ def test_stopped_text_can_be_continued(terminal, folder):
 
 
 def test_terminal_gets_no_control_characters(folder):
-    """They could move the cursor, clear the screen or set the title; a pipe gets the text as it
-    is."""
+    """They could move the cursor, clear the screen or set the title. A pipe gets them unchanged."""
     pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals of this kind")
     characters = "a\n\t\r\x07\x1b\x7f\x9b\x9d[]0;2J\u3000\N{REPLACEMENT CHARACTER}"
     tokenizer = CharTokenizer(characters).to_dict()
@@ -413,22 +412,22 @@ def test_ctrl_c_stops_a_text_and_clears_a_line(terminal, folder):
     at.expect("\n> ")
     for _ in range(2):
         at.type("/max_new_tokens 1_000_000\nab\n")
-        at.expect("\nab[^>]{200}")  # it streams: so much has come, and it goes on
+        at.expect("\nab[^>]{200}")  # it is still streaming
         at.type(CTRL_C)
         assert "---" not in at.expect("\n> ", seconds=20)
     at.type("/max_new_tokens 7\n")
     at.expect("> ")
     at.type("xyz")
     at.expect("xyz")
-    for _ in range(3):  # at an empty line too, as often as one likes
-        time.sleep(0.3)  # as a person; the line editor could miss a signal before it waits
+    for _ in range(3):  # at an empty line too, repeatedly
+        time.sleep(0.3)  # the line editor could miss a signal before it waits for input
         at.type(CTRL_C)
         at.expect("\n> ")
     at.type("ab\n")
     at.expect(f"\nab[^\n]*(\n[^\n]*)*\n{DASHES}> ")
     at.type("/quit\n")
     assert at.status() == 0
-    written = records(folder / "talk.jsonl")  # what was stopped by hand is not in it
+    written = records(folder / "talk.jsonl")  # without interrupted texts
     assert [(one["prompt"], one["sample"], len(one["text"])) for one in written] == [("ab", 2, 7)]
 
 
@@ -444,7 +443,7 @@ def test_redirected_text_has_no_prompt_sign(terminal, folder, batch):
 
 
 def test_ctrl_c_in_a_pipe_exits(folder):
-    """There is no one to go on typing."""
+    """Nobody can type further input."""
     if sys.platform == "win32":
         pytest.skip("Windows has no such signal")
     import signal

@@ -43,7 +43,7 @@ HOSTILE += ["../..", "é" * 1000, [], {}, [[]], {"": None}, [1, "2"]]
 
 
 def change_bytes(rng, data, others):
-    """`data` (bytes) changed in one of many ways; `others` are the contents of other files."""
+    """Apply a random change to `data` (bytes). `others` are the contents of other files."""
     a, b = sorted(rng.randrange(len(data) + 1) for _ in "ab")
     b = min(b, a + rng.choice((1, 2, 8, 100, 10**9)))
     noise = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 40)))
@@ -71,7 +71,7 @@ def change_bytes(rng, data, others):
 
 
 def change_value(rng, value):
-    """A copy of plain values within dicts and lists, one of them, at any depth, another or gone."""
+    """A copy of nested dicts and lists with one value, at any depth, changed or removed."""
     value = copy.deepcopy(value)
     inside, places = [value], []
     while inside:
@@ -90,7 +90,7 @@ def change_value(rng, value):
 
 
 class Files:
-    """Whole files of every kind, their damaged copies, and who reads those."""
+    """Intact files of every kind, their damaged copies, and their readers."""
 
     def __init__(self, folder, data):
         self.folder, self.number = folder, 0
@@ -119,7 +119,7 @@ class Files:
         self.whole = {kind: path.read_bytes() for kind, path in self.paths.items()}
 
     def damage(self, kind, rng):
-        """The folder of a copy of the files with that `kind` has, one of them damaged; its path."""
+        """Copy the files of a `kind` to a folder and damage one. Returns its path."""
         self.number += 1
         folder, path = self.paths[kind].parent, self.paths[kind]
         copied = self.folder / f"copy-{self.number}"
@@ -144,7 +144,7 @@ class Files:
             target.write_bytes(change_bytes(rng, self.whole[kind], others))
         return target
 
-    # Readers: each raises `UserError`, or gives what the assertions here say.
+    # Readers: each raises `UserError` or satisfies the assertions.
 
     def read_ckpt(self, path):
         checkpoint = load_checkpoint(path)
@@ -196,7 +196,7 @@ class Files:
         return readers.get(kind, self.read_directory)(path)
 
     def script(self, kind, path):
-        """(script, arguments) of what a person would run on the damaged file."""
+        """(script, arguments) that read the damaged file."""
         folder, run = path.parent, self.folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         sampling = ["--device=cpu", "--num_samples=1", "--max_new_tokens=4", "--start=a"]
@@ -219,7 +219,7 @@ def files(tmp_path_factory, char_data):
 
 
 def counted(files, kind, seeds):
-    """How many damaged files of `kind` are read, and how many refused: one for each of `seeds`."""
+    """Damage a file of `kind` once for each of `seeds`. Returns the numbers read and refused."""
     read = refused = 0
     for seed in seeds:
         path = files.damage(kind, random.Random(f"{kind} {seed}"))
@@ -233,7 +233,7 @@ def counted(files, kind, seeds):
 
 
 def in_processes(files, forked, kind, seeds):
-    """Run the script that reads files of `kind` on damaged ones: one for each of `seeds`."""
+    """Run the script that reads files of `kind` on damaged ones, once for each of `seeds`."""
     for seed in seeds:
         path = files.damage(kind, random.Random(f"{kind} {seed}"))
         script, argv = files.script(kind, path)
@@ -251,8 +251,8 @@ def in_processes(files, forked, kind, seeds):
 def test_damaged_file_is_refused_or_read_right(files, kind):
     few = {"metrics": 10, "ckpt.pt": 25}.get(kind, 100)
     read, refused = counted(files, kind, range(few))
-    assert read > 0 or kind == "train.bin"  # some damage changes nothing that counts
-    assert refused > 0 or kind == "metrics"  # a line that is broken is left out there
+    assert read > 0 or kind == "train.bin"  # some damage is harmless
+    assert refused > 0 or kind == "metrics"  # there, damaged lines are skipped
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ def test_fifty_damaged_files_in_a_script(files, forked, kind):
 
 
 def test_bins_of_another_set_are_detected(files, tmp_path):
-    """By their sizes always; those of equal sizes by --verify_data."""
+    """Always by their sizes; with equal sizes by --verify_data."""
     for change, noticed in (
         (lambda ids: ids[:-1], "does not match meta.json"),
         (lambda ids: np.roll(ids, 1), "its checksum does not match meta.json"),
@@ -322,7 +322,7 @@ def test_other_vocab_size_is_detected(files, tmp_path):
 
 
 def test_bpe_without_all_bytes_is_refused(trained_pairs):
-    """tiktoken would take them, and end the process at the first text with such a byte."""
+    """tiktoken would accept them, and abort the process at the first text with such a byte."""
     tokens = trained_pairs["tokens"].split(" ")
     for odd in (tokens[1:], [*tokens, tokens[5]], tokens[256:], ["", *tokens[1:]]):
         assert exit_line(from_dict, {**trained_pairs, "tokens": " ".join(odd)})

@@ -35,7 +35,7 @@ ON_CPU = ["--device=cpu", "--dtype=float32", "--compile=False"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, text, script):
-    """A copy of nanoGPT in which its prepare.py has made a data set of our text."""
+    """A copy of nanoGPT with a data set that its prepare.py made from our text."""
     root = tmp_path_factory.mktemp("nanogpt") / "nanoGPT"
     shutil.copytree(CHECKOUT, root, ignore=shutil.ignore_patterns(".git", "assets", "out*"))
     for name in ("train.bin", "val.bin", "meta.pkl"):
@@ -51,7 +51,7 @@ def succeed(result):
 
 
 def sizes(**changes):
-    """The command line of a tiny run, for either train.py."""
+    """The arguments of a tiny run, for both train.py."""
     from conftest import TINY
 
     return [f"--{k}={v}" for k, v in {**TINY, "dataset": DATASET, **changes}.items()]
@@ -59,7 +59,7 @@ def sizes(**changes):
 
 @pytest.fixture(scope="module")
 def theirs(root, script):
-    """The folder of a run of nanoGPT's train.py, saved at step 8; and its console."""
+    """The folder and console output of a run of nanoGPT's train.py, saved at step 8."""
     console = succeed(
         script("train.py", *sizes(out_dir="out-theirs", max_iters=8), root=root, cwd=root)
     )
@@ -74,7 +74,7 @@ def inside(root, monkeypatch):
 
 @pytest.fixture(scope="module")
 def gpt2_ids(root):
-    """Files of GPT-2's tokens in place of the data sets that its prepare.py would download."""
+    """Files of GPT-2 tokens, instead of the data sets that its prepare.py would download."""
     rng = np.random.default_rng(0)
     for dataset in ("openwebtext", "shakespeare"):
         for split in ("train", "val"):
@@ -124,7 +124,7 @@ def test_their_checkpoint_resumes_here(inside, theirs, resume, tmp_path):
     run = resume(out, max_iters=11)
     assert "at step 8" in run.console
     assert list(run.series("loss")) == [8, 9, 10, 11]
-    # Their evaluation at step 8 read other windows of the same text; a fresh model is far off.
+    # their evaluation at step 8 used other windows; an untrained model would be far off
     told = re.search(r"step 8: train loss ([\d.]+), val loss ([\d.]+)", console)
     assert run.series("train_loss")[8] == pytest.approx(float(told[1]), abs=0.3)
     assert max(run.series("loss").values()) < run.series("train_loss")[8] + 0.3
@@ -132,7 +132,7 @@ def test_their_checkpoint_resumes_here(inside, theirs, resume, tmp_path):
     assert checkpoint["config"]["dataset"] == DATASET
     assert checkpoint["config"]["learning_rate"] == 1e-2  # theirs, not our default
     state = checkpoint["optimizer"]["state"]
-    assert {entry["step"].item() for entry in state.values()} == {12}  # not begun anew
+    assert {entry["step"].item() for entry in state.values()} == {12}  # continued, not restarted
     assert run.checkpoint("ckpt.pt")["iter_num"] == 12
 
 
@@ -146,7 +146,7 @@ def test_their_checkpoint_samples_here(inside, theirs, text, capsys):
 
 def test_their_config_files_work_here(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
-    monkeypatch.setattr("time.time", lambda: 0.0)  # stands in the name of a run
+    monkeypatch.setattr("time.time", lambda: 0.0)  # it is part of a run's name
     for file in sorted((root / "config").glob("*.py")):
         scope = {}
         exec(file.read_text(), scope)
@@ -165,7 +165,7 @@ CONFIGS += [f"eval_gpt2{size}" for size in ("", "_medium", "_large", "_xl")]
 
 
 def run_config(root, main, name, out_dir, **changes):
-    """A tiny run, from scratch, with a config file of theirs: (its settings, our `Run`)."""
+    """Train a tiny run with a config file of theirs. Returns (settings, `Run`)."""
     scope = {}
     exec((root / "config" / f"{name}.py").read_text(), scope)
     settings = {key: value for key, value in scope.items() if key not in ("__builtins__", "time")}
@@ -196,7 +196,7 @@ def test_their_training_configs_run_here(inside, gpt2_ids, main, tmp_path, name)
     assert checkpoint["iter_num"] == 4 and list(run.series("val_loss")) == [0, 2, 4]
     rows = 50304 if kept["dataset"] != DATASET else checkpoint["model_args"]["vocab_size"]
     assert run.series("loss")[0] == pytest.approx(math.log(rows), abs=0.3)
-    for step, lr in run.series("lr").items():  # all of these steps are of nanoGPT's warm-up
+    for step, lr in run.series("lr").items():  # all steps are in nanoGPT's warm-up
         share = (step + 1) / (kept["warmup_iters"] + 1) if kept["decay_lr"] else 1
         assert lr == pytest.approx(kept["learning_rate"] * share, rel=1e-12)
     losses = run.series("val_loss")
@@ -234,7 +234,7 @@ def test_our_checkpoint_resumes_there_and_back(root, ours, script, resume):
     assert list(losses) == [8, 9, 10, 11, 12]
     assert float(re.search(r"step 8: train loss ([\d.]+)", console)[1]) < 3.5
     assert max(losses.values()) < last["best_val_loss"] + 0.5
-    # They save at step 12 in ckpt.pt, which is now further than our last.pt.
+    # they save step 12 to ckpt.pt, which is then later than our last.pt
     run = resume(ours, max_iters=13)
     assert "at step 12" in run.console
     state = run.checkpoint()["optimizer"]["state"]
@@ -264,7 +264,7 @@ def test_optimizers_match(their_model, bias):
     torch.manual_seed(0)
     here, there = GPT(GPTConfig(**shape)), their_model.GPT(their_model.GPTConfig(**shape))
     there.load_state_dict(here.state_dict())
-    # The keys' biases have no gradient but rounding, which AdamW makes large in single precision.
+    # the gradient of the key biases is only rounding error, which AdamW amplifies
     here.double(), there.double()
     optimizers = [m.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu") for m in (here, there)]
     for step in range(6):
@@ -273,7 +273,7 @@ def test_optimizers_match(their_model, bias):
             model(idx, targets)[1].backward()
             optimizer.step()
             optimizer.zero_grad()
-        if step == 2:  # and each goes on with the other's state
+        if step == 2:  # exchange their states
             states = [optimizer.state_dict() for optimizer in optimizers]
             load_optimizer(optimizers[0], states[1])
             optimizers[1].load_state_dict(states[0])

@@ -1,27 +1,29 @@
 """The notebook runs, and its pictures show the model's numbers."""
 
 import json
+import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEXT
 from networks import VARIANTS, random_ids, random_model
 
-from brisk.data.dataset import write_dataset
-from brisk.data.tokenizer import CharTokenizer
+POEM = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\n" * 30
 
 
 @pytest.fixture
-def tour(monkeypatch):
-    """`tour(out_dir, prompt)`: the notebook executed on a run; its text output and pictures."""
+def tour(monkeypatch, tmp_path):
+    """`tour(text)`: execute the notebook with a short training. Returns its output and pictures."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     pytest.importorskip("matplotlib")
+    pytest.importorskip("tokenizers")
 
-    def run(out_dir, prompt):
-        monkeypatch.setenv("OUT_DIR", str(out_dir))
-        monkeypatch.setenv("PROMPT", prompt)
+    def run(text):
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        monkeypatch.setenv("TEXT_FILE", str(tmp_path / "text.txt"))
+        monkeypatch.setenv("STEPS", "40")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         notebook = nbformat.read(ROOT / "notebooks" / "tour.ipynb", as_version=4)
         assert not any(cell.get("outputs") for cell in notebook.cells)  # none are kept in git
@@ -35,31 +37,26 @@ def tour(monkeypatch):
     return run
 
 
-def test_tour_runs(tour, train_tiny, tmp_path):
-    train_tiny(tmp_path / "out")
-    text, pictures = tour(tmp_path / "out", "Shall I comp")
-    assert "logits: (1, 12, " in text
-    assert text.count("--- temperature") == 3 and "step 100: loss 0.0" in text
-    assert text.rstrip().endswith("Shall I comp")  # learned by heart
-    assert len(pictures) == 3  # attention, next tokens, the run
-
-
-def test_tour_runs_on_chinese(tour, train_tiny, tmp_path):
-    poem = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\n" * 30
-    splits = {"train": [poem], "val": [poem[:100]]}
-    write_dataset(tmp_path / "data", CharTokenizer(sorted(set(poem))), splits, "a poem")
-    train_tiny(tmp_path / "out", data_dir=tmp_path / "data")
-    text, pictures = tour(tmp_path / "out", "床前明月光")
-    assert "床" in text and len(pictures) == 3
+@pytest.mark.parametrize("text", [TEXT, POEM], ids=["english", "chinese"])
+def test_tour_runs(tour, text):
+    printed, pictures = tour(text)
+    V = len(set(text))
+    assert f"{V} tokens" in printed and f"(1, 24, {V})" in printed
+    uniform, bigram = re.findall(r"(?:uniform|bigram): +([\d.]+), as among", printed)
+    validation = re.findall(r"validation loss ([\d.]+)", printed)
+    assert float(bigram) < float(uniform) and float(validation[-1]) < float(uniform)
+    assert printed.count("--- temperature") == 3 and printed.count("next is") == 5
+    assert len(pictures) == 8
 
 
 @pytest.mark.parametrize("settings", [{}, *VARIANTS], ids=str)
 def test_plotted_attention_matches_the_model(settings):
     """The weights times the values are the result of the kernel, in every block."""
     cells = json.loads((ROOT / "notebooks" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
-    [source] = ["".join(c["source"]) for c in cells if "attention_weights(" in "".join(c["source"])]
+    sources = ["".join(cell["source"]) for cell in cells]
+    [source] = [source for source in sources if "def attention_weights(" in source]
     names = {"torch": torch}
-    exec(source[: source.index("LAYER, HEAD")], names)
+    exec(source, names)
 
     model, idx, kernel = random_model(**settings), random_ids(), []
     for block in model.transformer.h:  # c_proj multiplies the result, with the heads side by side

@@ -37,7 +37,7 @@ def gpu(device):
 
 
 def error(found, expected):
-    """Norm of the difference, of tensors or lists of them, as a share of the expected norm."""
+    """‖actual - expected‖ / ‖expected‖ for tensors or lists of tensors."""
     listed = isinstance(expected, list | tuple)
     found, expected = (
         torch.cat([t.detach().double().cpu().flatten() for t in (x if listed else [x])])
@@ -97,7 +97,7 @@ def test_attention(device, kv_heads, dtype, limit):
 
 @ALL_VARIANTS
 def test_decoded_logits(device, variant):
-    """Of rows of unlike length, by the cache, and by the step of a CUDA graph."""
+    """For rows of different lengths, with the cache and with the step of a CUDA graph."""
     model, idx = random_model(**variant), random_ids(B=2)
     expected = in_double(model)
     model.to(device.device)
@@ -119,13 +119,13 @@ def test_decoded_logits(device, variant):
 
 @pytest.mark.parametrize("top_k, top_p", [(None, None), (7, None), (None, 0.8)])
 def test_samples(device, top_k, top_p):
-    """The same numbers drawn, so the same text, past the block size."""
+    """The same random numbers give the same text, also past the block size."""
     model, prompts = random_model(), [[1, 2, 3], [5], [7] * 20]
     options = {"temperature": 0.7, "top_k": top_k, "top_p": top_p, "seed": 3}
     expected = in_double(model).generate(prompts, 30, **options)
     found = model.to(device.device).generate(prompts, 30, **options)
     same_tokens = torch.cat([a.cpu() == b for a, b in zip(found, expected, strict=True)])
-    assert same_tokens.double().mean() > 0.9  # rounding may tip a draw, and the text after it
+    assert same_tokens.double().mean() > 0.9  # rounding may change a sample and all that follow
 
 
 def test_static_step_is_a_cuda_graph(gpu):
@@ -152,7 +152,7 @@ def test_static_step_is_a_cuda_graph(gpu):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_optimizer_steps(device, optimizer):
-    """Three steps on given gradients; a fourth that is left out."""
+    """Three steps with given gradients, and a fourth that is skipped."""
     muon = (0.02, 0.95) if optimizer == "muon" else None
     moved = []
     for where in (device.device, torch.device("cpu")):
@@ -180,7 +180,7 @@ def test_optimizer_steps(device, optimizer):
 
 @pytest.fixture
 def run_on(main, settings, tmp_path):
-    """A tiny run on a device: `Run`."""
+    """Train a tiny run on a device. Returns a `Run`."""
 
     def run(name, device, **changes):
         changes = {"device": device.type, "n_layer": 2, **changes}
@@ -192,7 +192,7 @@ def run_on(main, settings, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @BOTH
 def test_run_matches_the_cpu(device, run_on, optimizer, dtype, limit):
-    """Losses of the first steps beside a CPU's in float32; to the end they part."""
+    """The losses of the first steps match a CPU in float32; later ones diverge by rounding."""
     cpu = Device(torch.device("cpu"), "float32")
     expected = run_on("cpu", cpu, optimizer=optimizer, max_iters=3)
     found = run_on("device", device, optimizer=optimizer, dtype=dtype, max_iters=3)
@@ -206,7 +206,7 @@ def test_run_matches_the_cpu(device, run_on, optimizer, dtype, limit):
 def test_resume_is_exact(device, run_on, resume, tmp_path, dtype):
     if (device.type, dtype) == ("cpu", "float16"):
         pytest.skip("a CPU takes long for it")
-    torch.use_deterministic_algorithms(True)  # attention adds up in any order otherwise
+    torch.use_deterministic_algorithms(True)  # otherwise the order of sums in attention varies
     try:
         whole = run_on("whole", device, dtype=dtype, dropout=0.1)
         run_on("part", device, dtype=dtype, dropout=0.1, max_iters=3)
@@ -218,7 +218,7 @@ def test_resume_is_exact(device, run_on, resume, tmp_path, dtype):
 
 
 def test_float16_with_scaler_learns(device, run_on):
-    """The first steps may overflow and be left out while the scale falls from 65536."""
+    """The first steps may overflow and be skipped while the scale falls from 65536."""
     if device.type == "cpu":
         pytest.skip("a CPU takes long for it")
     settings = {"max_iters": 60, "lr_decay_iters": 60, "eval_interval": 60}

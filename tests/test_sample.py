@@ -28,7 +28,7 @@ DASHES = "---------------\n"
 
 
 def tiny_bpe():
-    """GPT-2's kind of tokenizer, with two merges where GPT-2 has 50000."""
+    """A tokenizer like GPT-2's, with two merges instead of 50000."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"he": 256, b"the": 257}
     pattern = r" ?\p{L}+|\s+|[^\s\p{L}]+"
     encoding = tiktoken.Encoding(
@@ -38,7 +38,7 @@ def tiny_bpe():
 
 
 def write_checkpoint(path, vocab_size, prefix="", **more):
-    """A random model's checkpoint with nanoGPT's keys only, and `more`."""
+    """A checkpoint of a random model with nanoGPT's keys and `more`."""
     torch.manual_seed(0)
     config = GPTConfig(block_size=32, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32)
     state = GPT(config).state_dict()
@@ -56,7 +56,7 @@ def write_checkpoint(path, vocab_size, prefix="", **more):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with a run in `out/` on a character tokenizer."""
+    """The working directory, with a run in `out/` that has a character tokenizer."""
     tokenizer = CharTokenizer(CHARACTERS).to_dict()
     write_checkpoint(tmp_path / "out" / "ckpt.pt", len(CHARACTERS) + 5, tokenizer=tokenizer)
     monkeypatch.chdir(tmp_path)
@@ -65,11 +65,11 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(folder, capsys):
-    """Run sample.py's main in this process; its standard output."""
+    """Run sample.py in this process. Returns its standard output."""
 
     def run(*argv, samples=3, tokens=40):
         argv = [f"--num_samples={samples}", f"--max_new_tokens={tokens}", "--device=cpu", *argv]
-        capsys.readouterr()  # what the test's own preparations said
+        capsys.readouterr()  # discard earlier output
         sample.main(configure(sample.SampleConfig, argv))
         captured = capsys.readouterr()
         run.notices = captured.err
@@ -79,15 +79,14 @@ def run(folder, capsys):
 
 
 def texts(out):
-    """The samples in `out`, which ends in dashes."""
+    """The samples in the output `out`, which ends with dashes."""
     *found, rest = out.split("\n" + DASHES)
     assert rest == ""
     return found
 
 
 def in_a_process(folder, *argv):
-    """sample.py started as a person starts it, in a terminal that is not UTF-8, with nothing to
-    be had from the network."""
+    """Run sample.py in a subprocess, in a terminal that is not UTF-8, without a network."""
     (folder / "empty").mkdir(exist_ok=True)
     environment = {
         "PYTHONIOENCODING": "latin-1:replace",
@@ -139,7 +138,7 @@ def test_text_depends_on_seed_and_number_only(run, monkeypatch):
     found = texts(run(samples=5))
     assert texts(run(samples=2)) == found[:2]
     assert set(texts(run("--seed=2", samples=5))).isdisjoint(found)
-    monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 2 * 32)  # two at once, then two, then one
+    monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 2 * 32)  # batches of two, two and one
     assert texts(run(samples=5)) == found
 
 
@@ -178,7 +177,7 @@ def test_temperature_top_k_and_top_p(run):
 
 def test_exact_window(run):
     found, exact = (texts(run(f"--exact_window={flag}", tokens=60)) for flag in (False, True))
-    within = len("\n") + 32  # the token after a full window is the first to see less
+    within = len("\n") + 32  # later tokens have less context
     assert [text[:within] for text in found] == [text[:within] for text in exact]
     assert found != exact
 
@@ -301,14 +300,14 @@ def test_config_files_of_train_py_are_accepted(run, folder):
 
 
 def records(path):
-    """The lines of a file of samples, each whole."""
+    """The records in a file of samples."""
     *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
     assert rest == ""
     return [json.loads(line) for line in lines]
 
 
 def test_out_records_texts_and_settings(run, monkeypatch):
-    monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 2 * 32)  # two at once, then one
+    monkeypatch.setattr(sample, "TOKENS_AT_ONCE", 2 * 32)  # batches of two and one
     found = texts(run("--start=语 ab", "--out=samples.jsonl", "--top_p=0.9", "--stop=z"))
     written = records("samples.jsonl")
     assert [one["prompt"] + one["text"] for one in written] == found
@@ -316,7 +315,7 @@ def test_out_records_texts_and_settings(run, monkeypatch):
     settings = {"seed": 1337, "temperature": 0.8, "top_k": 200, "top_p": 0.9, "stop": "z"}
     settings |= {"max_new_tokens": 40, "max_words": 0, "init_from": "resume", "out_dir": "out"}
     assert all(settings.items() <= one.items() for one in written)
-    assert "语 ab" in Path("samples.jsonl").read_text(encoding="utf-8")  # for people too
+    assert "语 ab" in Path("samples.jsonl").read_text(encoding="utf-8")  # readable, not escaped
 
 
 def test_recorded_sample_is_reproducible(run):
@@ -427,7 +426,7 @@ def test_max_words_ends_after_a_whole_word(run, folder):
         assert rest.startswith(text) and rest[len(text)].isspace()
         assert len(text[1:].split()) == 5 and not text[-1].isspace()
     short = texts(run("--start=a", "--temperature=3", "--max_words=5", samples=6, tokens=9))
-    for text, rest in zip(short, whole, strict=True):  # nor half a word where tokens run out
+    for text, rest in zip(short, whole, strict=True):  # no partial word at the token limit
         assert (
             len(text) <= 10 and rest.startswith(text) and (text == "a" or rest[len(text)].isspace())
         )
@@ -456,7 +455,7 @@ def test_document_model_begins_and_ends_documents(run, folder):
 
 
 def test_unknown_word_is_never_sampled(run, folder, monkeypatch):
-    """A tokenizer that names a token as standing for what it does not know."""
+    """A tokenizer with a token for unknown words."""
     monkeypatch.setattr(CharTokenizer, "unk", CHARACTERS.index("模"), raising=False)
     assert "模" not in run("--temperature=5", "--top_k=0", samples=20)
     assert "模" not in run("--top_next=99")
@@ -474,7 +473,7 @@ def test_word_model(run, folder):
     assert "does not know 1 of the words" in run.notices  # dog
     for words in map(str.split, found):
         assert words[0] == "the" and words[2] == "sat" and len(words) == 3 + 9
-        assert set(words[3:]) <= set(tokenizer.words)  # words only, none of them unknown
+        assert set(words[3:]) <= set(tokenizer.words)  # no unknown words
     table = run("--start=the cat", "--top_next=99").splitlines()[:-1]
     assert {line.split("'" if "don" not in line else '"')[1] for line in table} == {
         f"{word} " for word in tokenizer.words
@@ -513,7 +512,7 @@ def test_top_next_matches_greedy(run):
         run("--start=ab 语", "--top_next=4", "--temperature=3", "--top_k=1").splitlines() == lines
     )
     everything = run("--start=ab 语", "--top_next=1_000_000").splitlines()[:-1]
-    assert len(everything) == len(CHARACTERS)  # not the rows that pad the vocabulary
+    assert len(everything) == len(CHARACTERS)  # without vocabulary padding
     assert abs(sum(float(line.split()[-1].rstrip("%")) for line in everything) - 100) < 0.3
 
 

@@ -16,7 +16,7 @@ MODEL = Path(model_file.__file__)
 
 PRELUDE = """
 import importlib.util, sys
-sys.path.insert(0, "")  # isolated mode leaves the current folder out
+sys.path.insert(0, "")  # isolated mode omits the working directory
 if {alone} and importlib.util.find_spec("brisk"):
     sys.modules["brisk"] = None  # hides an installed package
 import torch
@@ -98,7 +98,7 @@ def test_short_loop_samples_like_the_package(temperature, top_k, alone, monkeypa
 
 
 def test_plain_optimizer_and_loss_match(alone, monkeypatch):
-    """The same groups in the same order, so that states are exchangeable, and the same step."""
+    """The same parameter groups in the same order, so that states are interchangeable."""
     updated, losses = [], []
     for has_brisk in (False, True):
         monkeypatch.setattr(model_file, "HAS_BRISK", has_brisk)

@@ -30,7 +30,7 @@ META = Device(torch.device("meta"), "float32")
 
 
 class OnDeviceOnly(TorchDispatchMode):
-    """Fails where an operation takes or makes a tensor on the host."""
+    """Fails if an operation reads or creates a tensor on the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         in_place = func is torch.ops.aten._fused_adamw_.tensor_lr  # has no kernel for meta
@@ -43,9 +43,9 @@ class OnDeviceOnly(TorchDispatchMode):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Tensors are on the meta device unless they are said to be elsewhere; batches are already."""
+    """Create tensors on the meta device by default. Batches are on it already."""
     monkeypatch.setattr(train, "to_device", lambda batch, device: batch)
-    module = sys.modules["torch.optim.optimizer"]  # meta stands for a GPU, whose kernel is meant
+    module = sys.modules["torch.optim.optimizer"]  # use the fused kernel, as on a GPU
     monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # meta has none
     monkeypatch.setattr(torch, "autocast", lambda kind, **settings: nullcontext())
@@ -58,7 +58,7 @@ def a_model(**variant):
 
 
 class Batches:
-    """Random ids that are on the device already."""
+    """Random ids on the device."""
 
     def targets(self, position, count):
         return count * SIZES["block_size"]
@@ -69,7 +69,7 @@ class Batches:
 
 
 def one_step(model, calls=2, **settings):
-    """`train.train_step` on this model, of two micro-batches; its loss and gradient norm."""
+    """Run `train.train_step` with two micro-batches. Returns its loss and gradient norm."""
     config = train.TrainConfig(**settings)
     ranks, steps = Ranks(), 0
     state = TrainState(model, ddp_model=model, scaler=META.scaler())
@@ -81,7 +81,7 @@ def one_step(model, calls=2, **settings):
     plan = SimpleNamespace(device=META, global_batch=4, micro_batches=((0, 0, 2), (1, 2, 2)))
     data, run = SimpleNamespace(train=Batches()), SimpleNamespace(ranks=ranks)
     forecast = Forecast(None, META, steps, 2, 0, 0)
-    forecast.reported.add("micro-batch")  # it waits for the device until it has spoken
+    forecast.reported.add("micro-batch")  # until reported, it synchronizes
     assert forecast.is_complete
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(0, config, 10)
@@ -141,7 +141,7 @@ def test_training_step_as_graphs(on_meta, monkeypatch, optimizer, on_spike):
 @pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
 @pytest.mark.parametrize("how", [(1.0, None, None), (0.0, None, None), (0.8, 20, 0.9)], ids=str)
 def test_decode_step(on_meta, variant, how):
-    """The step for a CUDA graph, and the draw after it."""
+    """The step for a CUDA graph, and sampling after it."""
     model = a_model(**variant).eval()
     cache = KVCache(model, 2, 24)
     ids, positions = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)
@@ -164,7 +164,7 @@ def test_decode_step_as_graph(on_meta, monkeypatch, variant):
 
 
 class Copies(TorchDispatchMode):
-    """Counts the copies between host and device, and fails where one waits for the device."""
+    """Counts the copies between host and device, and fails if one synchronizes."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("lengths, copies", [((5, 5, 5), 0), ((5, 9, 7), 1)], ids=str)
 @pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
 def test_ragged_decode_step_sends_positions_only(on_meta, variant, lengths, copies):
-    """The lengths of the rows are on the host, where the scheduling happens."""
+    """The lengths of the rows are on the host, for the scheduler."""
     model = a_model(**variant).eval()
     with torch.device("cpu"):
         cache = KVCache(model, 3, 24)
@@ -195,7 +195,7 @@ def test_ragged_decode_step_sends_positions_only(on_meta, variant, lengths, copi
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu])
 def test_host_access_is_detected(on_meta, read):
-    """What they are for: a number read, a copy."""
+    """Reading a number and copying a tensor are detected."""
     x = torch.ones(())
     with OnDeviceOnly(), pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
         read(x)

@@ -28,7 +28,7 @@ TINY += "--gradient_accumulation_steps=1 --warmup_iters=0 --device=cpu"
 
 @pytest.fixture
 def letters(tmp_path):
-    """A data set whose val.bin is of another kind than its train.bin."""
+    """A data set whose val.bin has other characters than its train.bin."""
     text = {"train": ["ab" * 1000], "val": ["c" * 500]}
     write_dataset(tmp_path / "letters", CharTokenizer("abc"), text, source="a test")
     return tmp_path / "letters"
@@ -52,7 +52,7 @@ def test_summary_of_losses():
 
 @pytest.fixture
 def quick_starts(forked, monkeypatch):
-    """Trials in processes that have PyTorch loaded already."""
+    """Run trials in forked processes, which have PyTorch loaded."""
 
     def run(command, **_):
         return forked(command[1], command[2:], trials.ROOT)
@@ -67,8 +67,8 @@ def test_ablation_removes_one_part_at_a_time(letters, tmp_path, capsys, quick_st
     ablation.main(configure(ablation.AblationConfig, [*argv, f"--json={tmp_path / 'figures'}"]))
     figures = json.loads((tmp_path / "figures").read_text())
     assert list(figures) == ["the recipe", "without muon", "without rotary", "without qk_norm"]
-    assert all(len(set(of["losses"])) == 2 for of in figures.values())  # a seed each
-    assert len({of["mean"] for of in figures.values()}) == 4  # and each change is one
+    assert all(len(set(of["losses"])) == 2 for of in figures.values())  # seeds differ
+    assert len({of["mean"] for of in figures.values()}) == 4  # changes have an effect
     printed = capsys.readouterr().out.splitlines()
     assert [line[:20].strip() for line in printed[-4:]] == list(figures)
     with pytest.raises(UserError, match="name a new file"):
@@ -108,7 +108,7 @@ def test_row_of_two_seeds():
     of = stability.row(by_seed, tolerance=0.05, worst=3.0)
     assert of["best"] == 2.0 and of["at"] == pytest.approx(8**0.5)
     assert of["ranges"] == [2, 2] and of["from"] == pytest.approx(8**0.5)
-    assert of["to"] == pytest.approx(32**0.5) and of["open"]  # 8 is the largest that was tried
+    assert of["to"] == pytest.approx(32**0.5) and of["open"]  # 8 is the end of the grid
     assert (of["lost"], of["runs"]) == (3, 8)
     assert of["sensitivity"] == pytest.approx((1 + 0 + 0.1 + 1 + 1 + 0.6 + 0 + 0.05) / 8)
     assert not stability.row({1: by_seed[1]}, 0.05, 3.0)["open"]
@@ -117,14 +117,14 @@ def test_row_of_two_seeds():
 
 
 def test_unigram_loss(letters):
-    # a and b as often in training, and the c of the rest seen once, by the one that is added
+    # a and b are equally frequent in training; c is counted once, by the smoothing
     expected = -np.log(1 / (2 * 1001 + 1))
     assert stability.unigram_loss(letters) == pytest.approx(expected)
 
 
 @pytest.fixture
 def study(letters, tmp_path, monkeypatch, capsys):
-    """A tiny study; the lines it prints."""
+    """Run a tiny study. Returns the printed lines."""
     monkeypatch.setattr(stability, "SIZE", TINY)
     monkeypatch.setattr(stability, "RECIPES", {"plain": "", "normed": "--qk_norm=True"})
 
@@ -191,12 +191,12 @@ def test_magnitudes(changes):
     block.register_forward_hook(lambda *a: seen.append(a[2]))
     model.predict(idx)
     assert found["linear"] == seen[0].abs().max() and found["residual"] >= seen[1].abs().max()
-    if not changes:  # by hand, in the first block, whose attention has the larger weights
+    if not changes:  # recompute for the first block, which has the larger weights
         x = model.transformer.wte(idx) + model.transformer.wpe.weight
         q, k, _ = model.transformer.h[0].attn.c_attn(model.transformer.h[0].ln_1(x)).split(16, 2)
         heads = [q[..., h] @ k[..., h].mT / 8**0.5 for h in (slice(0, 8), slice(8, 16))]
         assert found["attention"] == pytest.approx(max(s.tril().abs().max().item() for s in heads))
-    else:  # normed, so that a logit is no more than the root of the heads' width
+    else:  # after the norms, a logit is at most √head_dim
         assert 1 < found["attention"] <= 8**0.5 + 1e-4
 
 

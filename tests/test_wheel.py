@@ -18,7 +18,7 @@ NO_SETUPTOOLS = ("No matching distribution found for setuptools", "No module nam
 
 
 def pip(*argv):
-    """Run pip; skip the test where there is no pip, or no package index to take setuptools from."""
+    """Run pip. Skips the test without pip, or without a package index for setuptools."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if reason := next((text for text in NO_SETUPTOOLS if text in done.stderr), None):
@@ -28,14 +28,14 @@ def pip(*argv):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The path of the wheel. It is built from a copy: setuptools writes beside what it builds."""
+    """The path of the wheel. It is built from a copy, as setuptools writes to the source folder."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, source)
     shutil.copytree(ROOT / "brisk", source / "brisk")
-    for folder in ("data", "tests"):  # which it leaves out
+    for folder in ("data", "tests"):  # not in the wheel
         (source / folder).mkdir()
         (source / folder / "prepare.py").touch()
     pip("wheel", "--no-deps", f"--wheel-dir={built}", source)
@@ -44,7 +44,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The interpreter of an environment with the wheel, and this one's packages behind it."""
+    """The interpreter of an environment with the wheel, and with access to these packages."""
     folder, posix = tmp_path_factory.mktemp("env"), os.name != "nt"
     venv.create(folder, symlinks=posix, with_pip=False)
     python = folder / ("bin/python" if posix else "Scripts/python.exe")
@@ -82,7 +82,7 @@ def test_every_script_is_in_the_wheel():
 
 @pytest.mark.slow
 def test_wheel_holds_the_scripts_and_the_package(wheel):
-    """And nothing else: no tests, no data."""
+    """Without tests and data."""
     files = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("brisk/**/*") if path.is_file())]
     expected = {p.relative_to(ROOT).as_posix() for p in files if "__pycache__" not in p.parts}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -103,7 +103,7 @@ def test_installed_wheel_trains_and_samples(run, settings, tmp_path):
 
 @pytest.mark.slow
 def test_environment_runs_the_wheel(run, installed):
-    """And not the repository that this interpreter may see."""
+    """Not the repository, which may be on the path of this interpreter."""
     code = "import brisk, train; print(brisk.__file__, train.__file__, sep='\\n')"
     for path in succeed(run("-c", code)).splitlines():
         assert Path(path).is_relative_to(installed.parent.parent)

@@ -18,12 +18,12 @@ from conftest import ROOT
 from brisk.distributed.process_group import Ranks
 from brisk.errors import UserError, one_line_errors
 
-# Libraries read these when they are imported.
+# libraries read these at import
 REAL_STARTS = ("no network", "no GPU", "unknown key")
-HERE = "HERE"  # stands for the folder the mistake is made in
+HERE = "HERE"  # placeholder for the folder of the test
 NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_HOME": "HERE/empty", "CUDA_VISIBLE_DEVICES": ""}
 
-# name: (arguments after the tiny run's settings, words that the line must hold)
+# name: (arguments after those of the tiny run, words in the error line)
 MISTAKES = {
     "unknown key": (["--weather=fine"], ["--weather"]),
     "misspelt key": (["--batch-sise=3"], ["did you mean batch_size?"]),
@@ -65,7 +65,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def folder(char_data, tmp_path_factory):
-    """Where the mistakes are made: with a data set that nobody has made yet, and bad files."""
+    """A folder with an unprepared data set and invalid files."""
     from conftest import TINY
 
     import train
@@ -97,7 +97,7 @@ def folder(char_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(folder, char_data, script, request):
-    """`make(name)`: the mistake made, a finished process."""
+    """`make(name)`: run a case. Returns the finished process."""
     from conftest import TINY
 
     def make(name):
@@ -158,7 +158,7 @@ def test_torchrun_prints_one_line_per_node(capsys, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
 @pytest.mark.parametrize("end", ["| head -3", ">&-", "2>&-", ">&- 2>&- <&-", "> /dev/full"])
 def test_training_outlives_its_console(settings, tmp_path, end):
-    """A reader that is gone, a closed stream or a full disk costs the console only."""
+    """A closed pipe or stream, or a full disk, loses only console output."""
     if end == "> /dev/full" and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     command = [sys.executable, "-u", str(ROOT / "train.py"), *settings(tmp_path / "out")]

@@ -150,7 +150,7 @@ def train_bpe(texts, vocab_size):
     """
     if vocab_size < 257:
         raise UserError(f"vocab_size={vocab_size} is below 257: a BPE has 256 bytes and {EOT}")
-    ids = learn_pairs(texts, vocab_size - 1).get_vocab()
+    ids = train_merges(texts, vocab_size - 1).get_vocab()
     if len(ids) < vocab_size - 1:
         print(f"vocab_size={vocab_size}: this text has too few pairs, using {len(ids) + 1}")
         vocab_size = len(ids) + 1
@@ -164,7 +164,7 @@ def train_bpe(texts, vocab_size):
     )
 
 
-def learn_pairs(texts, vocab_size):
+def train_merges(texts, vocab_size):
     """Train a `tokenizers.Tokenizer` with `vocab_size` ids on `texts`."""
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers

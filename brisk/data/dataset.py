@@ -129,7 +129,7 @@ def write_dataset(
     try:
         writing.mkdir(parents=True, exist_ok=True)
         with FileLock(writing / "lock", blocking=False):
-            keep_what_fits(writing, meta, end_documents)
+            remove_stale_files(writing, meta, end_documents)
             for split, documents in splits.items():
                 file = writing / f"{split}.bin"
                 counts = write_bin(file, tokenizer, documents, end_documents, workers)
@@ -138,7 +138,7 @@ def write_dataset(
                     raise UserError(f"the text is too short: no tokens are left for {split}")
                 print(f"{split} has {counts['tokens']:,} tokens")
                 meta["splits"][split] = counts
-            move_in(directory, writing, meta, tokenizer)
+            move_files(directory, writing, meta, tokenizer)
     except UserError:
         if not any(writing.glob("*.progress")):  # nothing to continue from
             shutil.rmtree(writing, ignore_errors=True)
@@ -182,13 +182,13 @@ def join_datasets(directory, folders, source):
                             file.write(block)
                 joined["splits"][split] = {**total, "sha256": digest.hexdigest()}
                 print(f"{split} has {total['tokens']:,} tokens")
-            move_in(directory, Path(temporary), joined, from_dict(joined["tokenizer"]))
+            move_files(directory, Path(temporary), joined, from_dict(joined["tokenizer"]))
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
     return joined
 
 
-def keep_what_fits(writing, meta, end_documents):
+def remove_stale_files(writing, meta, end_documents):
     """Delete the files in `writing` unless they were made with this format and tokenizer."""
     identity = json.dumps([meta["format"], meta["tokenizer"], end_documents])
     note = writing / "made-with"
@@ -199,9 +199,9 @@ def keep_what_fits(writing, meta, end_documents):
         note.write_text(identity, encoding="utf-8")
 
 
-def move_in(directory, writing, meta, tokenizer):
+def move_files(directory, writing, meta, tokenizer):
     """Move the finished files from `writing` to `directory`, `meta.json` first."""
-    write_description(writing, meta, tokenizer)
+    write_meta(writing, meta, tokenizer)
     bins = [f"{split}.bin" for split in meta["splits"]]
     # delete the old files first: the new meta.json must never describe them
     for name in ["meta.pkl", *bins]:
@@ -211,7 +211,7 @@ def move_in(directory, writing, meta, tokenizer):
         (writing / name).replace(directory / name)
 
 
-def write_description(directory, meta, tokenizer):
+def write_meta(directory, meta, tokenizer):
     """Write `meta.json`, and for a character tokenizer also `meta.pkl`, which nanoGPT reads."""
     text = json.dumps(meta, indent=1)
     (Path(directory) / "meta.json").write_text(text + "\n", encoding="utf-8")

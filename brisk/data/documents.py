@@ -29,7 +29,7 @@ from brisk.errors import UserError, note
 
 SHOWN = 5  # skipped files to name
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-PARTS_OF_A_SET = {"meta.json", "meta.pkl", "train.bin", "val.bin"}
+DATA_SET_FILES = {"meta.json", "meta.pkl", "train.bin", "val.bin"}
 FEW, LONG = 100, 10_000  # documents, and characters in all of them; see `split_documents`
 COUNTED = 100_000  # a split of fewer documents has the exact fraction; of more, the expected one
 
@@ -54,9 +54,9 @@ class Corpus:
     def __init__(self, sources, column="", encoding="auto", lines=False):
         if not sources.strip(", "):
             raise UserError("name a file, a folder or a data set on the hub: --input=PATH")
-        files, left_out = with_members(find_files(sources))
+        files, skipped = expand_archives(find_files(sources))
         self.parts = []
-        alone = len(files) + len(left_out) == 1
+        is_only = len(files) + len(skipped) == 1
         for file in files:
             Table = None
             try:
@@ -64,69 +64,69 @@ class Corpus:
                 Table = table_of(file, head)
                 if not head:
                     raise EmptyFile(f"{file} is empty")
-                self.parts.append(part_of(file, Table, column, encoding, lines, alone))
+                self.parts.append(part_of(file, Table, column, encoding, lines, is_only))
             except UserError as error:
-                if alone or (Table and not isinstance(error, EmptyFile)):
+                if is_only or (Table and not isinstance(error, EmptyFile)):
                     raise
-                left_out.append((file, error))
-        if not files and not left_out:
+                skipped.append((file, error))
+        if not files and not skipped:
             dataset = load(sources, num_proc=cores())
             self.parts.append(
                 Rows(dataset, choose_column(HubTable(dataset, sources), column), sources)
             )
         elif not self.parts:
-            raise left_out[0][1]
-        tell_left_out(left_out)
+            raise skipped[0][1]
+        note_skipped(skipped)
 
     def __iter__(self):
         for part in self.parts:
             yield from part
 
 
-def part_of(file, Table, column, encoding, lines, alone):
-    """The documents of one file, a `Table` or text. `alone`: it is the only file of the corpus."""
+def part_of(file, Table, column, encoding, lines, is_only):
+    """The documents of one file, a `Table` or text. `is_only`: the corpus has no other file."""
     if Table:
         try:
             return Column(Table(file, encoding), column)
         except EmptyFile:
             raise
         except UserError:  # in a folder, json that is not a table (settings, say) counts as text
-            if alone or suffix_of(file) != ".json":
+            if is_only or suffix_of(file) != ".json":
                 raise
     text = TextFile(file, encoding)
-    if alone and not any(text):
+    if is_only and not any(text):
         raise EmptyFile(f"{file} is empty")
     return Lines(text) if lines else [text]
 
 
-def with_members(files):
+def expand_archives(files):
     """Replace zip archives among `files` by their members.
 
     Returns the files, and pairs (archive, error) of unreadable archives. Raises the error if the
     archive is the only file.
     """
-    found, left_out = [], []
+    found, skipped = [], []
     for file in files:
         try:
             found += members_of(file) if is_zip(file) else [file]
         except UserError as error:
             if len(files) == 1:
                 raise
-            left_out.append((file, error))
-    return found, left_out
+            skipped.append((file, error))
+    return found, skipped
 
 
-def tell_left_out(left_out):
+def note_skipped(skipped):
     """Print which files were skipped: binary and empty ones in one line each, others with their
     error."""
     groups = {NotText: "not text", EmptyFile: "empty"}
     for kind, reason in groups.items():
-        names = [file.name for file, error in left_out if type(error) is kind]
+        names = [file.name for file, error in skipped if type(error) is kind]
         if names:
             shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
             files = "1 file that is" if len(names) == 1 else f"{len(names)} files that are"
             note(f"skipped {files} {reason}: {shown}")
-    others = [error for _, error in left_out if type(error) not in groups]
+    others = [error for _, error in skipped if type(error) not in groups]
     for error in others[:SHOWN]:
         note(f"skipped: {error}")
     if len(others) > SHOWN:
@@ -143,7 +143,7 @@ class HubTable:
         self.text_columns = [name for name in kinds if kinds[name] in ("string", "large_string")]
 
 
-class Picked:
+class Filtered:
     """The documents of a corpus for whose `key_of` the predicate `is_wanted` holds."""
 
     def __init__(self, corpus, is_wanted):
@@ -153,7 +153,7 @@ class Picked:
         return (document for document in self.corpus if self.is_wanted(key_of(document)))
 
 
-class Shortened:
+class Truncated:
     """The documents of a corpus; those whose `key_of` is `key` are cut after `n` characters."""
 
     def __init__(self, corpus, key, n):
@@ -215,7 +215,7 @@ def split_documents(corpus, share):
             n = sizes[largest] - int(total * share)
             whole = next(document for document in corpus if key_of(document) == largest)
             return {
-                "train": Shortened(corpus, largest, n),
+                "train": Truncated(corpus, largest, n),
                 "val": [Span(whole, n, sizes[largest])],
             }
     if len(keys) == COUNTED:
@@ -226,8 +226,8 @@ def split_documents(corpus, share):
         count = min(max(1, math.ceil(share * len(different))), len(different) - 1)
         bound = different[count]
     return {
-        "train": Picked(corpus, lambda key: key >= bound),
-        "val": Picked(corpus, lambda key: key < bound),
+        "train": Filtered(corpus, lambda key: key >= bound),
+        "val": Filtered(corpus, lambda key: key < bound),
     }
 
 
@@ -299,7 +299,7 @@ def files_in(folder):
     return [
         file
         for file in files
-        if not (file.parent in made and file.name in PARTS_OF_A_SET)
+        if not (file.parent in made and file.name in DATA_SET_FILES)
         and not is_clutter(file.relative_to(folder))
     ]
 

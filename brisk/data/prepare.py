@@ -45,7 +45,7 @@ def measure_text(corpus, size=0, limit=SAMPLE):
     """Compute the `TextStats` of a corpus from its first `limit` characters. The totals of a longer
     corpus are estimated from `size`, the number of bytes in its files."""
     counts, length, characters, is_whole = np.zeros(0x110000, dtype=np.int64), 0, 0, True
-    for text in in_large_pieces(corpus):
+    for text in large_pieces(corpus):
         if characters >= limit:
             is_whole = False
             break
@@ -65,7 +65,7 @@ def measure_text(corpus, size=0, limit=SAMPLE):
     )
 
 
-def in_large_pieces(documents, size=2**20):
+def large_pieces(documents, size=2**20):
     """Yield the text of all documents in strings of at least `size` characters except the last."""
     waiting, length = [], 0
     for piece in pieces(documents):
@@ -141,7 +141,7 @@ def prepare(
     if not inputs.strip(", "):
         raise UserError("name a file, a folder or a data set on the hub: --input=PATH")
     files = find_files(inputs)
-    before = stamps(files)
+    before = file_stats(files)
     wanted = {"sha256": checksum_of(files, inputs), "asked": [tokenizer, vocab_size]}
     wanted |= {"column": column, "documents": documents, "encoding": encoding}
     wanted |= {"val_share": val_share, "bpe_sample": bpe_sample, "min_count": min_count}
@@ -206,7 +206,7 @@ class Unchanged:
 
     def __iter__(self):
         yield from self.documents
-        now = stamps(self.files)
+        now = file_stats(self.files)
         if changed := [file for file, *_ in set(self.before) - set(now)]:
             raise UserError(f"{min(changed)} changed during reading; run this again")
 
@@ -214,7 +214,7 @@ class Unchanged:
         return length_hint(self.documents, 0)
 
 
-def stamps(files):
+def file_stats(files):
     """(name, size, modification time) of each file."""
     found = ((file, file.stat()) for file in files if file.exists())
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]

@@ -88,7 +88,7 @@ def blocks(path):
     except (OSError, EOFError, ValueError) as error:  # from the file or a decompressor
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from error
-    except Exception as error:  # zlib, lzma, zipfile and zstd have errors of their own
+    except Exception as error:  # zlib, lzma, zipfile and zstd raise different exceptions
         raise UserError(f"cannot read {path}: it is damaged ({error})") from error
 
 

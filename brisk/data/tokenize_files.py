@@ -97,7 +97,7 @@ class Progress:
         another text, or the file is damaged."""
         text = ""
         for batch in islice(batches, self.batches):
-            text = following(text, batch)
+            text = chain_checksum(text, batch)
             done = [ends if bar.unit == " documents" else len(part) for part, ends in batch]
             bar.update(sum(done))
         if text != self.text:
@@ -112,7 +112,7 @@ class Progress:
         """Yield each batch with the checksum of the text up to its end."""
         text = self.text
         for batch in batches:
-            text = following(text, batch)
+            text = chain_checksum(text, batch)
             yield batch, text
 
     def add(self, ids, counts, mark):
@@ -134,7 +134,7 @@ class Progress:
         self.saved = time.monotonic()
 
 
-def following(text, batch):
+def chain_checksum(text, batch):
     """Chain the checksum `text` of the previous batches with `batch`."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for part, ends in batch:
@@ -253,11 +253,11 @@ def start_worker(description, end_documents):
     """Initialize a worker process. It ignores Ctrl-C, which the main process handles."""
     global worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     worker = (from_dict(description), end_documents)
 
 
-def leave_with_parent():
+def exit_with_parent():
     """Exit when the main process is killed; the worker would wait for work forever."""
     parent_process().join()
     os._exit(1)

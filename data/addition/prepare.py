@@ -29,7 +29,7 @@ class PrepareConfig:
     data_dir: str = ""  # output folder; if empty, the folder of this script
 
 
-def draw_problems(digits, max_problems, rng):
+def sample_problems(digits, max_problems, rng):
     """All pairs of summands, or a random sample of `max_problems`."""
     size = 10**digits
     count = min(size**2, max_problems)
@@ -52,7 +52,7 @@ def as_text(problems):
 
 def main(config):
     rng = random.Random(config.seed)
-    problems = draw_problems(config.digits, config.max_problems, rng)
+    problems = sample_problems(config.digits, config.max_problems, rng)
     splits = split_problems(problems, rng)
     train, val = splits["train"], splits["val"]
     print(f"{len(train):,} problems to train on, {len(val):,} held out")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from brisk.data.bpe import gpt2
 from brisk.data.dataset import join_datasets, write_dataset
-from brisk.data.documents import Picked, find_files
+from brisk.data.documents import Filtered, find_files
 from brisk.data.hub import download_from_hub, files_on_hub
 from brisk.data.parquet_file import ParquetFile
 from brisk.data.tables import Column
@@ -41,8 +41,8 @@ def write_shard(folder, file, config):
     """Tokenize one file. Documents are assigned to a split by a hash of their text."""
     rows, bound = Column(ParquetFile(file), "text"), int(config.val_share * 2**64)
     splits = {
-        "train": Picked(rows, lambda key: key >= bound),
-        "val": Picked(rows, lambda key: key < bound),
+        "train": Filtered(rows, lambda key: key >= bound),
+        "val": Filtered(rows, lambda key: key < bound),
     }
     write_dataset(folder, gpt2(), splits, Path(file).name, True, config.num_proc)
 

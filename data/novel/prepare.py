@@ -41,7 +41,7 @@ class PrepareConfig:
     data_dir: str = ""  # output folder; if empty, the folder of this script
 
 
-def cut_at(pattern, text):
+def split_chapters(pattern, text):
     """Split `text` into chapters. Text before the first heading is a chapter too."""
     try:
         starts = [match.start() for match in re.finditer(pattern, text, re.MULTILINE)]
@@ -54,7 +54,7 @@ def cut_at(pattern, text):
 
 def main(config):
     text, source = find_text(config.input, HERE, "novel.txt", "", "", config.encoding)
-    chapters = cut_at(config.chapters, text) if config.chapters else [text]
+    chapters = split_chapters(config.chapters, text) if config.chapters else [text]
     is_one = len(chapters) == 1
     held_out = max(1, round(config.val_share * len(chapters)))
     splits = {"train": chapters[:-held_out], "val": chapters[-held_out:]}

@@ -79,7 +79,7 @@ def test_meta_pkl_matches_nanogpt(tmp_path, eot):
     text = "".join(meta["itos"][i] for i in ids)  # as nanoGPT's sample.py decodes
     assert text == "".join(document + EOT * eot for document in DOCUMENTS)
 
-    (tmp_path / "meta.json").unlink()  # what is left is a set as nanoGPT prepares it
+    (tmp_path / "meta.json").unlink()  # as prepared by nanoGPT
     assert read_meta(tmp_path) is None
     again = load_tokenizer(tmp_path)
     assert (again.decode(ids), again.eot) == (text, tokenizer.eot)
@@ -121,12 +121,12 @@ def test_interrupted_move_is_detected(tmp_path):
     (tmp_path / "train.bin").write_bytes(old)  # meta.json is the new one
     with pytest.raises(UserError, match=r"interrupted; run again: python .*prepare\.py"):
         read_meta(tmp_path)
-    (tmp_path / "train.bin").unlink()  # the loader tells that one is missing
+    (tmp_path / "train.bin").unlink()  # the loader reports a missing file
     assert read_meta(tmp_path)
 
 
 def test_bins_are_moved_after_meta_json(tmp_path, monkeypatch):
-    """Stop the run after each single move: no bin is ever taken for what it is not."""
+    """Stop after each single move: no .bin file ever seems to belong to another meta.json."""
     write(tmp_path, ByteTokenizer(), ["old"], ["old"])
     replace = type(tmp_path).replace
     for moves in range(3):

@@ -21,7 +21,7 @@ TOKENS = np.array([1, EOT, 2, 3, EOT, EOT, 4, 5, 6, EOT, EOT, 7, 8, EOT, 1, 2] *
 
 
 def by_definition(tokens, eot=EOT):
-    """The documents, found one token after another."""
+    """The documents, found token by token."""
     found, first = [], 0
     for at, token in enumerate(tokens):
         if token == eot:
@@ -43,7 +43,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def index(path):
-    """The path of the index of `path`, after it was built."""
+    """Build the index of `path`. Returns its path."""
     assert open_documents(path) == by_definition(TOKENS)
     return path.with_name("train.documents.idx")
 
@@ -56,7 +56,7 @@ def files(path):
     return sorted(os.listdir(path.parent))
 
 
-# ----------------------------------------------------------------------------- what it holds
+# ----------------------------------------------------------------------------- contents
 
 
 @given(tokens=st.lists(st.integers(7, EOT), min_size=1, max_size=60), piece=st.integers(1, 70))
@@ -99,19 +99,19 @@ def test_small_file_has_no_index(path, monkeypatch):
     assert files(path) == ["train.bin"]
 
 
-# ----------------------------------------------------------------------------- when it is rebuilt
+# ----------------------------------------------------------------------------- rebuilding
 
 
 def test_changed_tokens(index, path):
     changed = TOKENS.astype("<u2")
-    changed[7] = EOT  # where no document ended; those that did still do
+    changed[7] = EOT  # a new end of a document; the old ones are unchanged
     changed.tofile(path)
     os.utime(path, ns=(0, 0))
     assert open_documents(path) == by_definition(changed)
 
 
 def test_index_follows_the_checksum(tmp_path):
-    """Where there is a meta.json a copy of the data needs no other index, and other data does."""
+    """With a meta.json, a copy of the data reuses the index, and other data does not."""
     tokenizer = CharTokenizer(list("abcdefgh"), eot=True)
     path = tmp_path / "train.bin"
 
@@ -131,7 +131,7 @@ def test_index_follows_the_checksum(tmp_path):
 
 
 def test_tokens_not_matching_the_checksum(tmp_path):
-    """Such as a bin that was replaced by hand."""
+    """For example, a .bin file replaced by hand."""
     tokenizer = CharTokenizer(list("abcdefgh"), eot=True)
     splits = {"train": ["abcdefgh", "abc"], "val": ["abc"]}
     write_dataset(tmp_path, tokenizer, splits, "letters", end_documents=True)
@@ -185,7 +185,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("documents", HOSTILE)
 def test_hostile_index(index, path, documents):
-    """Its seal is right."""
+    """With a valid checksum."""
     save(index, describe(path, np.memmap(path, "<u2", "r"), EOT), [np.array(documents)])
     assert open_documents(path) == by_definition(TOKENS)
 
@@ -196,7 +196,7 @@ def test_file_without_documents_has_no_index(tmp_path):
     assert open_documents(path) == open_documents(path) == []
 
 
-# ----------------------------------------------------------------------------- where it is written
+# ----------------------------------------------------------------------------- writing
 
 
 def test_read_only_folder(path, monkeypatch):
@@ -215,7 +215,7 @@ def test_index_path_is_a_folder(path):
 
 
 def test_nested_saves(index):
-    """As of two processes: each writes a file of its own, the last to finish stays."""
+    """As if in two processes: each writes a separate file, and the last to finish remains."""
 
     def pieces():
         save(index, b"inner", [np.array([[0, 2]])])

@@ -95,7 +95,7 @@ def test_empty_table_is_refused(tmp_path):
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """Files of many kinds; the folder is the current one."""
+    """Files of many kinds, in the working directory."""
     monkeypatch.chdir(tmp_path)
     for name, content in {
         "in/b.txt": "text b",
@@ -133,7 +133,7 @@ def test_folder_skips_hidden_and_binary_files(tree, capsys):
         ("in/a.md,in/*.md", ["a.md"]),  # once
         ("in/**/*.py", ["c.py"]),
         ("in/deep,in/b.txt", ["c.py", "settings.json", "b.txt"]),
-        ("no_such_name", []),  # a name on the hub, perhaps
+        ("no_such_name", []),  # may be a name on the hub
         ("someone/name", []),
     ],
 )
@@ -275,7 +275,7 @@ def test_column_of_a_hub_data_set(monkeypatch):
         Corpus("someone/texts", column="text")
 
 
-# ----------------------------------------------------------------------------- a few files
+# ----------------------------------------------------------------------------- few files
 
 
 def test_dominant_document_is_split():
@@ -297,7 +297,7 @@ def test_prepared_data_sets_are_skipped(tree):
     assert "meta.json" not in [file.name for file in find_files("in")]
     assert [file.name for file in find_files("in/deep")] == ["c.py", "settings.json"]
     (tree / "in" / "deep" / "train.bin").unlink()
-    assert "meta.json" in [file.name for file in find_files("in")]  # of something else
+    assert "meta.json" in [file.name for file in find_files("in")]  # not of a data set
 
 
 @pytest.mark.parametrize(

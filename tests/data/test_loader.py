@@ -20,7 +20,7 @@ EOT = 99
 
 @pytest.fixture
 def write(tmp_path):
-    """Write token ids to a file; its path."""
+    """Write token ids to a file. Returns its path."""
 
     def write(ids, dtype="<u2", name="train.bin"):
         np.asarray(ids).astype(dtype).tofile(tmp_path / name)
@@ -31,7 +31,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def counting(write):
-    """A file that counts 0, 1, 2, …, so that a window says where it was taken."""
+    """A file of the ids 0, 1, 2, …, so that a window shows its position."""
     return lambda n=1000, block_size=8, **more: TokenFile(write(range(n)), block_size, n, **more)
 
 
@@ -47,7 +47,7 @@ def test_targets_are_shifted_inputs(counting):
     x, y = counting(block_size=8).batch(0, 5)
     assert x.shape == y.shape == (5, 8) and x.dtype == y.dtype == torch.int64
     assert torch.equal(y, x + 1)
-    assert torch.equal(x, x[:, :1] + torch.arange(8))  # a stretch of the file as it stands
+    assert torch.equal(x, x[:, :1] + torch.arange(8))  # consecutive tokens of the file
 
 
 @pytest.mark.parametrize("n, block_size", [(1000, 8), (999, 8), (97, 10), (33, 16), (21, 10)])
@@ -55,9 +55,9 @@ def test_epoch_visits_every_row_once(counting, n, block_size):
     data = counting(n, block_size)
     for epoch in range(5):
         starts = np.sort(firsts(data, epoch * data.rows, data.rows))
-        assert (np.diff(starts) == block_size).all()  # side by side: none twice, none left out
-        assert starts[-1] + block_size < n  # and each has its last target
-    # All but the two windows that the offset needs are visited.
+        assert (np.diff(starts) == block_size).all()  # adjacent: no token twice or missing
+        assert starts[-1] + block_size < n  # room for the last target
+    # at most two windows are missing, to leave room for the offset
     assert data.rows >= n // block_size - 1
 
 
@@ -72,8 +72,8 @@ def test_epochs_differ_in_order_and_offset(counting):
 
 
 def test_offsets_make_every_token_a_target(counting):
-    """Whatever stands in front of a row in one epoch is inside one in another; up to a row at
-    the end of the file may be left out."""
+    """Tokens before the first row of one epoch are inside a row of another. Up to one row at the
+    end of the file may be missing."""
     data = counting(100, 8)
     seen = {int(t) for e in range(60) for t in data.batch(e * data.rows, data.rows)[1].flatten()}
     assert seen >= set(range(1, 100 - 8))
@@ -90,7 +90,7 @@ def test_batch_is_independent_of_its_split(tmp_path_factory, position, count, cu
     if not path.exists():
         np.arange(300, dtype="<u2").tofile(path)
     whole = TokenFile(path, 8, 300, seed=seed).batch(position, count)
-    other = TokenFile(path, 8, 300, seed=seed)  # another process, which began elsewhere
+    other = TokenFile(path, 8, 300, seed=seed)  # as in another process
     at = 1 + int(cut * (count - 2))
     parts = other.batch(position + at, count - at), other.batch(position, at)
     for i in (0, 1):
@@ -134,19 +134,19 @@ def documents(write):
 
 
 def test_row_is_one_document(documents):
-    assert documents.rows == 4  # the empty one teaches nothing
+    assert documents.rows == 4  # without the empty one
     x, y = documents.batch(0, 4)
     found = {}
     for row, targets in zip(x.tolist(), y.tolist(), strict=True):
         assert row[0] == EOT
         found[targets[0]] = targets
-        # what the model reads is what it was to say before, as far as there is a target
+        # inputs are the previous targets, up to the last target
         for read, said in zip(row[1:], targets, strict=False):
             assert read == said or said == -1
     assert found == {
         1: [1, EOT, -1, -1, -1],
         2: [2, 3, 4, EOT, -1],
-        5: [5, 6, 7, 8, 9],  # longer than block_size: its beginning
+        5: [5, 6, 7, 8, 9],  # longer than block_size: truncated
         13: [13, 14, EOT, -1, -1],
     }
     assert x.min() >= 0  # no -1 reaches the embedding
@@ -187,7 +187,7 @@ def test_documents_need_an_end_of_text_token(write):
         TokenFile(path, 8, 100, rows="documents", eot=EOT)
 
 
-# ----------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------- errors
 
 
 def test_short_file_is_refused(write):
@@ -211,8 +211,8 @@ def test_ids_beyond_the_vocabulary(write):
 
 @pytest.mark.parametrize("bad", range(20, 28))
 def test_late_ids_beyond_the_vocabulary(write, monkeypatch, bad):
-    """What the look at the beginning of a large file does not reach is found in the batch, in
-    whatever column of a row it stands."""
+    """Only the beginning of a large file is checked when it is opened. Later ids are found in the
+    batch, in any column of a row."""
     monkeypatch.setattr(loader, "SCAN", 4)
     ids = [1] * 60
     ids[bad] = 500
@@ -242,7 +242,7 @@ def test_missing_data_set_names_its_command(tmp_path, monkeypatch, missing):
 
 
 def test_missing_data_dir(tmp_path):
-    """The command is that of the folder, not that of the default `dataset`."""
+    """The command is for the folder, not for the default `dataset`."""
     folder = tmp_path / "sonnets"
     folder.mkdir()
     (folder / "prepare.py").touch()
@@ -279,7 +279,7 @@ def test_data_found_from_another_directory(tmp_path, monkeypatch):
 
 
 def test_repository_is_the_clone(tmp_path, monkeypatch):
-    """Wherever in the package the caller stands; an installed package has none."""
+    """An installed package has no repository."""
     assert brisk.repository().samefile(ROOT)
     assert (brisk.repository() / "train.py").exists()
     monkeypatch.setattr(brisk, "__file__", str(tmp_path / "site-packages/brisk/__init__.py"))
@@ -287,7 +287,7 @@ def test_repository_is_the_clone(tmp_path, monkeypatch):
 
 
 def test_missing_data_set_without_a_clone(tmp_path, monkeypatch):
-    """The message is about the folder that the person is in, not about site-packages."""
+    """The message names the working directory, not site-packages."""
     monkeypatch.setattr(loader, "repository", lambda: None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
@@ -324,7 +324,7 @@ def test_shuffled_is_injective_for_large_n(n, key, data):
 
 
 def test_shuffled_is_uniform():
-    """Neighbours land anywhere: ranks and places are uncorrelated, and no key is like another."""
+    """Ranks and their images are uncorrelated, and so are different keys."""
     n = 4096
     for key in range(20):
         order = shuffled(np.arange(n), n, hash64(7, key))
@@ -333,7 +333,7 @@ def test_shuffled_is_uniform():
 
 
 def test_shuffle_matches_recorded_numbers():
-    """A checkpoint of today goes on tomorrow with the same data, whatever libraries there are."""
+    """A checkpoint resumes with the same data under any version of the libraries."""
     assert hash64(0) == 0xE220A8397B1DCDAF  # SplitMix64's first number for the seed 0
     assert hash64(1337, 5, 2) == 3954968150649167876
     assert shuffled(np.arange(10), 10, 1337).tolist() == [1, 8, 5, 4, 6, 7, 3, 2, 0, 9]
@@ -349,7 +349,7 @@ def test_evaluation_rows_are_even_and_seedless(tmp_path, evenly):
     starts = x[:, 0].tolist()
     assert starts == sorted(starts) and len(set(starts)) == min(evenly, one.rows)
     gaps = np.diff([*starts, 500])
-    assert gaps.max() <= max(8, 500 / evenly) + 24  # nowhere a stretch that is left out
+    assert gaps.max() <= max(8, 500 / evenly) + 24  # no large gaps
     assert torch.equal(x, other.batch(0, evenly)[0]) and torch.equal(y[:, :-1], x[:, 1:])
 
 

@@ -66,7 +66,7 @@ def test_same_text_is_reused(capsys):
     folder = prepare("my.txt")
     assert folder == Path("data/my") and read_meta(folder)["source"] == "my.txt"
     before = modified(folder)
-    os.utime("my.txt", (0, 0))  # its contents count
+    os.utime("my.txt", (0, 0))  # only the contents matter
     Path("my.txt").rename("other.txt")
     assert prepare("other.txt", folder) == folder
     assert modified(folder) == before
@@ -166,7 +166,7 @@ def test_text_of_stop_words_is_one_line(prepare_here, text, message):
 
 
 def test_names_that_are_not_utf8(script, tmp_path):
-    """File names on Linux are bytes; these are not UTF-8."""
+    """File names on Linux are bytes, and these are not UTF-8."""
     name, folder = (os.fsdecode(os.fsencode(tmp_path) + end) for end in (b"/t\xfe.txt", b"/d\xff"))
     try:
         Path("my.txt").rename(name)

@@ -24,7 +24,7 @@ needs_shakespeare = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of what a `prepare.py` needs, in which nothing has been prepared."""
+    """A copy of the files that a `prepare.py` needs, without prepared data."""
     tree = tmp_path_factory.mktemp("tree")
     shutil.copytree(ROOT / "brisk", tree / "brisk", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "configurator.py", tree)
@@ -36,7 +36,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture
 def prepare(tree, tmp_path):
-    """Runs data/<name>/prepare.py in the copy; returns what it printed, or what went wrong."""
+    """Run data/<name>/prepare.py in the copy. Returns its output, or its error."""
 
     def run(name, *arguments, fails=False, **environment):
         environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment}
@@ -117,7 +117,7 @@ def test_own_text_goes_to_data_dir(prepare, tree, tmp_path):
 
 
 def nanogpt_openwebtext(documents, encode_ordinary):
-    """The bins that nanoGPT's data/openwebtext/prepare.py writes for these documents."""
+    """The .bin files that nanoGPT's data/openwebtext/prepare.py writes for these documents."""
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_dict({"text": documents})
     splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
@@ -193,7 +193,7 @@ def test_python_source_of_this_library(prepare, tmp_path):
     val = decoded(tmp_path, "val").split(EOT)
     assert any("class JSONDecoder" in text for text in train + val)
     long = [{text for text in split if len(text) > 1000} for split in (train, val)]
-    assert long[0] and long[1] and not long[0] & long[1]  # short files may have a twin
+    assert long[0] and long[1] and not long[0] & long[1]  # short files may be equal
     assert 0.03 < len(val) / len(train + val) < 0.2
 
 
@@ -226,7 +226,7 @@ def test_python_source_vocab_size(prepare, tmp_path):
 
 
 def problems_in(directory, split):
-    """Each (a, b) of a split with how often it is there; all sums are right."""
+    """Check the sums of a split. Returns {(a, b): count}."""
     problems = Counter()
     for document in filter(None, decoded(directory, split).split(EOT)):
         question, answer = document.split("=")
@@ -263,7 +263,7 @@ def test_addition_sample_is_reproducible(prepare, tmp_path):
     assert not unordered(train) & unordered(val)
 
 
-# ----------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def write(name, text, encoding="utf-8"):
     return name
 
 
-# ----------------------------------------------------------------------------- files of one's own
+# ----------------------------------------------------------------------------- user files
 
 POEM = "Über allen Gipfeln ist Ruh,\r\nin allen Wipfeln 你好 🎉\r\n" * 30
 TOKENIZERS = ["char", "byte", "word", "bpe", "gpt2"]
@@ -81,7 +81,7 @@ def test_files_of_many_kinds(shared_memory, needs, prepare, tokenizer):
     write("in/.notes", "hidden")
     sources = "in/*.*,in/deep" if tokenizer == "byte" else "in"
     made = prepare("custom", input=sources, tokenizer=tokenizer, vocab_size=270, val_share=0.2)
-    if tokenizer == "word":  # the one word that each of them has alone is rare, so unknown
+    if tokenizer == "word":  # each document has one unique word, which is unknown
         bodies = ["file <|unknown|> says hello to all of them"] * 12
     assert [text.strip() for text in made.all_documents()] == sorted(bodies)
     assert len(made.documents("val")) == 3
@@ -115,7 +115,7 @@ def test_vocabulary_matches_one_in_memory(prepare, monkeypatch):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(
         "brisk.data.raw_files.PIECE", 1000
-    )  # words are cut, and must not be learned so
+    )  # pieces end inside words, which must not be learned
     monkeypatch.setattr("brisk.data.tokenize_files.BATCH", 1000)
     rng = random.Random(1)
     text = "".join(f"word{rng.randrange(300)} " for _ in range(5000))
@@ -232,7 +232,7 @@ def test_join_refuses_different_tokenizers(tmp_path):
 
 # ----------------------------------------------------------------------------- memory
 
-# What a process and its workers take at most, in MB; a new process knows nothing of its parent's.
+# Peak memory of a process and its workers in MB, measured in a new process.
 MEASURE = """
 import re, resource, runpy, sys
 sys.argv = sys.argv[1:]
@@ -254,7 +254,7 @@ def peak_of_custom(*argv):
 
 
 def write_large(path, megabytes):
-    """Lines of words, a block of two megabytes again and again."""
+    """Lines of words: the same block of two megabytes, repeated."""
     rng = random.Random(1)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(20_000)]
     block = "".join(" ".join(rng.choices(words, k=12)) + "\n" for _ in range(28_000))
@@ -336,7 +336,7 @@ def test_killed_shards_continue_and_grow(shards, monkeypatch):
     whole = shards(data_dir="whole")
     first = shards(shards=1)
     assert first.bins()[0] == whole.bins()[0][: len(first.bins()[0])]
-    for moves in (1, 2):  # meta.json is there, or train.bin too, when the run is killed
+    for moves in (1, 2):  # killed after moving meta.json, or train.bin too
         left, replace = [moves], type(whole.folder).replace
 
         def dying(path, target, left=left, replace=replace):
@@ -351,7 +351,7 @@ def test_killed_shards_continue_and_grow(shards, monkeypatch):
             shards()
         monkeypatch.setattr(type(whole.folder), "replace", replace)
         assert not (first.folder / "shards" / "001" / "val.bin").exists()
-    (first.folder / ".writing-old").mkdir()  # of a process that was killed while joining
+    (first.folder / ".writing-old").mkdir()  # from a process killed while joining
     made = shards()
     assert made.printed.count("is there already") == 1
     assert made.bins() == whole.bins() and made.meta == whole.meta

@@ -28,11 +28,11 @@ def write(name, text, encoding="utf-8"):
 
 @pytest.fixture
 def reviews(prepare):
-    """A csv of 200 good, 50 bad and 7 other reviews, and 30 that are there before."""
+    """A csv of 200 good, 50 bad and 7 other reviews, and 30 duplicates."""
     rows = [f'"好看 {i}, 真的",1' for i in range(200)] + [f'"难看 {i}\nvery",0' for i in range(50)]
     rows += [f"odd {i},x" for i in range(7)]
     rows += rows[:20] + rows[200:205]
-    rows += ['" 好看 1, 真的 ",1'] * 5  # the same but for spaces
+    rows += ['" 好看 1, 真的 ",1'] * 5  # duplicates except for spaces
     random.Random(1).shuffle(rows)
     return write("reviews.csv", "\n".join(["review,sentiment", *rows]))
 

@@ -58,7 +58,7 @@ def test_zip_is_read_like_a_folder(capsys):
     Path("all.zip").rename("in/all.zip")
     Path("in/f.txt").write_text("text f")
     assert sorted(texts("in")) == sorted([*expected, "text f"])
-    Path("in/all.zip").rename("in/all")  # known by its bytes
+    Path("in/all.zip").rename("in/all")  # recognized by its bytes
     assert sorted(texts("in")) == sorted([*expected, "text f"])
     assert os.listdir() == ["in"]
 
@@ -154,7 +154,7 @@ def test_compression_is_detected_by_bytes():
     assert texts("a.txt") == ["grün"]
 
 
-# ----------------------------------------------------------------------------- no text
+# ----------------------------------------------------------------------------- binary files
 
 
 def sqlite(path):
@@ -214,7 +214,7 @@ NO_TEXT = {
 def test_binary_files_are_named_by_kind(name, renamed):
     make, message = NO_TEXT[name]
     make(name)
-    if renamed:  # the bytes count, not the name
+    if renamed:  # only the bytes matter
         Path(name).rename("a.txt")
         name, message = "a.txt", message.split("; convert")[0].split(r"\.")[0].rstrip("$")
     for encoding in ("auto", "utf-8"):
@@ -281,7 +281,7 @@ def seeds():
 
 
 def damaged(raw, rng):
-    """`raw` with up to four bytes changed, left out or put in, or cut short."""
+    """`raw` truncated, or with up to four bytes changed, removed or inserted."""
     raw = bytearray(raw)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(raw))

@@ -26,7 +26,7 @@ def look(here, given=""):
 
 @pytest.fixture
 def network(monkeypatch):
-    """A network whose answer is the last thing in the list; without one there is no network."""
+    """A network that answers with the last item of the list; without items, no network."""
     answers = []
 
     def urlopen(url, timeout):
@@ -45,7 +45,7 @@ def test_search_order(tmp_path, monkeypatch, network):
     shared.mkdir()
     network.append(RAW)
     assert look(here) == ("Grüße\nund mehr", URL)
-    assert (here / "input.txt").read_bytes() == RAW  # kept, so the next time needs no network
+    assert (here / "input.txt").read_bytes() == RAW  # saved for the next time
     network.clear()
     assert look(here) == ("Grüße\nund mehr", URL)
 
@@ -119,7 +119,7 @@ def test_any_encoding_and_line_end(tmp_path, monkeypatch, encoding, text, line_e
     file.write_bytes(format_bytes(text * 5, encoding, line_end))
     assert read_text(file) == text * 5
     found = TextFile(file)
-    for piece in (1, 2, 3, 7):  # characters, and line ends, fall on both sides of a border
+    for piece in (1, 2, 3, 7):  # pieces end inside characters and line ends
         monkeypatch.setattr(raw_files, "PIECE", piece)
         assert "".join(found) == text * 5 == "".join(found)
         assert read_text(file, encoding) == text * 5
@@ -165,7 +165,7 @@ def test_invalid_byte_is_located(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(raw_files, "PIECE", piece)
     with pytest.raises(UserError, match=r"a\.txt is not utf-8 at byte 5; name its encoding"):
         read_text(file, "utf-8")
-    file.write_bytes(b"ab\xe5\xa5")  # ends within a character
+    file.write_bytes(b"ab\xe5\xa5")  # ends inside a character
     with pytest.raises(UserError, match="at byte 2;"):
         read_text(file, "utf-8")
 
@@ -183,12 +183,12 @@ def test_encoding_after_a_long_ascii_start(tmp_path, capsys, encoding, text):
     whole = plain * 30_000 + text + plain * 100 + text * 3
     (tmp_path / "a.txt").write_bytes(whole.encode(encoding))
     assert read_text(tmp_path / "a.txt") == whole
-    assert "reading it as" in capsys.readouterr().err  # a guess, and said to be one
+    assert "reading it as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shift", range(4))
 def test_encoding_of_one_huge_line(tmp_path, shift):
-    """The sample of it may end in the middle of a character."""
+    """The sample may end inside a character."""
     for encoding, text in (("gb18030", SIMPLIFIED), ("utf-8", SIMPLIFIED), ("big5", TRADITIONAL)):
         line = "a" * shift + text.replace("\n", "") * 40_000
         (tmp_path / "a.txt").write_bytes(line.encode(encoding))
@@ -199,7 +199,7 @@ def test_text_may_end_with_an_accent(tmp_path):
     text = FRENCH * 5 + "… un café"
     (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
     assert read_text(tmp_path / "a.txt") == text
-    (tmp_path / "a.txt").write_bytes("un café".encode("cp1252"))  # too little to tell which
+    (tmp_path / "a.txt").write_bytes("un café".encode("cp1252"))  # too short to detect
     assert read_text(tmp_path / "a.txt").startswith("un caf")
     (tmp_path / "b.txt").write_bytes(b"a" * (raw_files.PIECE - 1) + "é…".encode())
     assert read_text(tmp_path / "b.txt").endswith("aé…")  # the first of it, half in a block

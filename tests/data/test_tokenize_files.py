@@ -80,7 +80,7 @@ def test_empty_documents_are_in_bounded_batches():
     assert len(batch) < 20_000
 
 
-# ----------------------------------------------------------------------------- after a kill
+# ----------------------------------------------------------------------------- interruptions
 
 TEXTS = [f"Document {i}.\nIt is about {i * i}, {'and so on ' * (i % 7)}你好.\n" for i in range(300)]
 
@@ -91,8 +91,8 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed(tmp_path, monkeypatch):
-    """`killed(after)`: a run that dies after so many batches, and has noted each of them;
-    `killed.encoded` is the list of batches encoded since."""
+    """`killed(after)`: a run that dies after this many batches, with its progress saved.
+    `killed.encoded` lists the batches encoded since then."""
     monkeypatch.setattr(tokenize_files, "BATCH", 1000)
     monkeypatch.setattr(tokenize_files, "SAVE_EVERY", -1)
     encode_batch = tokenize_files.encode_batch
@@ -114,8 +114,8 @@ def killed(tmp_path, monkeypatch):
 
 
 def finish(tmp_path, killed, texts=TEXTS, tokenizer=None):
-    """The run again, undisturbed: what it wrote is what a run in a fresh folder writes. Returns
-    how many batches it tokenized."""
+    """Run again to the end, and compare the files with those of a run in an empty folder. Returns
+    the number of batches tokenized."""
     tokenizer = tokenizer or ByteTokenizer()
     written = write(tmp_path / "data", tokenizer, texts, workers=1)
     encoded = len(killed.encoded)
@@ -127,7 +127,7 @@ def finish(tmp_path, killed, texts=TEXTS, tokenizer=None):
 
 
 def in_all(texts=TEXTS):
-    """Batches of the training text, and one for validation."""
+    """The number of batches in the training text, and one for validation."""
     return len(list(tokenize_files.batched(texts))) + 1
 
 
@@ -145,7 +145,7 @@ def test_repeated_kills_are_continued(tmp_path, killed):
 
 
 def test_finished_split_is_not_repeated(tmp_path, killed):
-    killed(in_all() - 1)  # in the validation part
+    killed(in_all() - 1)  # during validation
     assert finish(tmp_path, killed) == 1
 
 
@@ -155,7 +155,7 @@ def test_changed_text_starts_over(tmp_path, killed, place):
     changed = [*TEXTS]
     changed[place] = changed[place].replace("It", "it")
     encoded = finish(tmp_path, killed, changed)
-    assert encoded == in_all() - (14 if place == 299 else 0)  # the last one is in no batch so far
+    assert encoded == in_all() - (14 if place == 299 else 0)  # the last one was not in a batch yet
 
 
 def test_changed_document_border_starts_over(tmp_path, killed):
@@ -215,7 +215,7 @@ def test_missing_partial_file_is_detected(tmp_path, killed):
 
 
 def test_no_semaphores_means_one_process(tmp_path, monkeypatch, capsys):
-    """As on Linux without a writable /dev/shm."""
+    """For example, on Linux without a writable /dev/shm."""
 
     def refused(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -229,7 +229,7 @@ def test_no_semaphores_means_one_process(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("texts", [TEXTS, ["another", *TEXTS]], ids=["the same", "another text"])
 def test_interruption_ends_the_progress_line(tmp_path, killed, capsys, texts):
-    """The bar is shown from the start where a file is resumed, or begun again."""
+    """The bar is shown at once if a file is continued or started over."""
     killed(10)
 
     def interrupted():
@@ -276,12 +276,12 @@ def test_second_process_is_refused(tmp_path):
         assert (tmp_path / ".writing" / "train.progress").read_text() == "of the first"
 
 
-# ----------------------------------------------------------------------------- real processes
+# ----------------------------------------------------------------------------- subprocesses
 
 
 @pytest.fixture(scope="module")
 def big_text(tmp_path_factory):
-    """A text that takes some seconds to tokenize, and what an undisturbed run makes of it."""
+    """A text that takes some seconds to tokenize, and the files of an uninterrupted run."""
     pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("big")
     rng = random.Random(1)
@@ -307,7 +307,7 @@ def big_text(tmp_path_factory):
 
 
 def wait_for_progress(process, data_dir, batches=0):
-    """Until the note of how far it has come says more than so many batches; what it says."""
+    """Wait until the saved progress exceeds this many batches. Returns the progress."""
     note = data_dir / ".writing" / "train.progress"
     while process.poll() is None:
         if note.exists() and (noted := json.loads(note.read_text())["batches"]) > batches:
@@ -329,13 +329,13 @@ def test_process_killed_repeatedly_finishes(tmp_path, big_text):
         process = start(tmp_path)
         noted = wait_for_progress(process, tmp_path, batches)
         if number > 0 and process.returncode == 0:
-            break  # a fast machine: it was done before it could be stopped once more
+            break  # on a fast machine it may finish first
         assert noted, process.stderr.read()
         if number == 0:
             second = start(tmp_path)  # at the same time
             status = second.wait(timeout=60)
             if status == 0 and process.wait(timeout=60) == 0:
-                break  # the first was done before the second asked
+                break  # the first finished before the second started
             assert status == 2
             refusal = second.stderr.read().splitlines()
             assert len(refusal) == 1 and "another process is writing to" in refusal[0]
@@ -346,7 +346,7 @@ def test_process_killed_repeatedly_finishes(tmp_path, big_text):
         if sent == signal.SIGINT:
             last = process.stderr.read().splitlines()[-1]
             assert process.returncode == 130 and last == "interrupted"
-        batches = json.loads(note.read_text())["batches"]  # the next one has to get further
+        batches = json.loads(note.read_text())["batches"]  # the next one must make progress
         assert not (tmp_path / "train.bin").exists()
     process = start(tmp_path)
     assert process.wait(timeout=200) == 0, process.stderr.read()

@@ -22,8 +22,8 @@ from brisk.data.bpe import (
     TIKTOKEN_PATTERN,
     BPETokenizer,
     gpt2,
-    learn_pairs,
     train_bpe,
+    train_merges,
 )
 from brisk.data.saved_tokenizer import from_dict, read_meta_pkl, same_tokenizer
 from brisk.data.tokenizer import (
@@ -37,11 +37,11 @@ from brisk.data.tokenizer import (
 from brisk.errors import UserError
 
 TEXT = "First Citizen:\nBefore we proceed, hear me — “speak”, 你好 😀é\r\n\tend"
-valid_text = st.text()  # hypothesis leaves out lone surrogates: they are not text
+valid_text = st.text()  # without lone surrogates
 
 
 def small_bpe():
-    """A BPE of the 256 bytes and five merges, which needs no files."""
+    """A BPE with the 256 bytes and five merges, built without files."""
     tiktoken = pytest.importorskip("tiktoken")
     merges = [b"he", b"th", b"the", b" t", b" the"]
     ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
@@ -76,7 +76,7 @@ def tokenizers():
 def test_bytes_and_bpe_round_trip(text):
     for tokenizer in (ByteTokenizer(), small_bpe()):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        # Streams put the bytes of tokens together; a character may be spread over several.
+        # a character may be spread over several tokens
         streamed = b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode(text).tolist())
         assert streamed.decode() == text
 
@@ -146,7 +146,7 @@ LESSON = "def add(a, b):\n    return a + b\n\n\nfor number in range(10):\n    pr
 @given(st.text(max_size=60) | st.sampled_from([LESSON, "  \n\t x", "数字 and 🎉's"]))
 @settings(max_examples=60)
 def test_trained_bpe_matches_tokenizers(text):
-    learner, tokenizer = learn_pairs([LESSON], 279), train_bpe([LESSON], 280)
+    learner, tokenizer = train_merges([LESSON], 279), train_bpe([LESSON], 280)
     assert tokenizer.encode(text).tolist() == learner.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
     again = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
@@ -169,9 +169,9 @@ def test_all_planes_round_trip(gpt2_tokenizer):
 
 def test_long_run_trains_in_bounded_time():
     run = "".join(random.Random(1).choices("ACGT", k=1_000_000))
-    start = time.process_time()  # which other programs do not add to
+    start = time.process_time()  # independent of other programs
     tokenizer = train_bpe([run], 1000)
-    assert time.process_time() - start < 20  # three seconds; minutes where it is one piece
+    assert time.process_time() - start < 20  # takes three seconds; as one piece, minutes
     assert tokenizer.decode(tokenizer.encode(run)) == run
     assert len(tokenizer.encode(run)) < len(run) / 3
 
@@ -243,7 +243,7 @@ def test_damaged_dict_is_refused(description):
         from_dict(description)
 
 
-CL100K = (  # of tiktoken, and the pattern of GPT-4o below
+CL100K = (  # tiktoken's pattern; GPT-4o's is below
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
     r"\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
@@ -252,7 +252,7 @@ O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-DROPPING = [  # a part of GPT-2's pattern each time, and further ways
+DROPPING = [  # GPT-2's pattern without one of its parts, and others
     GPT2_PATTERN.replace(r" ?\p{N}+|", ""),
     GPT2_PATTERN.replace(r"|\s+(?!\S)|\s+", r"|\s+(?!\S)"),
     GPT2_PATTERN.replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"),
@@ -279,10 +279,10 @@ def described(pattern):
 
 @pytest.mark.parametrize("pattern", DROPPING)
 def test_pattern_that_drops_text_is_refused(pattern):
-    start = time.process_time()  # others may keep the machine busy
+    start = time.process_time()  # independent of other programs
     with pytest.raises(UserError, match="pattern does not match all text"):
         from_dict(described(pattern))
-    assert time.process_time() - start < 10  # of a second or two for exponential ones
+    assert time.process_time() - start < 10  # exponential patterns take a second or two
 
 
 @pytest.mark.parametrize("pattern", [CL100K, O200K, r"\w{1,60}|\W", r"[\s\S]", r"(\s)\1*|\S+"])
@@ -334,7 +334,7 @@ def test_words_are_stable_when_encoded_again(text):
 
 def test_words_are_ordered_by_frequency():
     texts = ["b a c", "c b c", "The d"]
-    assert learn_words(texts).words == ["c", "b", "a", "the", "d"]  # of equals the first
+    assert learn_words(texts).words == ["c", "b", "a", "the", "d"]  # ties in order of occurrence
     tokenizer = learn_words(texts, min_count=2, eot=True)
     assert tokenizer.words == ["c", "b"] and learn_words(texts, max_words=1).words == ["c"]
     assert (tokenizer.unk, tokenizer.eot, tokenizer.vocab_size) == (2, 3, 4)
@@ -382,7 +382,7 @@ def test_nanogpts_meta_pkl_is_read(tmp_path, protocol, integer):
 
 
 class Hostile:
-    """Unpickling this calls a function with an argument."""
+    """An object whose unpickling calls a function with an argument."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -394,7 +394,7 @@ class Hostile:
 @pytest.mark.parametrize("function", [eval, exec])
 def test_hostile_meta_pkl_runs_nothing(tmp_path, function):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
-    pickle.loads(pickle.dumps(Hostile(function, code)))  # it would run, and does so here
+    pickle.loads(pickle.dumps(Hostile(function, code)))  # the attack works with plain pickle
     (tmp_path / "ran").unlink()
     (tmp_path / "m").write_bytes(pickle.dumps({"itos": {0: Hostile(function, code)}}))
     with pytest.raises(UserError, match="not a plain value"):

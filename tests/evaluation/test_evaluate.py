@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import bench
 import evaluate
 from brisk.checkpoint import load_checkpoint
 from brisk.data.loader import TokenFile
@@ -25,7 +24,7 @@ CPU = open_device("cpu", "float32")
 
 @pytest.fixture
 def evaluated(capsys):
-    """Run evaluate.py's main on settings; its JSON as a dict."""
+    """`evaluated(**settings)`: run evaluate.py. Returns its JSON as a dict."""
 
     def run(**settings):
         argv = [f"--{key}={value}" for key, value in {"device": "cpu", **settings}.items()]
@@ -41,14 +40,14 @@ def model():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=1, n_head=2, n_embd=16)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform, so that a mistake shows
+        for parameter in model.parameters():  # far from uniform, so that errors are visible
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
 @pytest.fixture
 def write_tokens(tmp_path):
-    """Token ids as an open `TokenFile` of the model's vocabulary."""
+    """Write token ids to a file. Returns its `TokenFile` with the model's vocabulary."""
 
     def write(tokens, **options):
         np.asarray(tokens, dtype="<u2").tofile(tmp_path / "val.bin")
@@ -97,8 +96,8 @@ def theirs(model, tmp_path_factory):
 
 @torch.no_grad()
 def strided_nats(theirs, ids, stride, all_positions=False):
-    """The loss of each target of `ids`, by transformers, in Hugging Face's loop over windows: with
-    a window's inputs 8, and what the window before it ended with not counted again."""
+    """The loss of each target of `ids` with transformers, in Hugging Face's loop over windows of 8
+    inputs, without scoring the overlap again."""
     nll, counted = [], 0
     for begin in range(0, len(ids) - 1, stride):
         end = min(begin + 8, len(ids) - 1)
@@ -125,12 +124,12 @@ def test_strided_loss_matches_transformers(
     assert result["tokens"] == len(nll)
     assert result["loss"] == pytest.approx(np.mean(nll), abs=1e-4)
     assert all_positions or len(nll) == length - 1
-    # Where a token counts twice, its bytes would have to.
+    # bits per byte are undefined if tokens are scored twice
     assert ("bits_per_byte" in result) == (len(nll) == length - 1)
 
 
 def test_small_stride_gives_more_context(model, write_tokens):
-    """A token that copies the one seven places before it is foretold only where both are seen."""
+    """A copy of the token seven positions earlier is predictable only if both are in the window."""
     seen = [evaluate.windows(np.array([30]), 8, stride) for stride in (8, 2)]
     contexts = [
         [t - b for b, e, n in zip(*window[1:], strict=True) for t in range(n, e)] for window in seen
@@ -140,7 +139,7 @@ def test_small_stride_gives_more_context(model, write_tokens):
 
 
 def documents_and_file(write_tokens):
-    """Documents of 1 to 30 tokens, empty ones between them, and the file of them."""
+    """Documents of 1 to 30 tokens with empty ones between them, and their file."""
     rng = np.random.default_rng(5)
     documents = [rng.integers(0, 12, n).tolist() for n in [*range(1, 31), 8, 7, 9, 16, 15, 17]]
     stream = [12]  # an empty document
@@ -166,7 +165,7 @@ def test_documents_are_scored_separately(model, theirs, write_tokens, stride, ba
 
 
 def test_first_document_starts_like_the_others(model, theirs, write_tokens):
-    """At the file's start there is no end-of-text; every other document has one before it."""
+    """The file does not start with an end-of-text; all other documents follow one."""
     file = write_tokens([1, 2, 3, 12, 4, 5, 12], rows="documents", eot=12)
     nll = strided_nats(theirs, [12, 1, 2, 3, 12], 8) + strided_nats(theirs, [12, 4, 5, 12], 8)
     assert evaluate.loss(model, file, {}, CPU)["loss"] == pytest.approx(np.mean(nll), abs=1e-4)
@@ -207,7 +206,7 @@ def test_document_model_is_scored_by_document(train_tiny, evaluated, lines_data,
     assert result["loss_per_character"] == pytest.approx(nats_of_text / characters, abs=1e-4)
     assert evaluated(out_dir=out, rows="documents") == result
     assert evaluated(out_dir=out, rows="windows")["tokens"] == len(ids) - 1
-    # The same bins as nanoGPT leaves them, with a meta.pkl only.
+    # the same files as prepared by nanoGPT, with a meta.pkl only
     shutil.copytree(lines_data, tmp_path / "bare", ignore=shutil.ignore_patterns("meta.json"))
     bare = evaluated(out_dir=out, data_dir=tmp_path / "bare")
     assert {**bare, "data": ""} == {**result, "data": ""}
@@ -274,14 +273,6 @@ def test_data_with_another_tokenizer_is_refused(train_tiny, evaluated, lines_dat
     train_tiny(tmp_path / "out", max_iters=0)
     with pytest.raises(UserError, match="different tokenizer"):
         evaluated(out_dir=tmp_path / "out", data_dir=lines_data)
-
-
-def test_bench_prints_limits_and_mfu(capsys):
-    sizes = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=65"]
-    bench.main(configure(bench.BenchConfig, [*sizes, "--device=cpu", "--steps=2"]))
-    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert printed.keys() >= {"products", "memory", "step", "speed", "MFU"}
-    assert 0 < float(printed["MFU"].split("%")[0]) < 150
 
 
 def test_document_model_begins_and_ends_documents(train_tiny, lines_data, script, tmp_path):

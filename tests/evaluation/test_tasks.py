@@ -22,7 +22,7 @@ BLOCK_SIZE = 48
 
 @pytest.fixture
 def models(tmp_path):
-    """`models(vocab_size)`: a small random GPT2LMHeadModel, and ours from the folder it wrote."""
+    """`models(vocab_size)`: a small random GPT2LMHeadModel, and ours loaded from it."""
     transformers = pytest.importorskip("transformers")
 
     def make(vocab_size):
@@ -32,9 +32,9 @@ def models(tmp_path):
             transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
         ).eval()
         with torch.no_grad():
-            for parameter in theirs.parameters():  # far from uniform, so that a mistake shows
+            for parameter in theirs.parameters():  # far from uniform, so that errors are visible
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            # Else a head tied to the embeddings guesses that a token repeats.
+            # a tied head would predict repetitions
             theirs.transformer.wpe.weight.mul_(10)
         theirs.save_pretrained(tmp_path / "model")
         return theirs, GPT.from_pretrained(str(tmp_path / "model"))
@@ -44,7 +44,7 @@ def models(tmp_path):
 
 @pytest.fixture
 def write_items(tmp_path):
-    """Items (a list of objects, or the text of the file) as a file; its path."""
+    """Write items (a list of objects, or the text of the file) to a file. Returns its path."""
 
     def write(items):
         path = tmp_path / "items.jsonl"
@@ -58,8 +58,8 @@ def write_items(tmp_path):
 
 @torch.no_grad()
 def reference(theirs, context, continuation):
-    """By transformers, alone in its batch: -ln p of a continuation (ids), and whether greedy
-    decoding writes it."""
+    """With transformers and batch size 1: -ln p of a continuation (ids), and whether greedy
+    decoding generates it."""
     whole = [*context, *continuation]
     ids = torch.tensor([whole[-BLOCK_SIZE - 1 :]])
     log_probs = theirs(ids[:, :-1]).logits[0].log_softmax(-1)[-len(continuation) :]
@@ -94,7 +94,7 @@ def test_hellaswag_matches_transformers(models, write_items, text, batch_size, d
         nats.append([reference(theirs, context, ending)[0] for ending in endings])
         sizes.append(([len(e) for e in item["endings"]], [len(e) for e in endings]))
         cut += len(context) + max(map(len, endings)) > BLOCK_SIZE + 1
-    assert 5 < cut < 55  # both kinds are there
+    assert 5 < cut < 55  # some are truncated, some are not
 
     chosen = {
         "accuracy": [int(np.argmin(nll)) for nll in nats],
@@ -116,7 +116,7 @@ def test_hellaswag_matches_transformers(models, write_items, text, batch_size, d
             agreed = np.mean([a == b for a, b in zip(answers, others, strict=True)])
             assert result[other] == pytest.approx(agreed)
         assert result[name] == 1.0
-    assert 0.1 < result["accuracy"] < 0.9  # the three ways to choose do not agree
+    assert 0.1 < result["accuracy"] < 0.9  # the three measures differ
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -169,7 +169,7 @@ def test_chunked_logits_match(models, monkeypatch):
 def test_gpt2_tokens_and_a_hugging_face_folder(
     gpt2_tokenizer, models, write_items, text, tmp_path, capsys
 ):
-    """The whole way from the command line, with the last word in one token with its space."""
+    """From the command line, with the last word and its space in one token."""
     tokenizer = gpt2_tokenizer
     theirs, _ = models(50257)
     rng, words = np.random.default_rng(4), text.split()
@@ -208,7 +208,7 @@ def test_batches_have_every_row_once():
     assert sorted(np.concatenate(found).tolist()) == list(range(500))
     sizes = [len(batch) * lengths[batch].max() for batch in found]
     assert max(sizes) <= 4 * BLOCK_SIZE
-    assert sum(sizes) < 1.1 * lengths.sum()  # little of it is padding
+    assert sum(sizes) < 1.1 * lengths.sum()  # little padding
     assert [len(batch) for batch in batches(np.array([9, 50, 9]), 20)] == [1, 2]
 
 
@@ -294,7 +294,7 @@ def test_invalid_item_names_its_line(models, write_items, task, line, words):
 
 
 def test_ending_without_tokens_is_refused(models, write_items):
-    tokenizer = learn_words(["she reads a book"], eot=True)  # signs are no words
+    tokenizer = learn_words(["she reads a book"], eot=True)  # punctuation is not a word
     _, ours = models(tokenizer.vocab_size)
     path = write_items([{"ctx": "she reads", "endings": ["a book", "…"], "label": 0}])
     with pytest.raises(UserError, match="line 1: the tokenizer returns no tokens for '…'"):
@@ -313,7 +313,7 @@ def test_unreadable_file_is_refused(models, write_items, tmp_path):
 
 
 class Calculator:
-    """In place of a model: adds, but errs where the first summand is 7."""
+    """A fake model that adds, but is wrong if the first summand is 7."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -322,7 +322,7 @@ class Calculator:
         assert temperature == 0 and vocab_size == self.tokenizer.vocab_size
         rows = []
         for row in ids:
-            assert row[0] == self.tokenizer.eot  # as a document begins in training
+            assert row[0] == self.tokenizer.eot  # as in training
             a, b = map(int, self.tokenizer.decode(row[1:-1]).split("+"))
             answer = self.tokenizer.encode(f"{a + b + 10 * (a == 7)}{EOT}", allow_eot=True)
             padded = [*answer.tolist(), *[0] * max_new_tokens][:max_new_tokens]

@@ -68,18 +68,18 @@ def tokenizer(request):
 
 
 def make_model(tokenizer, rows=5, **fields):
-    """A small model in which every weight is random, with `rows` that only pad the vocabulary."""
+    """A small model with random weights and `rows` of vocabulary padding."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size + rows, **{**SIZES, **fields})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        model.lm_head.weight[tokenizer.vocab_size :] += 1  # these would be drawn
+        model.lm_head.weight[tokenizer.vocab_size :] += 1  # padding ids are likely
     return model
 
 
 def run_export(folder, model, tokenizer, rows="windows", **settings):
-    """Run export.py's main on a checkpoint of the model, in `folder`."""
+    """Run export.py on a checkpoint of the model, in `folder`."""
     checkpoint = {
         "model": model.state_dict(),
         "model_args": model.config.to_args(),
@@ -95,7 +95,7 @@ def run_export(folder, model, tokenizer, rows="windows", **settings):
 
 @pytest.fixture
 def exported(tmp_path):
-    """`exported(model, tokenizer)`: the directory that export.py makes of them."""
+    """`exported(model, tokenizer)`: export them to a directory. Returns its path."""
 
     def exported(model, tokenizer):
         run_export(tmp_path / "out", model, tokenizer, to=tmp_path / "to")
@@ -118,10 +118,10 @@ def test_logits_match_transformers(exported, name):
     idx = torch.randint(257, (3, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = theirs(idx).logits
-        assert logits.shape[-1] == 257  # the tokenizer's: no row that only pads can be drawn
+        assert logits.shape[-1] == 257  # without padding
         assert (ours.predict(idx)[..., :257] - logits).abs().max() <= 1e-4
 
-    theirs.generation_config.eos_token_id = None  # go on past an end of text
+    theirs.generation_config.eos_token_id = None  # continue after an end-of-text
     continued = theirs.generate(idx[:, :5], do_sample=False, max_new_tokens=50)
     expected = ours.generate(idx[:, :5], 50, temperature=0, vocab_size=257)
     assert continued.tolist() == expected.tolist()
@@ -171,7 +171,7 @@ def test_exported_tokenizer_is_read_back(tmp_path, tokenizer):
 
 
 def test_hub_tokenizer_is_read(tmp_path):
-    """Older ones hold merges as text, the end of text among the others, and less of the rest."""
+    """Older files have merges as text, end-of-text among the other tokens, and fewer keys."""
     tokenizer = make_tokenizer("bpe")
     file = json.loads(to_tokenizers(tokenizer).to_str())
     file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
@@ -265,7 +265,7 @@ def test_merges_produce_the_tokens():
 
 
 def test_pipeline_stops_at_end_of_text(exported):
-    """The end of text takes the place of a character that the model writes after some others."""
+    """End-of-text has the id of a character that the model generates after some others."""
     tokenizer = CharTokenizer(CHARACTERS, eot=True)
     model = make_model(tokenizer, rows=0, **MODELS["modern"])
     prompt = torch.tensor([[3]])
@@ -355,7 +355,7 @@ def test_foreign_files_are_not_replaced(tmp_path, capsys):
     assert torch.equal(after[0], before[0] + 1) and torch.equal(after[1:], before[1:])
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "empty")
-    theirs.save_pretrained(tmp_path / "empty")  # finetuned there, say: no longer ours
+    theirs.save_pretrained(tmp_path / "empty")  # changed by another program
     with pytest.raises(UserError, match="not an unchanged export"):
         to(tmp_path / "empty", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "mine", "empty"}
@@ -399,7 +399,7 @@ def test_command_line(tmp_path, script, quick_script):
         other = tmp_path / "b" / one.name
         if one.suffix == ".json":
             assert one.read_bytes() == other.read_bytes()
-        else:  # (its header is in no fixed order)
+        else:  # the order of its header is not fixed
             theirs = load_file(other)
             assert all(weight.equal(theirs[key]) for key, weight in load_file(one).items())
     config = json.loads((tmp_path / "b" / "config.json").read_text())
@@ -410,7 +410,7 @@ def test_command_line(tmp_path, script, quick_script):
 
 
 def test_finetuning_checks_the_tokenizer(tmp_path, settings, script):
-    """Other ids would mean other tokens to the network."""
+    """With another tokenizer, the ids would mean other tokens."""
     tokenizer = make_tokenizer("bpe")
     run_export(tmp_path / "run", make_model(tokenizer), tokenizer, to=tmp_path / "to")
     argv = settings(tmp_path / "out", init_from=tmp_path / "to", block_size=8)

@@ -33,7 +33,7 @@ IDX = torch.randint(100, (2, 40), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """{model_type: (folder, its config)} of a small model of each family."""
+    """{model_type: (folder, config)} of a small model of each family."""
     folders = {}
     for name, (_, make) in FAMILIES.items():
         folder = tmp_path_factory.mktemp(name)
@@ -48,7 +48,7 @@ def keys(name):
 
 
 def theirs(folder, idx):
-    """transformers' logits, None where it takes the directory or its weights not as they are."""
+    """transformers' logits, or None if it does not load the directory unchanged."""
     try:
         model, told = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=torch.float32
@@ -59,7 +59,7 @@ def theirs(folder, idx):
 
 
 def outcome(saved, name, changes):
-    """Whether the changed config is refused, or its logits equal; anything else fails."""
+    """Whether the changed config is refused. If not, its logits must match transformers'."""
     folder, right = saved[name]
     config = {k: v for k, v in {**right, **changes}.items() if v != MISSING}
     (folder / "config.json").write_text(json.dumps(config))

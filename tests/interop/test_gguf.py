@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 
 gguf = pytest.importorskip("gguf")
 
-# What llama.cpp names the weights of a block, and ours. (Its src/llama-arch.cpp.)
+# llama.cpp's names of the weights in a block (src/llama-arch.cpp), and ours.
 GPT2_BLOCK = {
     "attn_norm": "ln_1",
     "attn_qkv": "attn.c_attn",
@@ -50,7 +50,7 @@ QWEN3_BLOCK = {
 
 @pytest.fixture
 def read_back(tmp_path):
-    """`read_back(model, tokenizer)`: (values of keys, tensors) of the file export.py makes."""
+    """`read_back(model, tokenizer)`: export to a file. Returns its (values of keys, tensors)."""
 
     def read_back(model, tokenizer):
         run_export(tmp_path / "out", model, tokenizer, gguf=tmp_path / "model.gguf")
@@ -110,8 +110,8 @@ def test_tensors_and_sizes_match_the_model(read_back, name):
 
 
 def merged(text, values):
-    """The ids that llama.cpp gives a piece of text: the most urgent pair is merged, again and
-    again (its llm_tokenizer_bpe_session, without the cutting into words)."""
+    """llama.cpp's ids of a piece of text: repeatedly merge the pair of the highest priority
+    (llm_tokenizer_bpe_session, without the split into words)."""
     letters = {byte: letter for letter, byte in byte_alphabet().items()}
     parts = [letters[byte] for byte in text.encode()]
     urgency = {pair: i for i, pair in enumerate(values["tokenizer.ggml.merges"])}
@@ -138,14 +138,14 @@ def test_tokenizer_is_included(read_back, kind):
         assert values[f"tokenizer.ggml.{key}_token_id"] == tokenizer.eot
     assert values["tokenizer.ggml.model"] == "gpt2" and values["tokenizer.ggml.pre"] == "gpt-2"
     assert values["tokenizer.ggml.add_bos_token"] is False
-    assert len(values["tokenizer.ggml.merges"]) >= 1  # llama.cpp loads no file without
+    assert len(values["tokenizer.ggml.merges"]) >= 1  # llama.cpp requires one
     for word in " ".join(TEXTS.values()).replace(EOT, "").split():
-        if kind != "bpe" or word.isalpha():  # which GPT-2's pattern leaves whole
+        if kind != "bpe" or word.isalpha():  # GPT-2's pattern does not split it
             assert merged(word, values) == tokenizer.encode(word).tolist()
 
 
 def test_characters_without_an_end_of_text(read_back):
-    """As RWKV's tokens: the byte-pair encodings of llama.cpp cannot do without an end of text."""
+    """As an RWKV vocabulary: llama.cpp's byte-pair encoding requires an end-of-text."""
     tokenizer = CharTokenizer(CHARACTERS)
     values, _ = read_back(make_model(tokenizer), tokenizer)
     tokens = [codecs.escape_decode(token)[0].decode() for token in values["tokenizer.ggml.tokens"]]
@@ -178,7 +178,7 @@ def test_smaller_types_are_close(tmp_path, dtype, name):
             types.add(kind)
             divisible = dtype == "q8_0" and exact.shape[1] % 32 == 0
             assert kind == ("Q8_0" if divisible else "F16")
-            # half a step: of 127 to the largest of 32, its scale in float16; of float16's 11 bits
+            # half a quantization step: 1/127 of the largest of 32, with a float16 scale; or float16
             largest = np.abs(exact.reshape(-1, 32) if divisible else exact).max()
             assert np.abs(value - exact).max() <= largest * (0.51 / 127 if divisible else 2**-11)
     uneven = {"wide", "shared keys"} if dtype == "q8_0" else ()
@@ -188,7 +188,7 @@ def test_smaller_types_are_close(tmp_path, dtype, name):
 
 
 def test_unsupported_model_is_refused(tmp_path):
-    """Nothing is written then, the directory neither."""
+    """Then neither the file nor the directory is written."""
     known, words = ByteTokenizer(), WordTokenizer(["a", "b"], eot=True)
     large = make_model(known)
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_missing_package_is_one_line(tmp_path, monkeypatch):
 
 @cache
 def trained(network, kind):
-    """(model, tokenizer) of a small model that has nearly learned two sonnets by heart."""
+    """(model, tokenizer): a small model that has nearly memorized two sonnets."""
     torch.manual_seed(0)
     tokenizer = {
         "bpe": lambda: train_bpe([TEXT], 400),

@@ -17,7 +17,7 @@ SIZES = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=100, n_positions=48)
 
 
 def random_gpt2(**settings):
-    """A small GPT2LMHeadModel in which every weight, biases and norms too, is random."""
+    """A small GPT2LMHeadModel with all parameters random, including biases and norms."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0, **settings)
     theirs = transformers.GPT2LMHeadModel(config).eval()
@@ -28,7 +28,7 @@ def random_gpt2(**settings):
 
 
 def random_qwen3(**settings):
-    """A small Qwen3ForCausalLM in which every weight is random."""
+    """A small Qwen3ForCausalLM with random weights."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
     sizes |= dict(num_key_value_heads=2, intermediate_size=40, vocab_size=100)
@@ -135,7 +135,7 @@ def test_unsupported_qwen3_is_refused(tmp_path):
     ],
 )
 def test_invalid_config_is_refused(tmp_path, make, changes, train_tiny):
-    """In one line, by whoever reads the directory: the model itself, or a run that starts there."""
+    """In one line, by the model and by a run that starts from the directory."""
     make().save_pretrained(tmp_path)
     config = {**json.loads((tmp_path / "config.json").read_text()), **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -146,7 +146,7 @@ def test_invalid_config_is_refused(tmp_path, make, changes, train_tiny):
 
 
 def test_scaled_rope_is_refused(tmp_path):
-    """Where an older entry stands beside the new one, transformers takes the older alone."""
+    """If a config has both the old and the new entry, transformers uses only the old one."""
     theirs = random_qwen3(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     theirs.save_pretrained(tmp_path)
     right = json.loads((tmp_path / "config.json").read_text())
@@ -164,7 +164,7 @@ def test_scaled_rope_is_refused(tmp_path):
 
 
 def test_key_and_value_shapes_are_checked(tmp_path):
-    """Queries, keys and values of the right size together, but not each."""
+    """Queries, keys and values with the right total size, but wrong separate sizes."""
     random_qwen3().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.self_attn.{}_proj.weight"
@@ -188,7 +188,7 @@ def test_qwen3_finetunes_from_its_directory(tmp_path, train_tiny):
 
 
 def test_old_hub_files(tmp_path):
-    """No prefix, no head, mask buffers, float16 in a pickle, and a config of few keys."""
+    """Without prefix and head, with mask buffers, float16 in a pickle, and a short config."""
     theirs = random_gpt2().half().float()
     weights = {name: weight.half() for name, weight in theirs.transformer.state_dict().items()}
     weights["h.0.attn.bias"] = torch.ones(1, 1, 48, 48)
@@ -261,7 +261,7 @@ def test_weights_not_matching_config_are_refused(tmp_path):
 
 
 def write_bin_shards(folder, weights):
-    """PyTorch's files in shards, as transformers wrote them before version 5."""
+    """Sharded PyTorch files, as written by transformers before version 5."""
     names = sorted(weights)
     shards = {"pytorch_model-00001-of-00002.bin": names[::2]}
     shards["pytorch_model-00002-of-00002.bin"] = names[1::2]
@@ -288,7 +288,7 @@ def test_pytorch_files_in_shards(tmp_path, make):
 
 
 def test_file_priority_matches_transformers(tmp_path):
-    """Each kind of file with other weights; the one that is taken is removed, again and again."""
+    """Each kind of file has other weights. Remove the one that is loaded, and load again."""
     first = random_gpt2()
     for scale, options in ((2, {"max_shard_size": "40KB"}), (1, {})):
         changed = {k: w * scale for k, w in first.state_dict().items()}

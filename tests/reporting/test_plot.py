@@ -33,7 +33,7 @@ VAL = [4.0, 2.5, 2.0, 2.25]  # at steps 0, 100, 200, 300: the best is not the la
 
 @pytest.fixture
 def run(tmp_path):
-    """Write a run's metrics.jsonl, evaluations and training lines; its folder."""
+    """Write a metrics.jsonl with evaluations and training lines. Returns its folder."""
 
     def write(name="out-a", val=VAL, batches=30, tokens=1000, seconds=0.5):
         folder = tmp_path / name
@@ -54,7 +54,7 @@ def run(tmp_path):
 
 
 def lines_of(figure):
-    """The curves of a picture, by their labels."""
+    """{label: curve} of a picture."""
     lines = figure.axes[0].get_lines()
     return {line.get_label(): line for line in lines if not line.get_label().startswith("_")}
 
@@ -90,7 +90,7 @@ def test_curves_match_the_file(run):
     assert list(train.get_ydata()) == pytest.approx([loss - 0.1 for loss in VAL])
     assert list(batch.get_xdata()) == [10 * i for i in range(30)]
     assert batch.get_ydata()[3] == pytest.approx(4.0 - 0.15 - 0.1)
-    # one colour, told apart by how they are drawn: solid, dashed, thin and translucent
+    # one colour with different styles: solid, dashed, thin and translucent
     assert same_color(val.get_color(), train.get_color())
     assert same_color(val.get_color(), batch.get_color())
     assert val.get_linestyle() == "-" and train.get_linestyle() == "--"
@@ -148,7 +148,7 @@ def test_many_runs_show_validation_only(run):
 
 @pytest.mark.parametrize("number", [2, 12, 25])
 def test_names_do_not_overlap(run, number):
-    """No two overlap, none is over the curves, none is cut off, each has a colour of its own."""
+    """They do not overlap each other or the curves, are complete, and have distinct colours."""
     figure = draw(read_runs([run(f"gjy{i}/{'out-' * 20}", [4, 3, 2]) for i in range(number)]))
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.legends[0].get_texts()]
@@ -162,7 +162,7 @@ def test_names_do_not_overlap(run, number):
 
 
 def test_best_run_is_first(run):
-    """And those without a validation loss last, in the order given."""
+    """Runs without a validation loss are last, in the given order."""
     runs = [run("none", [], 5), run("high", [4, 2.2]), run("low", [4, 2.0, 3]), run("nor", [], 5)]
     figure = draw(read_runs(runs))
     assert [name.split("\n")[0] for name in names(figure)] == ["low", "high", "none", "nor"]
@@ -174,7 +174,7 @@ def test_best_run_is_first(run):
 def test_runs_with_equal_names_are_distinguished(run):
     paths = [run("a/1/out"), run("b/1/out"), run("out-c")]
     assert [r.name for r in read_runs(paths)] == ["a/1/out", "b/1/out", "out-c"]
-    # the same run twice is one; its file stands for its folder
+    # a run given twice, by its folder and its file, is drawn once
     assert [r.name for r in read_runs([paths[0], paths[0] / "metrics.jsonl"])] == ["out"]
 
 
@@ -210,7 +210,7 @@ def test_broken_lines_are_skipped(run):
 
 
 def test_nonfinite_losses_leave_a_gap(run, tmp_path):
-    """null, as they are written now, and the NaN and Infinity of earlier versions."""
+    """null, as written now, and NaN and Infinity from earlier versions."""
     nan, inf = math.nan, math.inf
     figure = draw([read_run(run(val=[4.0, nan, 3.0, inf, 3.5, -inf, None, 3.2]))])
     val = lines_of(figure)["out-a val_loss"]
@@ -295,7 +295,7 @@ def test_names_are_not_formulas(run, tmp_path):
 
 @pytest.fixture
 def cjk_font(tmp_path, monkeypatch):
-    """A font that has 莎 (a full square) and nothing else, and a list of fonts with it."""
+    """A font with a single glyph, 莎 as a full square, and a list of fonts with it."""
     builder = pytest.importorskip("fontTools.fontBuilder")
     pens = pytest.importorskip("fontTools.pens.ttGlyphPen")
     import matplotlib
@@ -336,7 +336,7 @@ def test_chinese_uses_a_font_that_has_it(run, tmp_path, cjk_font, caplog):
         warnings.simplefilter("error")
         save(figure, tmp_path / "loss.png", said.append)
     assert not said and not caplog.records
-    # each 莎 is a full square here, and nothing else in the column of names is
+    # only 莎 is a full square in the column of names
     names = pixels(tmp_path / "loss.png")[..., 0] < 0.3
     rows = names[:, int(0.75 * names.shape[1]) :].sum(axis=1)
     assert (rows > 60).sum() >= 12
@@ -423,7 +423,7 @@ def test_command_line(script, run, tmp_path):
 
 @pytest.fixture
 def plot(capsys):
-    """Run plot.py's main in this process; what it printed."""
+    """Run plot.py in this process. Returns its output."""
     import plot
 
     def run_main(*argv):

@@ -24,7 +24,7 @@ from model import GPT
 RECORD = {"loss": 2.5, "step_ms": 20.0, "mfu": 0.5, "tokens_per_second": 1000.0, "tokens": 768}
 RECORD |= {"lr": 1e-3, "grad_norm": 1.5, "clipped": 0.25, "memory": 10**9}
 EVALUATION = {"train_loss": 2.0, "val_loss": 2.25, "tokens": 768}
-SAMPLES = ["ROMEO:\n<b>莎</b>\u2028\x1b[31m", "JULIET:"]  # what a terminal or a page may trip over
+SAMPLES = ["ROMEO:\n<b>莎</b>\u2028\x1b[31m", "JULIET:"]  # with markup and control characters
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_wall_clock_changes_have_no_effect(log, tmp_path, monkeypatch):
 
 
 def test_seconds_continue_from_the_maximum(log, tmp_path):
-    """Earlier versions recorded a clock that was set back."""
+    """Earlier versions recorded the wall clock, which may be set back."""
     text = '{"step": -2, "seconds": 100.0}\n{"step": -1, "seconds": -3500.0}\n'
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
     log = log()
@@ -104,7 +104,7 @@ def test_seconds_continue_from_the_maximum(log, tmp_path):
 
 
 def test_nonfinite_losses_are_null(log, tmp_path):
-    """null, which other programs read, and a gap in the curves."""
+    """null is valid JSON, and a gap in the curves."""
     pytest.importorskip("matplotlib")
     log = log()
     log.iteration(0, RECORD)
@@ -145,7 +145,7 @@ def test_missing_backend_is_one_line(log, capsys, monkeypatch, package, recorder
 
 
 class Failing:
-    """A recorder that fails at one of its calls."""
+    """A backend that fails at one of its calls."""
 
     def __init__(self, at):
         self.at, self.calls = at, []
@@ -193,7 +193,7 @@ def test_backend_that_cannot_start_is_one_line(log, tmp_path, capsys):
 
 
 def test_wandb_without_a_key_is_offline(tmp_path):
-    """In a process of its own: wandb starts others, and would ask on a terminal."""
+    """In a subprocess: wandb starts others, and would prompt at a terminal."""
     pytest.importorskip("wandb")
     script = (
         "import sys; from brisk.reporting.run_log import RunLog; log = RunLog();"
@@ -408,7 +408,7 @@ def test_samples_cannot_control_the_terminal(log, capsys, tmp_path):
 
 
 def test_unicode_spaces_and_joiners_are_kept(log, capsys):
-    """No control characters: the indent of a Chinese paragraph, a joined emoji, Persian."""
+    """These are not control characters: a Chinese indent, a joined emoji, Persian."""
     text = "\u3000\u3000床前明月光\tcol 👩\u200d💻 می\u200cخواهم"
     log = log()
     log.evaluation(0, EVALUATION | {"samples": [text]})
@@ -460,7 +460,7 @@ def forecast():
 def test_forecast_after_three_timings(forecast):
     for seconds in (3.0, 1.0, 2.0, 1.0, 1.0):
         forecast.add_timing("evaluation", seconds)
-    # 5 * 40 batches of 1 s, 10,000 micro-batches at a guess of 3 s
+    # 5 * 40 batches of 1 s, 10,000 micro-batches estimated at 3 s
     guess = "an evaluation takes about 40 s, the run roughly 8 h"
     assert len(forecast.said) == 1 and forecast.said[0].startswith(guess)
     assert not forecast.is_complete
@@ -473,7 +473,7 @@ def test_forecast_after_three_timings(forecast):
 
 
 def test_forecast_ignores_compilation():
-    """The first of a kind takes minutes in a compiled run, and says nothing of the others."""
+    """The first step of a compiled run takes minutes and does not predict the others."""
     said = []
     forecast = Forecast(said.append, None, 1000, 10, 5, 40, compiled=True)
     forecast.add_timing("evaluation", 90.0)

@@ -50,7 +50,7 @@ def ask(client, **body):
 
 
 def chunks(response):
-    """The data of server-sent events, and that the last one says so."""
+    """The data of server-sent events. Checks the final one."""
     *lines, done, end = response.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     return [json.loads(line.removeprefix("data: ")) for line in lines]
@@ -230,8 +230,8 @@ def test_models_chat_and_unknown_paths(client):
 
 
 async def call(app, body=None, receive=None, send=None):
-    """One request to an ASGI application; the messages of its response. `receive` gives what comes
-    after the body."""
+    """Send a request to an ASGI application. Returns the messages of its response. `receive` is
+    called after the body."""
     headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
     scope |= {"headers": headers, "http_version": "1.1", "scheme": "http", "root_path": ""}

@@ -49,8 +49,8 @@ class Page:
         self.wait(lambda: self["status"].text not in ("Ready.", "Generating…"))
 
     def open_choices(self, number):
-        """Click a token until its choices are open: a page that is still being laid out may not
-        get the first click."""
+        """Click a token until its alternatives are open: the page may miss a click during
+        layout."""
 
         def clicked():
             self.all(".token")[number].click()

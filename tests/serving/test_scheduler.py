@@ -21,7 +21,7 @@ NETWORK = pytest.mark.parametrize("network", NETWORKS, ids=["gpt2", "modern", "n
 
 
 class Inbox:
-    """What a sample's `put` was called with."""
+    """Records the calls of a sample's `put`."""
 
     def __init__(self, cancel_at=math.inf):
         self.text, self.tokens, self.finish, self.calls = "", [], None, 0
@@ -65,7 +65,7 @@ def prompt(length, seed=0):
 
 @NETWORK
 def test_recycled_row_is_independent(engine, network):
-    """One row after another request, ended or cancelled, gives the ids of a fresh server."""
+    """A row after a finished or cancelled request gives the ids of a fresh server."""
     model = random_model(**network)
     (fresh,) = submit(engine(model, rows=1), a_sample(prompt(9), 30, seed=3))
     used = engine(model, rows=1)
@@ -95,7 +95,7 @@ def random_samples(rng, count):
 @pytest.mark.parametrize("part", [128, 5])
 @NETWORK
 def test_text_is_independent_of_other_requests(engine, network, part, monkeypatch):
-    """In float32 `generate`'s too, and the logprobs to the bit, past the window of 24 tokens."""
+    """In float32 it is that of `generate`, with bit-exact logprobs, past the window of 24."""
     monkeypatch.setattr(continuous_batch, "PART", part)
     model, rng = random_model(**network), random.Random(1)
     busy, quiet = engine(model, rows=8), engine(model, rows=8)
@@ -103,7 +103,7 @@ def test_text_is_independent_of_other_requests(engine, network, part, monkeypatc
     together = [a_sample(**options) for options in asked]
     for i, inbox in enumerate(together):
         submit(busy, inbox)
-        if i % 4 == 0:  # others come and go away again
+        if i % 4 == 0:  # others are added and cancelled
             submit(busy, a_sample(prompt(30, i), 50, cancel_at=rng.randint(1, 9)))
         if i % 7 == 0:
             inbox.wait()
@@ -184,7 +184,7 @@ def test_streaming_intervals(engine):
 
 
 def test_long_prompt_does_not_stall_the_others(engine, monkeypatch):
-    """Between any two of its parts every other sample has a token."""
+    """Between two of its parts, every other sample gets a token."""
     monkeypatch.setattr(continuous_batch, "PART", 4)
     events, model = [], random_model()
     original = continuous_batch.prefill

@@ -54,7 +54,7 @@ def test_openai_client(serve):
 
 
 def test_closed_streams_free_their_rows(serve):
-    """Clients that close their stream early, beside one that reads on."""
+    """Some clients close their stream early, another reads to the end."""
     engine, port = serve(rows=4)
     client = client_of(port, max_retries=0)
     options = dict(model="tiny", prompt="AB", seed=2, stream=True)
