@@ -137,6 +137,8 @@ def test_bytes_moved(monkeypatch):
     """On a GPU, bandwidth limits the loss. Compiled, in large chunks, it moves a third as much."""
     from torch._inductor import compile_fx, config, metrics
 
+    if not hasattr(compile_fx, "inductor_metrics_log"):
+        pytest.skip("this PyTorch counts no bytes")
     monkeypatch.setattr(config, "force_disable_caches", True)
     monkeypatch.setattr(compile_fx.inductor_metrics_log, "level", logging.INFO)
     compile_fx.inductor_metrics_log.manager._clear_cache()
