@@ -271,7 +271,7 @@ def test_init_from_a_file_or_directory(run, folder, monkeypatch):
     assert run("--init_from=model.pt") == expected
 
     transformers = pytest.importorskip("transformers")
-    sizes = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=259, n_positions=32)
+    sizes = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=50257, n_positions=32)
     config = transformers.GPT2Config(**sizes, bos_token_id=258, eos_token_id=258)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "exported")
     monkeypatch.setattr("brisk.interop.pretrained.gpt2", tiny_bpe)

@@ -12,6 +12,8 @@ from brisk.errors import UserError, did_you_mean
 from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
 from brisk.interop.tokenizer_json import read_tokenizer
 
+GPT2_ROWS = range(50257, 50305)  # vocabulary sizes of models with GPT-2's tokenizer, padded or not
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -38,7 +40,10 @@ def read_pretrained(init_from, out_dir):
     elif init_from in GPT2_NAMES or Path(init_from).is_dir():
         own = read_tokenizer(init_from)
         print(f"weights of {init_from}, {'its' if own else 'GPT-2'} tokenizer")
-        checkpoint, tokenizer = read_model(init_from), own or gpt2()
+        checkpoint = read_model(init_from)
+        if not own and checkpoint["model_args"]["vocab_size"] not in GPT2_ROWS:
+            raise UserError(f"{init_from} has no tokenizer.json; copy its model's into it")
+        tokenizer = own or gpt2()
     else:
         names = ["resume", *GPT2_NAMES]
         raise UserError(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from brisk.errors import UserError
 from brisk.interop import gpt2, qwen3
 from brisk.interop.huggingface import GPT2_NAMES, load_pretrained
+from brisk.interop.pretrained import read_pretrained
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -47,6 +48,13 @@ def assert_same_logits(theirs, directory):
         difference = (ours.predict(idx) - theirs(idx).logits).abs().max()
     assert difference <= 1e-4
     assert (ours.lm_head.weight is ours.transformer.wte.weight) == theirs.config.tie_word_embeddings
+
+
+def test_missing_tokenizer_is_refused(tmp_path):
+    """A vocabulary of another size than GPT-2's is another tokenizer's."""
+    random_qwen3().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        read_pretrained(str(tmp_path), "out")
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
