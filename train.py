@@ -336,7 +336,7 @@ def train_step(config, plan, state, data, run, forecast):
         state.optimizer.zero_grad(set_to_none=state.graphs is None)
         return grad_norm, limit
 
-    if state.graphs:
+    if state.graphs:  # the same, with one launch each
         forward_backward, update = state.graphs.of(forward_backward, update)
     step_targets = data.train.targets(state.position, plan.global_batch)
     step_loss = torch.zeros((), device=device.device)

@@ -17,8 +17,7 @@ SHORTEST = 256  # positions: reading fewer saves less time than another capture 
 
 
 class DecodeGraphs:
-    """Steps of a `generate.Batch`, whose finished texts keep their rows from now on: fewer rows
-    would be other graphs.
+    """Steps of a `generate.Batch` that keeps the rows of finished texts.
 
     Create and use it under one autocast: PyTorch keeps the weights that it has cast until the end
     of the outermost one, and the graphs read them.
@@ -30,7 +29,6 @@ class DecodeGraphs:
 
     def __init__(self, batch, draw, uniforms):
         self.batch, self.draw, self.uniforms = batch, draw, uniforms
-        batch.keeps_rows = True
         self.ids = batch.ids.new_zeros(len(batch.ids), 1)
         self.positions = torch.zeros_like(self.ids)
         self.column = batch.ids.new_zeros(1)  # of `uniforms`

@@ -66,9 +66,11 @@ def generate(
         ValueError: no prompt or an empty one, a negative temperature, top_k or number of tokens,
             a top_p outside 0 to 1, a list of another length than B, every token suppressed.
     """
-    batch = Batch(model, as_tensors(idx, model), max_new_tokens, exact_window)
-    B, device = batch.ids.size(0), batch.ids.device
-    settings = sampling_settings(B, temperature, top_k, top_p)
+    prompts, device = as_tensors(idx, model), model.lm_head.weight.device
+    B, settings = len(prompts), sampling_settings(len(prompts), temperature, top_k, top_p)
+    as_graphs = cuda_graph and GraphPool.supports(device) and len(set(settings)) == 1
+    # Fewer rows would be another graph.
+    batch = Batch(model, prompts, max_new_tokens, exact_window, keeps_rows=as_graphs)
     stop_ids = frozenset(stop_ids)
     # Drawn before the loop, so that the device need not wait for the host at each token.
     uniforms = draw_uniforms(range(B) if samples is None else samples, max_new_tokens, seed)
@@ -78,14 +80,12 @@ def generate(
         logits = mask_logits(logits[:, :vocab_size], never)
         return sample_rows(logits, uniform, [settings[text] for text in batch.texts])
 
-    graphs = None
-    if cuda_graph and GraphPool.supports(device) and len(set(settings)) == 1:
-        graphs = DecodeGraphs(batch, draw, uniforms)
+    graphs = DecodeGraphs(batch, draw, uniforms) if as_graphs else None
     was_training = model.training
     model.eval()
     try:
-        # A first capture in inference mode would leave the device's generator with tensors that a
-        # capture in training may not change (https://github.com/pytorch/pytorch/issues/166792).
+        # A first capture in inference mode leaves the device's generator with tensors that a later
+        # capture in training may not change (PyTorch 2.10).
         with torch.no_grad() if graphs else torch.inference_mode():
             for step in range(max_new_tokens):
                 if graphs:
@@ -117,14 +117,12 @@ class Batch:
         keeps_rows: whether finished texts stay in the cache.
     """
 
-    keeps_rows = False
-
-    def __init__(self, model, prompts, max_new_tokens, exact_window=False):
+    def __init__(self, model, prompts, max_new_tokens, exact_window=False, keeps_rows=False):
         if not prompts or 0 in map(len, prompts):
             raise ValueError("the prompt is empty; a model needs one token to go on from")
         if max_new_tokens < 0:
             raise ValueError("max_new_tokens cannot be negative")
-        self.model, self.exact_window = model, exact_window
+        self.model, self.exact_window, self.keeps_rows = model, exact_window, keeps_rows
         self.end = max(map(len, prompts))
         self.starts = [self.end - len(prompt) for prompt in prompts]
         self.ids = prompts[0].new_zeros(len(prompts), self.end + max_new_tokens)

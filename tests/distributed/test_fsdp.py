@@ -164,14 +164,19 @@ from brisk.training.spikes import SpikeWatch
 import train
 
 look, poisoned = SpikeWatch.record, []
+check, checked = SpikeWatch.check, []
 
-def poison(self, step, position, loss, grad_norm):
+def poison(self, step, position, loss, grad_norm, limit):
     if step == 6 and not poisoned:
         poisoned.append(step)
         loss = loss * float("nan")
-    return look(self, step, position, loss, grad_norm)
+    return look(self, step, position, loss, grad_norm, limit)
 
-SpikeWatch.record = poison
+def poison_check(self, loss, grad_norm):
+    checked.append(loss)
+    return check(self, loss * (float("nan") if len(checked) == 7 else 1), grad_norm)
+
+SpikeWatch.record, SpikeWatch.check = poison, poison_check
 with train.clean_end(), one_line_errors():
     train.main(train.configure(train.TrainConfig, sys.argv[1:]))
 """
@@ -202,6 +207,7 @@ def test_all_ranks_stop_together(settings, resume, torchrun, train_tiny, tmp_pat
     stopped = tmp_path / "stopped.py"
     stopped.write_text(
         POISONED.replace("step == 6", "step == 2 + int(train.os.environ['RANK'])")
+        .replace("== 7", "== 0")
         .replace('loss = loss * float("nan")', "stop.number = 15")
         .replace("import train\n", "import os, brisk.training.signals, train\ntrain.os = os\n")
         .replace("look, poisoned", "stop = brisk.training.signals.StopRequest()\nlook, poisoned")

@@ -484,6 +484,16 @@ def test_forecast_ignores_compilation():
     assert len(said) == 1 and said[0].startswith("a step takes about 20 s, the run about 6 h")
 
 
+def test_forecast_ignores_micro_batches_before_a_graph():
+    """They are slower than replays, and the capture takes long."""
+    said = []
+    forecast = Forecast(said.append, None, 1000, 10, 5, 40, captured=True)
+    for seconds in (9.0, 8.0, 8.0, 60.0, 2.0, 2.1, 2.0):
+        assert said == []
+        forecast.add_timing("micro-batch", seconds)
+    assert len(said) == 1 and said[0].startswith("a step takes about 20 s, the run about 6 h")
+
+
 def test_forecast_of_a_slow_step_is_immediate(forecast):
     forecast.add_timing("micro-batch", 60.0)
     assert forecast.said[0].startswith("a step takes about 10 min, the run about 7 days")

@@ -160,6 +160,13 @@ def test_resume(tapes, train_tiny, resume, tmp_path, before, after):
     assert same(again.checkpoint()["model"], whole.checkpoint()["model"])
 
 
+def test_minutes(tapes, train_tiny, tmp_path):
+    """The steps that measure the speed have graphs of their own."""
+    run = train_tiny(tmp_path / "out", minutes=0.02, cuda_graph=True)
+    assert tapes.captures == 4 and "as CUDA graphs" in run.console
+    assert run.checkpoint()["iter_num"] == run.checkpoint()["config"]["max_iters"] + 1
+
+
 # ----------------------------------------------------------------------------- single steps
 
 
