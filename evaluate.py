@@ -109,7 +109,9 @@ def open_split(config, trained_with, model, tokenizer, rows):
     data_dir = config.data_dir or ("" if config.dataset else trained_with.get("data_dir", ""))
     dataset = config.dataset or trained_with.get("dataset", "")
     if not data_dir and not dataset:
-        raise UserError("this model has no training data set on record; name one: --dataset=NAME")
+        raise UserError(
+            "this model does not name its training data; choose a data set: --dataset=NAME"
+        )
     data_dir = find_data_dir(data_dir, dataset)
     theirs = load_tokenizer(data_dir)
     if theirs and not same_tokenizer(theirs, tokenizer):

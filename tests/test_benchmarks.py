@@ -63,7 +63,7 @@ def test_agreement_of_a_trained_model(train_tiny, tmp_path, capsys):
         assert result[kind]["n_written"] == 50
 
 
-# ---------------------------------------------------------------------------- beside nanoGPT
+# ---------------------------------------------------------------------------- nanoGPT
 
 
 @pytest.fixture

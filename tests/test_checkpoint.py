@@ -41,7 +41,7 @@ def test_save_and_load(saved):
     loaded = load_checkpoint(saved)
     loaded["optimizer"] = {**loaded["optimizer"]}
     assert same(loaded, expected | {"model": dict(expected["model"])})
-    assert os.listdir(saved.parent) == ["ckpt.pt"]  # no temporary file stays
+    assert os.listdir(saved.parent) == ["ckpt.pt"]  # no temporary file remains
 
 
 def test_old_nanogpt_names_are_cleaned(tmp_path):
@@ -109,8 +109,8 @@ def test_flipped_bit_in_a_record_is_detected(whole, data):
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_flipped_bit_is_detected_or_harmless(whole, data):
-    """Between the records there are names, dates and padding, where damage may go unseen as long
-    as what is loaded is right. Nothing but a `UserError` comes of it."""
+    """Damage to names, dates and padding between the records may be undetected if the loaded data
+    is right. Otherwise it raises a `UserError`."""
     damaged = whole.with_name("damaged.pt")
     shutil.copyfile(whole, damaged)
     size = whole.stat().st_size
@@ -135,7 +135,7 @@ def test_truncated_file_is_detected(whole, share):
 
 
 class Bomb:
-    """When unpickled it makes a folder; a real one would do worse."""
+    """An object that creates a folder when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -152,12 +152,12 @@ def test_pickled_code_does_not_run(tmp_path):
             load_checkpoint(tmp_path / "ckpt.pt")
         with pytest.raises(UserError, match="other than tensors and plain values"):
             latest_checkpoint(tmp_path)
-    (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(Bomb(exploded)))  # no archive around it
+    (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(Bomb(exploded)))  # without an archive
     with pytest.raises(UserError):
         load_checkpoint(tmp_path / "ckpt.pt")
     assert not exploded.exists()
     pickle.loads(pickle.dumps(Bomb(exploded)))
-    assert exploded.exists()  # the bomb is a live one
+    assert exploded.exists()  # the attack works with plain pickle
 
 
 def write_zip(path):
@@ -202,7 +202,7 @@ def write_half(checkpoint, file):
 
 
 def write_wrongly(checkpoint, file):
-    """A disk that does not keep what it was given."""
+    """A disk that loses written data."""
     original_save(checkpoint, file)
     file.seek(file.tell() // 2)
     file.write(b"\0\1\2\3" * 4)
@@ -239,8 +239,8 @@ def test_failed_save_keeps_the_old_file(saved, monkeypatch, place, happens, erro
     assert saved.read_bytes() == before
     if error is UserError:
         assert "ckpt.pt" in str(caught.value) and os.listdir(saved.parent) == ["ckpt.pt"]
-    assert latest_checkpoint(saved.parent) == saved  # half a file is taken for nothing
-    save_checkpoint(make_checkpoint(step=20, seed=1), saved)  # and is in nobody's way
+    assert latest_checkpoint(saved.parent) == saved  # a partial file is ignored
+    save_checkpoint(make_checkpoint(step=20, seed=1), saved)  # and does not block the next save
     assert load_checkpoint(saved)["iter_num"] == 20
     assert os.listdir(saved.parent) == ["ckpt.pt"]
 
@@ -260,7 +260,7 @@ def test_read_only_folder(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.99])
 def test_full_disk_error_states_the_sizes(saved, share):
-    """The system itself refuses to write on, somewhere in the file."""
+    """The operating system fails to write in the middle of the file."""
     import resource
 
     before, (soft, hard) = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -276,7 +276,7 @@ def test_full_disk_error_states_the_sizes(saved, share):
 
 
 def test_kill_between_two_links_loses_nothing(saved, monkeypatch):
-    """The best has its name first: if `last.pt` alone moved on, a best model would be gone."""
+    """ckpt.pt is linked before last.pt: in the other order, a best model could be lost."""
     last = saved.with_name("last.pt")
     link_checkpoint(saved, last)
     replace = os.replace
@@ -301,7 +301,7 @@ def test_second_name_is_a_hard_link(tmp_path):
     save_checkpoint(make_checkpoint(10), last)
     link_checkpoint(last, best)
     assert os.path.samefile(last, best)
-    save_checkpoint(make_checkpoint(20), last)  # the next save does not reach through the link
+    save_checkpoint(make_checkpoint(20), last)  # the next save does not write through the link
     assert load_checkpoint(best)["iter_num"] == 10
     link_checkpoint(last, best)
     assert load_checkpoint(best)["iter_num"] == 20
@@ -356,7 +356,7 @@ def test_archive_previous_run_loses_nothing(tmp_path):
     names = ("ckpt.pt", "metrics.jsonl", "tensorboard")
     assert archive_previous_run(tmp_path / "out", names) is None
     (tmp_path / "out").mkdir()
-    assert archive_previous_run(tmp_path / "out", names) is None  # and it makes no empty folder
+    assert archive_previous_run(tmp_path / "out", names) is None  # without an empty folder
     (tmp_path / "out" / "notes.txt").write_text("mine")
     for number in range(4):
         (tmp_path / "out" / "ckpt.pt").write_text(f"run {number}")

@@ -32,7 +32,7 @@ from train import TrainConfig
 @dataclass(frozen=True)
 class Settings:
     out_dir: str = "out"  # folder of the run
-    dataset: str = "openwebtext"  # what to train on
+    dataset: str = "openwebtext"  # data set
     batch_size: PositiveInt = 12  # sequences in a micro-batch
     max_iters: NonNegativeInt = 600000  # the last step's number
     seed: int = 1337  # any whole number

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 
 
 def reference_logits(model, idx):
-    """GPT-2 written out by its definition, in float64, from the model's weights alone."""
+    """GPT-2 by its definition, in float64, from the weights of the model."""
     w = {name: weight.double() for name, weight in model.state_dict().items()}
     B, T = idx.shape
     C, H = model.config.n_embd, model.config.n_head

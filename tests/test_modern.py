@@ -83,7 +83,7 @@ def test_modern_model_matches_qwen3(tied, n_kv_head, rope_theta):
     idx = random_ids()
     with torch.no_grad():
         expected = qwen3_of(ours)(idx).logits
-    assert expected.std() > 0.5  # they say something
+    assert expected.std() > 0.5  # they are far from uniform
     assert (ours.predict(idx) - expected).abs().max() < 1e-5
 
 
@@ -96,12 +96,12 @@ def test_relu2_squares_relu():
 
 
 def ngrams_model(**settings):
-    """With 3-grams whose rows have something in them."""
+    """With 3-grams whose embeddings are not zero."""
     return random_model(ngrams=3, **{"ngram_rows": 50, **settings})
 
 
 def test_each_ngram_has_its_own_embedding():
-    """A pair and a triple at each; the same wherever the run stands, and of no other run."""
+    """A bigram and a trigram at each position, equal at all positions, and different otherwise."""
     table = ngrams_model(ngram_rows=2**20).transformer.ngrams
     texts = torch.tensor([[5, 6, 7, 8, 5, 6, 7], [0, 6, 7, 0, 6, 0, 6]])
     seen, runs = {}, set()
@@ -127,7 +127,7 @@ def test_ngrams_are_added_to_token_embeddings():
 
 @pytest.mark.parametrize("rows", [1, 3, 1024])
 def test_ngram_hash_is_uniform(rows):
-    """4,225 pairs of 65 characters and as many triples: no row has much more than its share."""
+    """4,225 bigrams of 65 characters and as many trigrams are spread evenly over the rows."""
     table = GPT(GPTConfig(**{**SIZES, "vocab_size": 65}, ngrams=3, ngram_rows=rows)).transformer
     pairs = torch.cartesian_prod(torch.arange(65), torch.arange(65))
     rows_of_pairs = table.ngrams.hash_rows(pairs)[:, 1, 0]
@@ -221,7 +221,7 @@ def test_explicit_defaults_change_nothing(field):
 
 
 def test_rotary_angles_stay_in_float32():
-    """Past position 2048 a step of bfloat16 is 16 positions; the angles must tell each."""
+    """Above position 2048, bfloat16 has a spacing of 16; the angles must distinguish them all."""
     model = random_model(**MODERN, block_size=3002, n_layer=1)
     seen = {}
 
@@ -242,7 +242,7 @@ def test_rotary_angles_stay_in_float32():
 
 @pytest.fixture
 def every_warning():
-    """PyTorch warns each time, not only the first."""
+    """Make PyTorch repeat its warnings."""
     before = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     yield
@@ -266,7 +266,7 @@ def test_bfloat16_is_close_to_float32(variant, every_warning, recwarn):
 @pytest.mark.parametrize("variant", [*VARIANTS, {"bias": True, "gelu": "tanh"}], ids=str)
 @pytest.mark.parametrize("decoding", [False, True])
 def test_cached_logits_match_uncached(variant, first, decoding):
-    """Of two rows, one five positions behind the other."""
+    """For two rows, one five positions behind the other."""
     model, idx = random_model(**variant), random_ids()
     decoder, cache = Decoder.of(model) if decoding else None, KVCache(model, 2, 24)
     found = []
@@ -288,7 +288,7 @@ UNLIKE_PROMPTS = [[7], [3, 1, 4, 1, 5], [*range(23)], [*range(24)], [*range(2, 6
 @pytest.mark.parametrize("exact_window", [False, True])
 @pytest.mark.parametrize("variant", [{}, *VARIANTS[:4], VARIANTS[5], *VARIANTS[-2:]], ids=str)
 def test_batched_prompts_match_single_prompts(variant, exact_window, options):
-    """For 50 tokens, into a window of 24."""
+    """For 50 tokens with a window of 24."""
     model = random_model(**variant)
     options = {**options, "exact_window": exact_window}
     together = generate(model, UNLIKE_PROMPTS, 50, samples=range(3, 8), **options)
@@ -299,7 +299,7 @@ def test_batched_prompts_match_single_prompts(variant, exact_window, options):
 
 @pytest.mark.parametrize("variant", [{}, {**MODERN, "n_kv_head": 2}], ids=str)
 def test_batched_prompts_match_under_autocast(variant):
-    """There the Decoder is not used. Near ties differ in bfloat16, so logits are compared."""
+    """Without the Decoder. Near ties differ in bfloat16, so logits are compared."""
     model = random_model(**variant)
     expected = [model.predict(torch.tensor([ids[-24:]])) for ids in UNLIKE_PROMPTS]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -335,7 +335,7 @@ def test_decoder_is_float32_only():
 
 
 def test_full_window_rereads_its_newer_half():
-    """Greedy, 40 tokens into a window of 24: each the likeliest after the 13 to 24 newest."""
+    """40 greedy tokens with a window of 24: each is the most likely after the last 13 to 24."""
     model = random_model(**MODERN, n_kv_head=2)
     found = model.generate(random_ids(T=5), 40, temperature=0)
     for T in range(5, 45):
@@ -404,7 +404,7 @@ def test_zero_init():
     assert loss.item() == pytest.approx(math.log(61), abs=1e-6)
     assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.1)
     loss.backward()
-    assert model.lm_head.weight.grad.abs().max() > 0  # it can leave zero
+    assert model.lm_head.weight.grad.abs().max() > 0  # it has a gradient
     tied = GPT(GPTConfig(**SIZES, **MODERN))
     assert tied.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -457,7 +457,7 @@ UNLIKE = {
 def test_scripts_inherit_the_model_fields(Config):
     defaults = {field.name: field.default for field in fields(GPTConfig)}
     script = Config()
-    assert not script.bias  # GPT-2 has them, nanoGPT's script trains without
+    assert not script.bias  # GPT-2 has biases, nanoGPT's script trains without
     for key in defaults.keys() - {"bias", "vocab_size"}:
         assert getattr(script, key) == defaults[key]
 
@@ -510,7 +510,7 @@ def test_modern_model_compiles(main, settings, tmp_path):
 
 
 def test_modern_run_on_two_ranks_matches_one(main, settings, torchrun, tmp_path):
-    # not from zeros: AdamW makes steps of full size of gradients that are rounding alone
+    # not from zeros: AdamW would amplify gradients that are only rounding error
     given = dict(max_iters=2, n_kv_head=1, tied=False, zero_init=False)
     one = main([PRESET, *settings(tmp_path / "one", **given)])
     result = torchrun("train.py", PRESET, *settings(tmp_path / "two", **given), cwd=ROOT)

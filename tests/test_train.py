@@ -22,7 +22,7 @@ from configurator import configure
 
 
 def equal(a, b):
-    """Equal to the bit, for the nested dicts and lists that a checkpoint is made of."""
+    """Assert that nested dicts and lists are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -33,7 +33,7 @@ def equal(a, b):
 
 
 def assert_same_end(run, other):
-    """Both runs stand at the same step with the same weights and the same optimizer's state."""
+    """Assert that both runs have the same step, weights and optimizer state."""
     a, b = run.checkpoint(), other.checkpoint()
     for key in ("iter_num", "position", "model_args", "best_val_loss"):
         assert a[key] == b[key]
@@ -47,7 +47,7 @@ def assert_same_end(run, other):
 
 
 def assert_same_losses(run, other):
-    """`metrics.jsonl` tells of the same steps, once each and in order, with the same numbers."""
+    """Assert that `metrics.jsonl` has the same steps, once each and in order, and numbers."""
     for key in ("loss", "lr", "grad_norm", "tokens"):
         assert run.series(key) == other.series(key)
     for key in ("train_loss", "val_loss"):  # a stopped run has one evaluation more, at its stop
@@ -77,7 +77,7 @@ def trained(char_data, tmp_path_factory):
 
 @pytest.fixture
 def finished(trained, tmp_path):
-    """A copy of that run's folder, to go on with."""
+    """A copy of that run's folder, to resume."""
     return shutil.copytree(trained, tmp_path / "out")
 
 
@@ -90,7 +90,7 @@ HARD = {"dropout": 0.2, "gradient_accumulation_steps": 3}
     "changes, stop",
     [
         ({}, 3),
-        ({}, 4),  # not where an evaluation falls
+        ({}, 4),  # not at an evaluation
         ({"dropout": 0.2}, 3),
         ({"gradient_accumulation_steps": 3, "batch_size": 2}, 4),
         (HARD, 3),
@@ -114,7 +114,7 @@ def test_resume_matches_an_uninterrupted_run(train_tiny, resume, tmp_path, chang
 
 
 def test_resume_of_a_killed_run(train_tiny, resume, tmp_path, monkeypatch):
-    """metrics.jsonl is ahead of last.pt by some steps, its last line not written whole."""
+    """metrics.jsonl is some steps ahead of last.pt, and its last line is incomplete."""
     whole = train_tiny(tmp_path / "whole", dropout=0.1)
     rate = train.get_lr
 
@@ -138,7 +138,7 @@ def test_resume_of_a_killed_run(train_tiny, resume, tmp_path, monkeypatch):
 
 
 def test_resume_from_an_older_checkpoint(train_tiny, resume, tmp_path):
-    """All of metrics.jsonl from its step on is of a future that is now another."""
+    """The lines of metrics.jsonl from its step on are removed."""
     train_tiny(tmp_path / "out", max_iters=3)
     old = (tmp_path / "out" / "last.pt").read_bytes()
     whole = resume(tmp_path / "out", max_iters=7)
@@ -148,12 +148,12 @@ def test_resume_from_an_older_checkpoint(train_tiny, resume, tmp_path):
     again = resume(tmp_path / "out", max_iters=5)
     assert max(line["step"] for line in again.metrics) == 6
     kept = [line for line in before if line["step"] < 4]
-    assert again.metrics[: len(kept)] == kept  # not a digit of what was before has changed
+    assert again.metrics[: len(kept)] == kept  # earlier lines are unchanged
     assert again.series("loss") == {s: v for s, v in whole.series("loss").items() if s < 6}
 
 
 def test_resume_takes_the_later_checkpoint(finished, resume, tmp_path):
-    """With the best model older than the newest, the newest goes on."""
+    """If the best model is older than the newest, the newest is resumed."""
     checkpoint = torch.load(finished / "ckpt.pt")
     save_checkpoint(checkpoint | {"iter_num": 4}, finished / "ckpt.pt")
     assert "at step 8" in resume(finished, max_iters=8).console
@@ -206,7 +206,7 @@ def test_config_file_overrides_saved_settings(finished, main, resumed_settings, 
 
 
 def test_saved_int_fits_a_float_key(finished, resume):
-    """nanoGPT keeps `weight_decay = 0` of a config file as the int that it is there."""
+    """nanoGPT saves `weight_decay = 0` of a config file as an int."""
     checkpoint = torch.load(finished / "last.pt")
     checkpoint["config"] |= {"weight_decay": 0, "dropout": 0, "min_lr": 0}
     for name in ("last.pt", "ckpt.pt"):
@@ -266,7 +266,7 @@ def test_weights_alone_cannot_be_resumed(finished, resume):
 
 
 def test_resume_with_another_tokenizer_is_refused(finished, resume, tmp_path, text):
-    """As many characters, but others: training on would quietly spoil the model."""
+    """With equally many but different characters, training would silently ruin the model."""
     turned = text.swapcase()
     tokenizer = CharTokenizer(sorted(set(text + turned)))
     write_dataset(tmp_path / "data", tokenizer, {"train": [turned], "val": [text]}, "turned")
@@ -287,7 +287,7 @@ def test_scratch_archives_an_earlier_run(finished, train_tiny):
     train_tiny(finished, max_iters=0)
     kept = [json.loads(line) for line in before["metrics.jsonl"].splitlines()]
     found = [path.read_text().splitlines() for path in finished.glob("earlier*/metrics.jsonl")]
-    assert sorted(map(len, found)) == sorted([len(kept), 4])  # both are there
+    assert sorted(map(len, found)) == sorted([len(kept), 4])  # both exist
 
 
 def test_auto_starts_then_resumes(train_tiny, main, settings, tmp_path):
@@ -320,7 +320,7 @@ def test_resume_without_a_run(resume, tmp_path):
 
 
 def test_finetune_a_checkpoint(trained, train_tiny, tmp_path, monkeypatch):
-    """A file's weights, a new optimizer, a new count of steps."""
+    """The weights of a file, with a new optimizer and step count."""
 
     def rule(batch_size, block_size, n_embd):
         assert (batch_size, block_size, n_embd) == (4, 16, 16)  # the model's, not the defaults
@@ -423,13 +423,13 @@ def test_max_iters_is_the_number_of_the_last_step(train_tiny, tmp_path, max_iter
 
 
 def test_ckpt_is_best_and_last_is_newest(train_tiny, tmp_path):
-    """A rate that is right at first and far too high later: the best is in the middle."""
+    """A learning rate that becomes far too high, so that the best model is in the middle."""
     changes = {"learning_rate": 3.0, "min_lr": 3.0, "warmup_iters": 40, "lr_decay_iters": 40}
     changes |= {"max_iters": 30, "eval_interval": 1, "eval_iters": 8, "grad_clip": 0}
     run = train_tiny(tmp_path / "out", always_save_checkpoint=False, **changes)
     losses = run.series("val_loss")
     best = min(losses, key=losses.get)
-    assert 0 < best < 31  # or this test shows nothing
+    assert 0 < best < 31  # otherwise this test shows nothing
     assert run.checkpoint("ckpt.pt")["iter_num"] == best
     assert run.checkpoint("ckpt.pt")["best_val_loss"] == losses[best]
     assert run.checkpoint("last.pt")["iter_num"] == 31
@@ -437,7 +437,7 @@ def test_ckpt_is_best_and_last_is_newest(train_tiny, tmp_path):
 
 
 def test_console_matches_nanogpt(trained, train_tiny, tmp_path):
-    """People read these lines with regular expressions; these are nanoGPT's."""
+    """Scripts parse these lines with regular expressions, so they match nanoGPT's."""
     console = train_tiny(tmp_path / "out").console
     assert re.search(r"^tokens per iteration will be: 64$", console, re.MULTILINE)
     assert re.search(r"^number of parameters: \d+\.\d\dM$", console, re.MULTILINE)
@@ -500,8 +500,8 @@ def test_schedules_never_divide_by_zero(warmup, decay, schedule, share):
 
 @pytest.mark.parametrize("rows", ["windows", "documents"])
 def test_accumulation_matches_the_whole_batch(train_tiny, tmp_path, lines_data, rows):
-    """Twelve rows at once, or in three, or in twelve micro-batches: the loss is the sum over all
-    targets by their number, also where documents of unlike length make the parts unequal."""
+    """With twelve rows in one, three or twelve micro-batches, the loss is the sum over all targets
+    divided by their number, also if documents of different lengths make the parts unequal."""
     runs = []
     for steps, size in ((1, 12), (3, 4), (12, 1)):
         batch = {"gradient_accumulation_steps": steps, "batch_size": size, "rows": rows}
@@ -514,7 +514,7 @@ def test_accumulation_matches_the_whole_batch(train_tiny, tmp_path, lines_data, 
 
 
 def test_loss_is_of_the_rows_of_the_loader(train_tiny, char_data, tmp_path, trained):
-    """From a known model, the loss of a step is the model's on the batch at its position."""
+    """The loss of a step is the loss of the model on the batch at its position."""
     start = trained / "ckpt.pt"
     run = train_tiny(tmp_path / "out", init_from=start, learning_rate=0, min_lr=0, max_iters=2)
     model = train.GPT.from_checkpoint(start).eval()
@@ -526,8 +526,8 @@ def test_loss_is_of_the_rows_of_the_loader(train_tiny, char_data, tmp_path, trai
 
 
 def test_run_matches_a_textbook_loop(train_tiny, char_data, tmp_path, trained):
-    """Forward, backward, clip, AdamW with two groups, and nothing left over from step to step:
-    written out here with PyTorch alone, it ends at the same weights."""
+    """A loop in plain PyTorch (forward, backward, clip, AdamW with two groups) ends with the same
+    weights."""
     start = trained / "ckpt.pt"
     changes = {"gradient_accumulation_steps": 2, "batch_size": 3, "max_iters": 4}
     changes |= {"grad_clip": 0.3, "weight_decay": 0.4, "beta1": 0.8, "beta2": 0.9}
@@ -564,8 +564,7 @@ def test_run_matches_a_textbook_loop(train_tiny, char_data, tmp_path, trained):
 
 
 def test_evaluations_read_the_same_windows(train_tiny, tmp_path):
-    """A model that does not change has one loss, with whatever dropout, seed and batch it is
-    trained."""
+    """A model that does not change has the same loss for any dropout, seed and batch size."""
     still = {"learning_rate": 0, "min_lr": 0, "weight_decay": 0, "eval_interval": 2}
     run = train_tiny(tmp_path / "out", dropout=0.3, **still)
     assert len(set(run.series("val_loss").values())) == 1
@@ -587,7 +586,7 @@ def test_seed_determines_the_run(train_tiny, tmp_path):
 
 
 def test_dropout_differs_between_steps(train_tiny, tmp_path):
-    """One row only, and a model that does not change: the losses differ by dropout alone."""
+    """With one row and a model that does not change, losses differ only by dropout."""
     splits = {"train": ["a" * 9 + "b" * 8], "val": ["ab" * 9]}
     write_dataset(tmp_path, CharTokenizer("ab"), splits, "letters")
     still = {"learning_rate": 0, "min_lr": 0, "weight_decay": 0, "data_dir": tmp_path}
@@ -629,8 +628,8 @@ def test_vocabulary_rows(kind, size, rows):
 
 
 def test_data_without_meta_is_gpt2(train_tiny, tmp_path, monkeypatch):
-    """nanoGPT's GPT-2 sets are bins alone. Where GPT-2's vocabulary cannot be had the run goes
-    on, and whoever can have it samples from what it made."""
+    """nanoGPT's GPT-2 data sets are only .bin files. Without GPT-2's vocabulary the run continues,
+    and its checkpoint can be sampled where the vocabulary is available."""
 
     def no_network():
         raise UserError("cannot get GPT-2's vocabulary")
@@ -667,7 +666,7 @@ def test_checkpoint_matches_nanogpt(trained):
 
 
 def test_checkpoint_size(trained):
-    """The tied weight is stored once, and the two names are one file."""
+    """The tied weight is stored once, and both names are links to one file."""
     checkpoint = torch.load(trained / "ckpt.pt")
     numbers = sum(w.numel() for w in checkpoint["model"].values())
     numbers -= checkpoint["model"]["lm_head.weight"].numel()

@@ -14,7 +14,7 @@ def heads(B=2, H=4, T=150, D=8, kv_heads=4, dtype=torch.float32):
 
 
 def reference(q, k, v, keep):
-    """The formula, with every probability in memory: keep (B, n_head, T, T) is 0 or a factor."""
+    """Attention by its definition. `keep` (B, n_head, T, T) is 0 or the dropout factor."""
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
     T = q.size(2)
     scores = q @ k.mT * q.size(3) ** -0.5
@@ -23,7 +23,7 @@ def reference(q, k, v, keep):
 
 
 def kept_by(run, T):
-    """Which probabilities a run kept, read off it with values that are one-hot by position."""
+    """The probabilities that dropout kept, found with values that are one-hot by position."""
     B, H = 2, 4
     q, k = torch.zeros(B, H, T, T), torch.zeros(B, H, T, T)
     shares = run(q, k, torch.eye(T).expand(B, H, T, T).contiguous())

@@ -10,7 +10,7 @@ from brisk.cpu.decode import Decoder
 from brisk.generation.kv_cache import KVCache, decode_step, prefill
 from model import GPTConfig
 
-# Other values of each field, with what they need beside them.
+# Other values of each field, with the fields that they need.
 OTHERS = {
     "block_size": [{"block_size": 31}],
     "vocab_size": [{"vocab_size": 70}],
@@ -45,7 +45,7 @@ def test_variants_cover_every_config_field():
 @pytest.mark.parametrize("base", [{}, {**MODERN, "n_kv_head": 2}], ids=["gpt2", "modern"])
 @pytest.mark.parametrize("field", OTHERS)
 def test_decoder_matches_the_network(field, base):
-    """At the same and at unlike positions, up to the last."""
+    """At equal and at different positions, up to the last."""
     for other in OTHERS[field]:
         model, idx = random_model(**{**base, **other}), random_ids()
         decoder, cache = Decoder.of(model), KVCache(model, 2, 24)

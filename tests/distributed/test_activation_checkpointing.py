@@ -41,7 +41,7 @@ def a_model():
 
 
 def bytes_kept(model):
-    """What autograd keeps of a forward pass through the blocks, weights aside."""
+    """The bytes that autograd saves in a forward pass through the blocks, without weights."""
     kept, mine = {}, {w.untyped_storage().data_ptr() for w in model.parameters()}
 
     def count(tensor):
@@ -60,7 +60,7 @@ def test_block_saves_only_its_input():
     model, recomputed = a_model(), a_model()
     for block in recomputed.transformer.h:
         checkpoint_activations(block, preserve_rng=False)
-    sequences = 4 * 32 * 32 * 4  # bytes of what goes into a block
+    sequences = 4 * 32 * 32 * 4  # bytes of the input of a block
     assert bytes_kept(recomputed) <= 6 * sequences < bytes_kept(model) / 5
     foretold, whole = (expected_memory(model, 4, CPU, recomputed=r) for r in (True, False))
     spared = bytes_kept(model) / 6 * 5 - 6 * sequences

@@ -18,7 +18,7 @@ small = st.integers(1, 40)
 
 
 def shares(world_size, gradient_accumulation_steps, batch_size):
-    """What each process does, in the order of the processes."""
+    """The micro-batches of each process, in order of rank."""
     ranks = [Ranks(rank, rank, world_size) for rank in range(world_size)]
     return [r.micro_batches(gradient_accumulation_steps, batch_size) for r in ranks]
 
@@ -29,11 +29,11 @@ def test_global_batch_divides_evenly_or_raises(world_size, steps, batch_size):
     try:
         shared = shares(world_size, steps, batch_size)
     except UserError as error:
-        assert rows % world_size  # it is an error only where it must be one
+        assert rows % world_size  # an error only if it does not divide
         near = int(re.search(r"--gradient_accumulation_steps=(\d+) ", str(error))[1])
         assert near >= 1 and near * batch_size % world_size == 0
         for nearer in range(max(1, steps - abs(near - steps) + 1), steps + abs(near - steps)):
-            assert nearer * batch_size % world_size  # none that works is nearer
+            assert nearer * batch_size % world_size  # the suggestion is the nearest that works
         shares(world_size, near, batch_size)
         return
     micro_batches = [part for share in shared for part in share]
@@ -41,7 +41,7 @@ def test_global_batch_divides_evenly_or_raises(world_size, steps, batch_size):
     visited = [row for _, first, n in micro_batches for row in range(first, first + n)]
     assert visited == list(range(rows))  # every row once
     assert all(1 <= count <= batch_size for _, _, count in micro_batches)
-    assert len({len(share) for share in shared}) == 1  # all go through the same number of passes
+    assert len({len(share) for share in shared}) == 1  # equal numbers of micro-batches
     assert len({sum(n for *_, n in share) for share in shared}) == 1
 
 
@@ -77,7 +77,7 @@ def metrics(out_dir, key):
 
 
 def assert_same_run(run, other):
-    """Same steps, and the same losses but for the order in which floats are added."""
+    """The same steps, and the same losses except for the order of float additions."""
     for key in ("loss", "train_loss", "val_loss", "grad_norm", "lr", "tokens"):
         a, b = metrics(run, key), metrics(other, key)
         both = a.keys() & b.keys()
@@ -110,7 +110,7 @@ def test_ddp_matches_one_process_and_resumes(
     changes = {**changes, "eval_interval": 2, "data_dir": lines_data}
     whole = train_tiny(tmp_path / "whole", **changes, max_iters=5).out_dir
 
-    # Two processes begin, one goes on, and the other way round.
+    # start with two processes and resume with one, and the reverse
     two = tmp_path / "two"
     console = succeed(torchrun("train.py", *settings(two, **changes, max_iters=3)))
     assert len(re.findall(r"^iter 2: ", console, re.MULTILINE)) == 1  # one of them speaks
@@ -138,7 +138,7 @@ def test_error_under_torchrun_is_one_line(settings, torchrun, tmp_path):
 def test_torchrun_with_one_rank_is_bit_exact(
     train_tiny, settings, torchrun, tmp_path, parallel, optimizer
 ):
-    """It is wrapped like several, which can so be tried on one device, and computes the same."""
+    """It is wrapped in DDP, so that DDP can be tested on one device, and computes the same."""
     changes = {"gradient_accumulation_steps": 2, "optimizer": optimizer}
     alone = train_tiny(tmp_path / "alone", **changes)
     argv = settings(tmp_path / "one", **changes, parallel=parallel)

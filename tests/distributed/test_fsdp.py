@@ -44,7 +44,7 @@ def metrics(out_dir, key):
 
 
 def assert_same_run(run, whole):
-    """The losses of `whole`, from the first step to the last, and its state at the end."""
+    """Compare all losses with those of `whole`, and the final state."""
     for key in ("loss", "grad_norm"):
         losses, expected = metrics(run, key), metrics(whole, key)
         assert losses == pytest.approx(expected, abs=1e-4) and len(losses) == 12
@@ -60,7 +60,7 @@ def assert_same_run(run, whole):
     assert moments.keys() == expected.keys()
     for number, kept in expected.items():
         for key, moment in kept.items():
-            assert type(moments[number][key]) is torch.Tensor  # no DTensor is in the file
+            assert type(moments[number][key]) is torch.Tensor  # no DTensor in the file
             torch.testing.assert_close(moments[number][key], moment, atol=1e-4, rtol=1e-3)
 
 
@@ -72,7 +72,7 @@ def succeed(result):
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
 def test_two_ranks_match_one_process(train_tiny, settings, torchrun, tmp_path, changes, parallel):
-    """DDP beside it for the sake of Muon, whose work is shared there too."""
+    """DDP too, for Muon, whose work is divided there as well."""
     changes = {**SIZES, **changes}
     whole = train_tiny(tmp_path / "whole", **changes).out_dir
     two = tmp_path / "two"
@@ -122,7 +122,7 @@ def test_more_ranks_match_one_process(
 
 
 def test_other_settings_work_with_fsdp(train_tiny, settings, torchrun, tmp_path):
-    """Texts drawn at evaluations, steps that may be left out, blocks computed again or frozen."""
+    """Samples at evaluations, skipped steps, recomputed and frozen blocks."""
     changes = {**SIZES, **CLASSIC, "eval_samples": 2, "on_spike": "skip", "spike_factor": 20}
     changes["freeze_layers"] = 1
     whole = train_tiny(tmp_path / "whole", **changes).out_dir
@@ -143,8 +143,8 @@ def test_compiled_blocks(train_tiny, settings, torchrun, tmp_path):
 
 @pytest.mark.slow
 def test_float16_with_grad_scaler(train_tiny, settings, torchrun, tmp_path):
-    """The scaler begins at 65536 and leaves out the steps whose gradients overflow: the same ones
-    in all processes."""
+    """The scaler starts at 65536 and skips steps with overflowing gradients, the same ones on all
+    ranks."""
     changes = {**SIZES, **CLASSIC, "dtype": "float16"}
     whole = train_tiny(tmp_path / "whole", **changes).out_dir
     succeed(torchrun("train.py", *settings(tmp_path / "out", **changes, parallel="fsdp")))
@@ -155,7 +155,7 @@ def test_float16_with_grad_scaler(train_tiny, settings, torchrun, tmp_path):
     assert scaled == expected
 
 
-# A run whose loss is no number at step 6, once.
+# A run whose loss is NaN at step 6, once.
 POISONED = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -203,7 +203,7 @@ def test_all_ranks_respond_to_a_spike(settings, torchrun, quick_script, tmp_path
 
 
 def test_all_ranks_stop_together(settings, resume, torchrun, train_tiny, tmp_path):
-    """Every process gets the signal, and at another step than the others."""
+    """Every process gets the signal, at different steps."""
     stopped = tmp_path / "stopped.py"
     stopped.write_text(
         POISONED.replace("step == 6", "step == 2 + int(train.os.environ['RANK'])")
@@ -221,7 +221,7 @@ def test_all_ranks_stop_together(settings, resume, torchrun, train_tiny, tmp_pat
 
 
 def test_model_error_is_one_line(settings, torchrun, tmp_path):
-    """Only the main process builds it."""
+    """Only rank 0 builds the model."""
     argv = settings(tmp_path / "out", n_head=3, parallel="fsdp")
     result = torchrun("train.py", *argv)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -252,7 +252,7 @@ def test_chunk_bounds_match_torch_chunk(rows, world_size):
 
 # ----------------------------------------------------------------------------- memory
 
-# What a process holds after a step, in bytes.
+# The memory of a process after a step, in bytes.
 HELD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -264,7 +264,7 @@ def save(self, state, *_):
     weights = {{id(w): to_local(w).nbytes for w in state["model"].values()}}
     moments = [to_local(m).nbytes for kept in state["optimizer"]["state"].values()
                for key, m in kept.items() if key != "step"]
-    # in one piece: two processes write to one pipe
+    # in one write: two processes share a pipe
     sys.stdout.write(f"held {{2 * sum(weights.values()) + sum(moments)}}\\n")
 
 brisk.training.async_checkpoint.Saver.save = save
@@ -279,7 +279,7 @@ def test_rank_holds_only_its_shard(settings, torchrun, tmp_path):
     printed = succeed(torchrun(tmp_path / "held.py", *settings(tmp_path / "out", **changes)))
     held = [int(number) for number in re.findall(r"held (\d+)", printed)]
     millions = float(re.search(r"number of parameters: ([\d.]+)M", printed)[1])
-    parameters = 1e6 * millions + 16 * 64  # and those of the positions
+    parameters = 1e6 * millions + 16 * 64  # and the position embeddings
     share = 16 * parameters / 2
     assert len(held) == 2 and held == pytest.approx([share, share], rel=0.1)
 

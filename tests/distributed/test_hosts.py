@@ -15,9 +15,9 @@ from test_data_parallel import assert_same_run
 
 from brisk.checkpoint import load_checkpoint
 
-PATIENCE = 120  # seconds, for what takes a few on a machine that has nothing else to do
+PATIENCE = 120  # seconds; it takes a few on an idle machine
 LENGTH = {"max_iters": 60, "lr_decay_iters": 60, "eval_interval": 20, "log_interval": 1}
-LENGTH |= {"learning_rate": 1e-3, "min_lr": 1e-4}  # larger ones grow what rounding differs in
+LENGTH |= {"learning_rate": 1e-3, "min_lr": 1e-4}  # larger ones amplify rounding differences
 BATCH = {"gradient_accumulation_steps": 2, "batch_size": 3}
 
 
@@ -28,7 +28,7 @@ def ip(*words):
 
 
 class Hosts:
-    """Two namespaces and the cable between them, with what runs in them."""
+    """Two namespaces, the cable between them, and their processes."""
 
     def __init__(self, folder):
         self.names = [f"brisk{os.getpid()}-{n}" for n in (0, 1)]
@@ -52,7 +52,7 @@ class Hosts:
         ip("-n", self.names[end], "link", "set", self.cables[end], state)
 
     def torchrun(self, number, settings, **launcher):
-        """Start a torchrun of one process on that host, in its folder."""
+        """Start torchrun with one process on a host, in its folder."""
         launcher = {"nnodes": 2, "nproc_per_node": 1, **launcher}
         options = [f"--{key}={value}" for key, value in launcher.items()]
         command = ["ip", "netns", "exec", self.names[number], sys.executable]
@@ -67,7 +67,7 @@ class Hosts:
         return process
 
     def train(self, settings):
-        """The same command on both, as the README has it."""
+        """The command of the README on both hosts."""
         where = {"master_addr": "10.77.0.1", "master_port": 29500}
         return [self.torchrun(n, settings, node_rank=n, **where) for n in (0, 1)]
 
@@ -116,7 +116,7 @@ def ends(hosts):
 
 
 def files(hosts, number):
-    """What is on a host beside what its two streams were led to."""
+    """The files on a host, except its redirected output."""
     return {path.name for path in hosts.folders[number].iterdir()} - {"out.txt", "err.txt"}
 
 
@@ -125,7 +125,7 @@ def test_two_hosts_survive_a_short_link_failure(hosts, ends, settings, train_tin
     processes = hosts.train(settings("out", **LENGTH, **BATCH))
     hosts.wait_for("iter 30:")
     hosts.cable("down")
-    time.sleep(0.5)  # what was under way
+    time.sleep(0.5)  # let the current step finish
     before = hosts.said()
     time.sleep(2)
     assert hosts.said() == before  # neither trains on alone
@@ -144,7 +144,7 @@ def test_long_link_failure_ends_and_restarts(hosts, ends, settings, train_tiny, 
     hosts.cable("down")
     began = time.monotonic()
     assert 0 not in ends(processes)
-    assert time.monotonic() - began < 100  # of which torchrun may take half to stop its processes
+    assert time.monotonic() - began < 100  # torchrun may take half of it to stop its processes
     for number in (0, 1):
         errors = hosts.said(number, "err.txt").splitlines()
         lines = [line for line in errors if line.startswith("error: ")]
@@ -160,7 +160,7 @@ def test_long_link_failure_ends_and_restarts(hosts, ends, settings, train_tiny, 
 
 @pytest.mark.slow
 def test_run_continues_without_a_lost_host(hosts, settings, train_tiny, tmp_path):
-    """`--nnodes=1:2`: the run goes on with the hosts there are, on the same batches."""
+    """`--nnodes=1:2`: the run continues with the remaining host, on the same batches."""
     length = {**LENGTH, "max_iters": 400, "lr_decay_iters": 400}
     whole = train_tiny(tmp_path / "whole", **length, **BATCH).out_dir
     command = settings("out", **length, **BATCH, timeout=10, init_from="auto")
@@ -173,9 +173,9 @@ def test_run_continues_without_a_lost_host(hosts, settings, train_tiny, tmp_path
     hosts.wait_for("iter 50:")
     assert "device: 2 processes" in hosts.said()
     hosts.cable("down", end=1)
-    second.kill()  # its training process ends by itself, when it has waited for long enough
+    second.kill()  # its training process exits after a timeout
     hosts.processes.remove(second)
     assert first.wait(PATIENCE) == 0, hosts.said(name="err.txt")
     assert "Resuming training from out at step" in hosts.said()
-    assert hosts.said().count("device: 2 processes") == 1  # and then one alone
+    assert hosts.said().count("device: 2 processes") == 1  # and then one
     assert_same_run(whole, hosts.folders[0] / "out")

@@ -33,7 +33,7 @@ def start(command, cwd=None, env=ENV):
 
 
 def lines_until(process, text):
-    """The lines of `process` up to the one that begins with `text`."""
+    """Read lines from `process` until one begins with `text`."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -55,7 +55,7 @@ def assert_same_to_the_bit(run, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, torchrun):
-    """`undisturbed(argv)`: the folder of that run in two processes that nobody kills."""
+    """`undisturbed(argv)`: run with two processes, without kills. Returns the folder."""
     done = {}
 
     def run(settings):
@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory, torchrun):
 
 
 def train_and_kill(settings, out, victims, amid_a_save):
-    """A run under torchrun in which these ranks are killed, one after another; what it said."""
+    """Run under torchrun, killing these ranks one after another. Returns the output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = settings(out, **LENGTH, **BATCH, init_from="auto")
     process = start([*torchrun, f"--max_restarts={len(victims)}", ROOT / "train.py", *argv])
@@ -99,7 +99,7 @@ def test_killed_process_changes_nothing(settings, undisturbed, tmp_path, victims
     whole = undisturbed(settings)
     said = train_and_kill(settings, tmp_path / "out", victims, amid_a_save)
     assert said.count("Resuming training from") == len(victims)
-    assert "failed to connect" not in said  # each start found its own processes at once
+    assert "failed to connect" not in said  # the ranks of each start found each other
     assert_same_to_the_bit(tmp_path / "out", whole)
     assert not list((tmp_path / "out").glob("*.writing"))
 
@@ -126,7 +126,7 @@ def test_resume_on_other_world_size_same_batches(
 
 
 def start_rank(rank, argv, port, cwd):
-    """One of two processes, in a folder of its own, without torchrun to look after it."""
+    """Start one of two processes in a separate folder, without torchrun."""
     cwd.mkdir(exist_ok=True)
     who = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -140,8 +140,8 @@ def start_both(argv, folder):
 
 
 def test_only_rank_0_needs_the_folder(settings, train_tiny, tmp_path):
-    """Each has a working directory of its own: nothing is written in the other's, and it resumes
-    all the same."""
+    """Each rank has a separate working directory. Nothing is written to that of rank 1, and it
+    resumes anyway."""
     batch = {**BATCH, "learning_rate": 1e-3, "min_lr": 1e-4, "init_from": "auto"}
     whole = train_tiny(tmp_path / "whole", **batch).out_dir
     for last in (3, 7):
@@ -165,14 +165,14 @@ def test_silent_rank_ends_the_others(settings, resume, tmp_path):
     main, other = start_both(settings("out", **BATCH, **length, timeout=5), tmp_path)
     try:
         lines_until(main, "iter 15:")
-        other.send_signal(signal.SIGSTOP)  # there, but it says nothing: a cut link, a hung device
+        other.send_signal(signal.SIGSTOP)  # alive but silent, like a lost link or a hung device
         began = time.monotonic()
         said = main.communicate(timeout=60)[0].splitlines()
         assert main.returncode == 1 and time.monotonic() - began < 40
         assert said[-1].startswith("error: lost the run's other processes (Timed out waiting 5000")
         assert not any(line.startswith("Traceback") for line in said)
         step = load_checkpoint(tmp_path / "rank0" / "out" / "last.pt")["iter_num"]
-        assert step % 10 == 0  # the last evaluation's: nothing was saved of a step not finished
+        assert step % 10 == 0  # from the last evaluation; the unfinished step is not saved
     finally:
         other.kill()
     assert f"at step {step}" in resume(tmp_path / "rank0" / "out", max_iters=step).console
@@ -180,9 +180,9 @@ def test_silent_rank_ends_the_others(settings, resume, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 def test_sigterm_ends_a_waiting_rank(settings, tmp_path):
-    """There is nothing to save yet, and torchrun would wait half a minute before it kills."""
+    """Nothing has to be saved yet, and torchrun would wait half a minute before SIGKILL."""
     process = start_rank(1, settings("out"), free_port(), tmp_path / "rank1")
-    time.sleep(8)  # it is importing, or waiting for a main process that is not there
+    time.sleep(8)  # it is importing, or waiting for the missing rank 0
     assert process.poll() is None
     process.terminate()
     assert process.wait(10) == -signal.SIGTERM
@@ -192,7 +192,7 @@ def test_sigterm_ends_a_waiting_rank(settings, tmp_path):
 
 
 def names(store, world_size, only=None):
-    """What each process of a start (or `only` some) takes for its name."""
+    """The name that each process of a start (or `only` some) computes."""
     found = {}
 
     def ask(rank):

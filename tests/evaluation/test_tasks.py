@@ -105,7 +105,7 @@ def test_hellaswag_matches_transformers(models, write_items, text, batch_size, d
             int(np.argmin(np.array(n) / s[1])) for n, s in zip(nats, sizes, strict=True)
         ],
     }
-    for name, answers in chosen.items():  # what the model holds to be right is right
+    for name, answers in chosen.items():  # make the model's choice the right one
         for n, (item, answer) in enumerate(zip(items, answers, strict=True)):
             item["label"] = answer if n % 2 else str(answer)
         result = tasks.hellaswag(

@@ -20,7 +20,7 @@ def prompt(length, seed=0):
 
 @NETWORK
 def test_rows_have_the_same_bits_in_all_shapes(network):
-    """Every row of every pair of agreeing shapes, beside rows of other texts and lengths."""
+    """Every row in every pair of agreeing shapes, with other texts and lengths in the batch."""
     model = random_model(**{**network, "block_size": 200})
     with torch.inference_mode():
         cache, decoder = KVCache(model, 16, 999), Decoder.of(model)
@@ -58,7 +58,7 @@ def test_steps_cover_the_live_rows():
 
 
 def test_kernel_with_a_different_last_row():
-    """Then steps are as small as it takes for all rows to agree."""
+    """Then steps have the size at which all rows agree."""
 
     class Odd(torch.nn.Module):
         def forward(self, ids, cache):

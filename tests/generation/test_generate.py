@@ -27,7 +27,7 @@ def model():
 
 
 def fixed_logits(logits):
-    """A model that has one opinion, whatever it reads."""
+    """A model with fixed logits."""
     sizes = dict(block_size=4, n_layer=1, n_head=1, n_embd=1, tied=False)
     model = GPT(GPTConfig(**sizes, vocab_size=max(6, len(logits))))
     state = model.state_dict()
@@ -42,7 +42,7 @@ def prompt(B=1):
 
 
 def greedy(model, idx, n, window):
-    """The likeliest tokens without a cache, from the newest `window(T)` of T tokens each time."""
+    """Greedy tokens without a cache, each from the last `window(T)` of T tokens."""
     model.eval()
     for _ in range(n):
         with torch.no_grad():
@@ -56,7 +56,7 @@ def exact(T):
 
 
 def halved(T):
-    """9 to 16 of the newest tokens: past 16, eight are dropped with each seventeenth."""
+    """The last 9 to 16 tokens: at the seventeenth, the oldest eight are dropped."""
     return T if T <= 16 else 9 + (T - 17) % 8
 
 
@@ -69,7 +69,7 @@ def test_greedy_is_argmax_past_block_size(model, window):
     assert generate(model, prompt(), 60, top_p=1e-6, **flag).equal(expected)
     assert generate(model, prompt(), 60, temperature=1e-45, **flag).equal(expected)
     assert model.generate(prompt(), 60, temperature=0.0, **flag).equal(expected)
-    for T in (1, 15, 16, 17, 18, 24, 25, 40):  # prompts of all these lengths go on the same way
+    for T in (1, 15, 16, 17, 18, 24, 25, 40):  # the same for all prompt lengths
         assert generate(model, expected[:, :T], 20, 0, **flag).equal(
             greedy(model, expected[:, :T], 20, window)
         )
@@ -77,7 +77,7 @@ def test_greedy_is_argmax_past_block_size(model, window):
 
 @given(st.integers(1, 9), st.integers(1, 40), st.booleans())
 def test_each_token_is_computed_once(size, T, exact):
-    """On a model that says what it has read at which positions."""
+    """On a fake model that records the tokens and positions it computes."""
 
     class Reader(GPT):
         def embed(self, idx, positions=None, before=None):
@@ -100,7 +100,7 @@ def test_each_token_is_computed_once(size, T, exact):
     if exact:
         assert set(counts[max(0, size + 1 - first) :]) <= {size, size + 1}  # padded by one, or not
     else:
-        later, most = counts[1:], 2 if size > 2 else 3  # one position more a token; or padding
+        later, most = counts[1:], 2 if size > 2 else 3  # one more position per token, or padding
         assert sum(later) <= most * len(later) + size
         assert set(later) <= {1, size // 2 + 1, 3 * (size == 2)}
 
@@ -196,7 +196,7 @@ def test_top_k_and_top_p():
     assert near(shares(top_p=0.75), [0, 0.625, 0, 0.375, 0])  # 0.5 falls short, 0.8 reaches it
     assert near(shares(top_p=0.85), [0, 5 / 9, 0, 3 / 9, 1 / 9])
     assert near(shares(top_p=0.3), [0, 1, 0, 0, 0])
-    # top_p looks at what top_k left: of 0.625 and 0.375 the first alone reaches 0.6
+    # top_p is applied after top_k: of 0.625 and 0.375, the first alone reaches 0.6
     assert near(shares(top_k=2, top_p=0.6), [0, 1, 0, 0, 0])
 
 
@@ -204,7 +204,7 @@ def test_top_k_and_top_p():
 def test_zero_probability_is_never_sampled(options):
     logits = torch.tensor([-torch.inf, 0.0, -1e4, 1.0, -torch.inf]).expand(4, -1)
     uniform = torch.tensor([0.0, 1.0 - 2**-24, 1.0, 0.5])
-    for row in range(4):  # the same where the impossible tokens stand first, last, in between
+    for row in range(4):  # impossible tokens first, last or in between
         ids = sample_token(logits.roll(row, dims=1), uniform, **options)
         assert set((ids - row).remainder(5).tolist()) == {1, 3}
 
@@ -219,7 +219,7 @@ def test_suppressed_tokens_are_never_sampled():
     logits = [0.0, 5.0, -1.0, 1.0]
     n = 20_000
     start = torch.zeros(n, 1, dtype=torch.long)
-    for suppress in ([1], [1, 1, 7], {1}):  # twice the same, and one that there is not
+    for suppress in ([1], [1, 1, 7], {1}):  # a duplicate, and an unknown id
         ids = generate(fixed_logits(logits), start, 1, vocab_size=4, suppress=suppress, seed=3)
         shares = torch.bincount(ids[:, 1], minlength=4) / n
         expected = torch.softmax(torch.tensor([0.0, -torch.inf, -1.0, 1.0]), -1)
@@ -274,7 +274,7 @@ def test_finished_sample_repeats_its_stop_id(model):
         assert row[: end + 1] == expected[: end + 1]
         assert set(row[end:]) == {row[end]} or not found
         ends.append(end)
-    assert stopped.size(1) == max(ends) + 1  # no step more once all are finished
+    assert stopped.size(1) == max(ends) + 1  # it ends when all are finished
     assert len(set(ends)) > 1
     greedy = generate(fixed_logits([0.0, 1.0]), torch.ones(2, 3).long(), 50, 0, stop_ids=[1])
     assert greedy.shape == (2, 4)  # a stop id in the prompt does not count
@@ -339,7 +339,7 @@ def test_empty_prompt_raises(model):
 
 
 def streamed(text, **stop):
-    """The pieces that a stream gives for `text`, one byte a token, and what it gives at the end."""
+    """The pieces that a stream returns for `text`, with one token per byte, and its final piece."""
     stream = TextStream(ByteTokenizer(), **stop)
     return [stream.feed(byte) for byte in text.encode()], stream.finish(), stream
 
@@ -363,12 +363,12 @@ def test_incomplete_character_becomes_u_fffd():
     ("text", "stop", "shown"),
     [
         ("one\ntwo\n\nthree", "\n\n", "one\ntwo"),
-        ("aaaab!", "aab", "aa"),  # the beginning of a stop within a beginning of it
+        ("aaaab!", "aab", "aa"),  # a stop begins inside a partial match
         ("no stop her", "here", "no stop her"),
         ("语言模型", "模", "语言"),
         ("", "x", ""),
         ("one, two. three", [".", ","], "one"),
-        ("aaabcd", ["abd", "bcd"], "aaa"),  # what one stop holds back may begin another
+        ("aaabcd", ["abd", "bcd"], "aaa"),  # the withheld text of one stop may begin another
         ("no end", ["end!", "d!"], "no end"),
         ("text", [], "text"),
     ],
@@ -386,7 +386,7 @@ def test_stop_id_ends_a_stream():
 
 
 def whole_words(text, n, ends=False):
-    """`text` up to the end of its n-th word, or of its last whole one."""
+    """`text` up to the end of its n-th word, or its last complete one."""
     after = r"(?=\s|\Z)" if ends else r"(?=\s)"
     for count in range(n, 0, -1):
         if found := re.match(rf"(\s*\S+){{{count}}}{after}", text):
@@ -396,7 +396,7 @@ def whole_words(text, n, ends=False):
 
 @given(st.text("ab. \n'é", max_size=40), st.integers(1, 6), st.integers(1, 5))
 def test_only_complete_words_are_shown(text, n, size):
-    """However the text is cut into tokens, at every moment."""
+    """For any split into tokens, after every token."""
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     tokenizer = ByteTokenizer()
     tokenizer.token_bytes = lambda i: pieces[i].encode()

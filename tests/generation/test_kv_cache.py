@@ -41,7 +41,7 @@ def poison(cache, rows, value):
 @VARIANT
 @BOTH
 def test_recycled_row_is_independent(variant, decoding, value):
-    """The new prompt has as many tokens as the row held; beside it another row goes on."""
+    """The new prompt is as long as the old contents of the row, and another row continues."""
     model = random_model(**variant)
     decoder = Decoder.of(model) if decoding else None
     old, new, other = texts(9, 9, 14)
@@ -65,7 +65,7 @@ def test_recycled_row_is_independent(variant, decoding, value):
 
 
 def test_prefill_window_resets_used_rows():
-    """Equal lengths say nothing about equal texts."""
+    """Rows of equal length may have different texts."""
     model = random_model(ngrams=3, ngram_rows=50)
     cache, (old, new) = KVCache(model, 1, 24), texts(9, 10)
     prefill_window(model, [old], cache, [0])
@@ -97,7 +97,7 @@ def test_prefill_in_parts(variant, parts):
 def test_prefill_rows_of_different_lengths(variant):
     model, prompts = random_model(**variant), texts(20, 5, 1, 24, 13)
     cache = KVCache(model, 5, 24)
-    first = [7, 0, 0, 7, 12]  # what they hold before
+    first = [7, 0, 0, 7, 12]  # earlier lengths
     prefill(model, [text[:n] for text, n in zip(prompts, first, strict=True)], cache, [*range(5)])
     order = [3, 0, 4, 2, 1]
     prefill(model, [prompts[i][first[i] : -1] for i in order], cache, order)
@@ -191,7 +191,7 @@ SETTINGS = [(0, None, None), (0.8, 5, None), (1.5, None, 0.7), (1.0, None, None)
 
 @pytest.mark.parametrize("variant", [{}, {**MODERN, "n_kv_head": 2, "ngrams": 3}], ids=str)
 def test_settings_and_seed_per_row(variant):
-    """For 40 tokens into a window of 24, beside neighbours of all kinds and alone."""
+    """For 40 tokens with a window of 24, alone and with various other rows."""
     model, prompts = random_model(**variant), texts(3, 24, 1, 30, 3)
     temperature, top_k, top_p = map(list, zip(*SETTINGS, strict=True))
     seeds, numbers = [5, 6, 5, 7, 8], [0, 0, 3, 1, 0]
@@ -214,8 +214,8 @@ def test_wrong_settings_of_one_row_raise(options):
 
 
 def serve(model, requests, rows, rng, decoder):
-    """Continuous batching in small: requests are admitted, prefilled in parts, stepped in any
-    company and finished in any order. Each is (prompt, n, settings, seed); a list of texts."""
+    """Minimal continuous batching: requests are admitted, prefilled in parts, stepped together and
+    finished in any order. A request is (prompt, n, settings, seed). Returns a list of texts."""
     waiting = [*enumerate(requests)]
     size, cache = model.config.block_size, KVCache(model, rows, 99)
     streams, answers = {}, [None] * len(requests)

@@ -34,7 +34,7 @@ def saver(tmp_path, said):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Writes that begin, and end only when they are let."""
+    """Writes that start, and finish only on request."""
     gate = SimpleNamespace(began=threading.Event(), let=threading.Event(), running=0, most=0)
 
     def write(*what):
@@ -56,7 +56,7 @@ def test_save_is_async_and_copies_the_state(saver, held, tmp_path):
     checkpoint = make_checkpoint(10)
     expected = copy.deepcopy(checkpoint | {"model": dict(checkpoint["model"])})
     saver.save(checkpoint, as_best=True)
-    assert held.began.wait(30)  # the write is under way, and we are here
+    assert held.began.wait(30)  # the write has started, and training is not blocked
     for weight in checkpoint["model"].values():
         weight.zero_()
     for moments in checkpoint["optimizer"]["state"].values():
@@ -107,8 +107,8 @@ def test_error_on_the_thread_is_raised(saver, monkeypatch):
 
 @pytest.mark.parametrize("last", [True, False], ids=["the last one", "one amid the run"])
 def test_run_survives_a_failed_save(train_tiny, tmp_path, monkeypatch, capsys, last):
-    """The disk is full at one save of the three. The run goes on, and at the end it is a failure
-    only if the last save was one."""
+    """The disk is full at one of three saves. The run continues, and fails at its end only if the
+    last save failed."""
     original = torch.save
 
     def save(checkpoint, file):
@@ -144,15 +144,15 @@ def test_failed_last_save_is_status_1(settings, script, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("instead", ["nothing", "a file"])
 def test_folder_removed_during_a_run(train_tiny, tmp_path, monkeypatch, capsys, instead):
-    """Nothing there: it is made again. A file in its place: the run goes on without, and saves when
-    the way is free."""
+    """A missing folder is created again. If a file is in its place, the run continues without
+    saving until the path is free."""
     import train
 
     out, original = tmp_path / "out", train.get_lr
 
     def vanish(step, *rest):
         if step in (5, 10):
-            for thread in threading.enumerate():  # a save that is under way comes to its end first
+            for thread in threading.enumerate():  # wait for a pending save
                 if thread.name == "saver":
                     thread.join()
         if step == 5:
@@ -173,7 +173,7 @@ def test_folder_removed_during_a_run(train_tiny, tmp_path, monkeypatch, capsys, 
 
 
 def test_small_disk(tmp_path, said):
-    """A real one, where this user may mount one."""
+    """A real one, if this user may mount it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.system(f"mount -t tmpfs -o size=96k tmpfs {disk} 2>/dev/null") != 0:
@@ -202,7 +202,7 @@ def test_full_disk_loses_only_metrics(train_tiny, tmp_path, monkeypatch):
     import brisk.reporting.run_log
 
     class Full:
-        """A file on a disk that is full for a while."""
+        """A file on a disk that is temporarily full."""
 
         writes = 0
 
@@ -264,14 +264,14 @@ def test_keep_last(train_tiny, resume, tmp_path):
     ]
     for step in (8, 10, 12):
         assert load_checkpoint(out / f"step-{step:06d}.pt")["iter_num"] == step
-    assert (out / "step-000012.pt").samefile(out / "last.pt")  # a name more, not a file more
+    assert (out / "step-000012.pt").samefile(out / "last.pt")  # a hard link, not a copy
 
-    for name in ("last.pt", "ckpt.pt"):  # an older one put back
+    for name in ("last.pt", "ckpt.pt"):  # restore an older one
         (out / name).unlink()
         shutil.copyfile(out / "step-000008.pt", out / name)
     resume(out, max_iters=10, eval_interval=1, keep_last=2)
     steps = [load_checkpoint(path)["iter_num"] for path in sorted(out.glob("step-*"))]
-    assert steps == [10, 11, 12]  # the two newest; what is ahead is another start's
+    assert steps == [10, 11, 12]  # the two newest, and one ahead from another run
     train_tiny(out, max_iters=3)
     assert not list(out.glob("step-*")) and len(list(out.glob("earlier/step-*"))) == 3
 
@@ -281,7 +281,7 @@ def test_no_step_files_by_default(train_tiny, tmp_path):
 
 
 def test_failed_save_is_a_user_error(tmp_path):
-    """`save_checkpoint` by itself, as other scripts call it, says it as wrong input is said."""
+    """`save_checkpoint` called directly raises `UserError`."""
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError):
         save_checkpoint(make_checkpoint(), tmp_path / "out" / "last.pt")
@@ -289,7 +289,7 @@ def test_failed_save_is_a_user_error(tmp_path):
 
 @pytest.mark.parametrize("max_iters", [3, 5])
 def test_resume_removes_partial_files(train_tiny, resume, tmp_path, max_iters):
-    """Also where the run turns out to be at its end, and does nothing else."""
+    """Also if the run is already at its end and does nothing else."""
     out = train_tiny(tmp_path / "out", max_iters=3).out_dir
     (out / "last.pt.writing").write_bytes(b"a process killed in a save leaves this")
     resume(out, max_iters=max_iters)

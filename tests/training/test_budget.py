@@ -42,7 +42,7 @@ def test_run_takes_and_records_its_minutes(train_tiny, resume_run, tmp_path):
     saved = run.checkpoint()
     assert saved["iter_num"] == saved["config"]["max_iters"] + 1
     assert saved["given"][-1] == "max_iters" and saved["config"]["lr_decay_iters"] < 10**6
-    again = resume_run(tmp_path / "out")  # knows the length, and measures nothing
+    again = resume_run(tmp_path / "out")  # the length is saved: nothing is measured
     assert "at its end" in again.console and "for 0.05 minutes" not in again.console
 
 
@@ -68,7 +68,7 @@ def test_patience_ends_the_run(train_tiny, resume_run, tmp_path):
     longer = resume_run(tmp_path / "out", patience=5)
     longer = max(longer.series("val_loss"))
     assert longer > steps[-1]
-    again = resume_run(tmp_path / "out", max_iters=70)  # a new length: patience starts anew
+    again = resume_run(tmp_path / "out", max_iters=70)  # a new length restarts patience
     assert max(again.series("val_loss")) > longer
 
 

@@ -16,19 +16,19 @@ from configurator import configure
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes made by fork")
 
-# Saves after every other step, of both kinds: of the best model and of the newest.
+# Saves both the best and the newest model after every other step.
 SAVING = {"eval_interval": 2, "always_save_checkpoint": False, "keep_last": 2}
 SAVING |= {"max_iters": 39, "lr_decay_iters": 39, "dropout": 0.1, "init_from": "auto"}
 
 
 def start(argv):
-    """A run in a process of its own, which has PyTorch already; its id."""
+    """Start a run in a forked process, which has PyTorch loaded. Returns its id."""
     if child := os.fork():
         return child
-    try:  # the child, which must not come back from here
+    try:  # the child, which must never return
         tqdm.set_lock(
             threading.RLock()
-        )  # its own is shared by processes: one killed in it holds it
+        )  # the default is shared between processes: a killed one would keep it
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
@@ -39,7 +39,7 @@ def start(argv):
 
 
 def half_written(out, since):
-    """Whether a checkpoint is there under its temporary name, since that time."""
+    """Whether a checkpoint exists under its temporary name, written since that time."""
     try:
         return (out / "last.pt.writing").stat().st_mtime > since
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def test_killed_run_loses_nothing(settings, train_tiny, tmp_path, kills):
         counts = run_through(settings(out, **SAVING), out, draw, min(12, kills - killed))
         killed, cut_short, runs = killed + counts[0], cut_short + counts[1], runs + 1
 
-        # Killed between the names of its last save, `ckpt.pt` is the newest: resuming goes by that.
+        # killed between the two links of its last save: `ckpt.pt` is the newest
         newest = latest_checkpoint(out).name
         for name in ("last.pt", "ckpt.pt", "step-000038.pt", "step-000040.pt"):
             ours = load_checkpoint(out / (newest if name == "last.pt" else name))
@@ -105,4 +105,4 @@ def test_killed_run_loses_nothing(settings, train_tiny, tmp_path, kills):
             assert {s: lines[s] for s in both} == {s: whole.series(key)[s] for s in both}
             assert len(both) == len(whole.series(key))
     print(f"{killed} kills in {runs} runs, {cut_short} of them left a file half written")
-    assert cut_short or kills < 100  # of many, some hit a write
+    assert cut_short or kills < 100  # some of many kills interrupt a write

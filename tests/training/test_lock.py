@@ -20,11 +20,13 @@ LONG = {"max_iters": 100000, "eval_interval": 50, "log_interval": 10}
 
 @pytest.fixture
 def running(settings, tmp_path):
-    """A run in a process of its own, in the folder `out`, that has saved a checkpoint."""
+    """A run in a subprocess, in the folder `out`, that has saved a checkpoint."""
     command = [sys.executable, str(ROOT / "train.py"), *settings(tmp_path / "out", **LONG)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert any(line.startswith(b"iter 100:") for line in iter(process.stdout.readline, b""))
-    threading.Thread(target=process.stdout.read, daemon=True).start()  # or it waits for a reader
+    threading.Thread(
+        target=process.stdout.read, daemon=True
+    ).start()  # otherwise it blocks on a full pipe
     yield process
     process.kill()
     process.wait()
@@ -46,12 +48,12 @@ def test_second_run_in_a_folder_is_refused(running, settings, resume, quick_scri
     assert read.returncode == 0, read.stderr
     with pytest.raises(UserError):
         resume(tmp_path / "out")
-    resume(tmp_path / "out", eval_only=True)  # which writes nothing, and so may look
+    resume(tmp_path / "out", eval_only=True)  # writes nothing, so it needs no lock
 
-    running.send_signal(signal.SIGKILL)  # no chance to tidy up
+    running.send_signal(signal.SIGKILL)  # without cleanup
     running.wait()
     step = resume(tmp_path / "out", max_iters=0).console
-    assert "Resuming" in step  # the lock died with its process
+    assert "Resuming" in step  # the lock is released with its process
 
 
 def test_lock_can_be_acquired_again(tmp_path):
@@ -68,8 +70,8 @@ def test_lock_can_be_acquired_again(tmp_path):
 
 
 def test_lock_file_is_never_replaced(tmp_path):
-    """One who has opened it while another leaves would else hold a lock on a file that is gone,
-    which keeps nobody out."""
+    """Otherwise a process that opens it while another exits would lock a deleted file, which
+    excludes nobody."""
     with FolderLock(tmp_path, Ranks()) as first:
         first.acquire()
         about_to_ask = open(tmp_path / ".lock", "rb")
@@ -92,7 +94,7 @@ def test_folder_is_created_only_on_request(tmp_path):
 
 @pytest.mark.parametrize("instead", ["nothing", "another run's"])
 def test_run_stops_if_its_lock_is_removed(train_tiny, tmp_path, monkeypatch, instead):
-    """It does not write over what another run, which could get in, has saved."""
+    """It does not overwrite the files of another run, which could start."""
     out, original = tmp_path / "out", train.get_lr
 
     def remove(step, *rest):

@@ -88,7 +88,7 @@ def test_autocast_dtypes(tensors, device):
 
 
 def test_logits_are_chunked(tensors):
-    """The largest tensor that any operation makes has no more entries than asked for."""
+    """The largest tensor of any operation has at most the requested number of entries."""
     x, weight, targets = tensors
     largest = 0
 

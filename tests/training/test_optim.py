@@ -42,7 +42,7 @@ def with_singular_values(values, rows, columns):
 @pytest.mark.parametrize("rows, columns", [(24, 24), (16, 64), (1, 8)])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
 def test_orthogonalize_keeps_singular_vectors(rows, columns, size):
-    """Those of at least a thousandth of the norm come to within 0.12, at every size."""
+    """Singular values of at least a thousandth of the norm are within 0.12 of 1, at every size."""
     matrix, factor = with_singular_values(torch.logspace(0, -2.5, rows), rows, columns)
     assert torch.linalg.svdvals(matrix).min() > 1.1e-3 * matrix.norm()
     result = orthogonalize(size * matrix)
@@ -69,7 +69,7 @@ def test_bfloat16_is_enough():
 
 def test_batch_matches_single_matrices():
     stack = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(0))
-    stack[2] *= 1e5  # the norm is each matrix's own
+    stack[2] *= 1e5  # each matrix has a separate norm
     stack[3] = 0
     alone = torch.cat([orthogonalize(matrix[None]) for matrix in stack])
     torch.testing.assert_close(orthogonalize(stack), alone, atol=1e-5, rtol=0)
@@ -100,8 +100,8 @@ def test_q_k_v_are_orthogonalized_separately(n_kv_head, rows):
 
 
 def test_update_is_the_orthogonal_factor():
-    """Without momentum and decay: queries, keys and values each by theirs, and a map with more rows
-    than columns by as much more as keeps the change of its outputs."""
+    """Without momentum and decay: queries, keys and values have separate factors, and a matrix with
+    more rows than columns a larger one, so that the change of its outputs is the same."""
     model = a_model()
     rates = {**RATES, "weight_decay": 0.0}
     optimizer = model.configure_optimizers(**rates, muon=(0.02, 0.0))
@@ -116,13 +116,13 @@ def test_update_is_the_orthogonal_factor():
             for part, gradient in zip(moved.chunk(maps), weight.grad.chunk(maps), strict=True):
                 rows, columns = part.shape
                 values = torch.linalg.svdvals(part) / (0.02 * max(1, rows / columns) ** 0.5)
-                # (a singular value of a random square gradient may be too small to come near 1)
+                # a singular value of a random square matrix may be too small
                 assert values.max() < 1.13 and values.sort().values[2] > 0.87
                 assert (part * gradient).sum() > 0.85 * 0.02 * torch.linalg.svdvals(gradient).sum()
 
 
 def test_momentum_is_nesterov():
-    """Two steps by hand, from the mean of the gradients and the newest of them."""
+    """Two steps computed by hand, from the mean of the gradients and the latest one."""
     model = a_model()
     optimizer = model.configure_optimizers(**{**RATES, "weight_decay": 0.0}, muon=(0.02, 0.9))
     weight = model.transformer.h[0].attn.c_proj.weight
@@ -174,7 +174,7 @@ def test_weights_without_gradient_are_unchanged():
 
 
 def test_overflowed_step_is_skipped():
-    """float16's gradient scaler looks for infinite gradients in all groups."""
+    """float16's gradient scaler checks the gradients of all groups."""
     model = a_model()
     optimizer = model.configure_optimizers(**RATES, muon=(0.02, 0.95))
     scaler = torch.amp.GradScaler("cpu")
@@ -195,7 +195,7 @@ def test_overflowed_step_is_skipped():
 
 
 def test_saved_state_resumes_bit_exact():
-    """AdamW's part too, and with the rates of the one that takes it up."""
+    """Including AdamW's part, and with the learning rates of the loading optimizer."""
     one = a_model()
     first = one.configure_optimizers(**RATES, muon=(0.02, 0.95))
     for seed in (1, 2):
@@ -208,7 +208,7 @@ def test_saved_state_resumes_bit_exact():
     for model, optimizer in ((one, first), (other, second)):
         for seed in (3, 4):
             set_gradients(model, seed)
-            for group in optimizer.param_groups:  # reaches AdamW's groups after loading as well
+            for group in optimizer.param_groups:  # also reaches AdamW's groups after loading
                 group["lr"] *= 0.5
             optimizer.step()
     assert all(map(torch.equal, one.parameters(), other.parameters()))
@@ -229,9 +229,11 @@ def test_state_of_another_optimizer_is_refused(train_tiny, resume, tmp_path, sav
         resume(tmp_path / "out", optimizer=now, max_iters=9)
     assert "\n" not in str(caught.value)
     start = tmp_path / "out" / "last.pt"
-    run = train_tiny(tmp_path / "other", init_from=start, optimizer=now)  # the mend it names works
+    run = train_tiny(
+        tmp_path / "other", init_from=start, optimizer=now
+    )  # the remedy in the message works
     assert run.checkpoint()["iter_num"] == 8
-    run = resume(tmp_path / "out", max_iters=9)  # and so does leaving the key out
+    run = resume(tmp_path / "out", max_iters=9)  # and so does omitting the key
     assert run.checkpoint()["config"]["optimizer"] == saved
 
 

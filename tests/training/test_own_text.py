@@ -18,7 +18,7 @@ SMALL = ["--minutes=0.02", "--n_layer=1", "--n_head=1", "--n_embd=16", "--device
 
 @pytest.fixture
 def own_text(text, tmp_path, monkeypatch):
-    """A text in an empty folder that is the working directory."""
+    """A text in an otherwise empty working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text(3 * text, encoding="utf-8")
     return tmp_path

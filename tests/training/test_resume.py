@@ -53,7 +53,7 @@ def test_epochs_resume_to_the_bit(train_tiny, train_until, resume_run, tmp_path,
     whole = train_tiny(tmp_path / "whole", **changes)
     train_until(tmp_path / "parts", 5, **changes)
     assert_same_run(resume_run(tmp_path / "parts"), whole)
-    assert len(whole.series("lr")) > 10  # it did go past the stop
+    assert len(whole.series("lr")) > 10  # it continued after the stop
 
 
 def test_settings_are_saved_as_given(train_tiny, tmp_path):
@@ -76,7 +76,7 @@ def test_lr_decay_iters_given_at_resume(train_until, resume_run, tmp_path):
     "changes", [{"batch_size": 2}, {"gradient_accumulation_steps": 3}, {"block_size": 8}], ids=str
 )
 def test_epochs_are_counted_by_position(train_until, resume_run, char_data, tmp_path, changes):
-    """A resume with another batch or window size ends where as many epochs are done."""
+    """A resume with another batch or window size ends after the same number of epochs."""
     train_until(tmp_path / "out", 9, **{**EPOCHS, "max_epochs": 1.5})
     run = resume_run(tmp_path / "out", **changes)
     size = run.checkpoint()["config"]["batch_size"] * changes.get("gradient_accumulation_steps", 1)
@@ -100,7 +100,7 @@ def test_max_iters_given_later_wins(train_tiny, main, settings, tmp_path):
     (tmp_path / "epochs.py").write_text("max_epochs = 2.0\n")
     run = main([*argv, str(tmp_path / "epochs.py"), "--max_iters=3"])
     assert list(run.series("loss")) == [0, 1, 2, 3]
-    assert "max_iters=3" in run.console  # which of the two decides is said
+    assert "max_iters=3" in run.console  # the key in effect is printed
     run = main([*argv, "--max_iters=3", str(tmp_path / "epochs.py")])
     assert len(run.series("loss")) > 4
 
@@ -126,8 +126,8 @@ def test_two_length_keys_in_one_file(main, settings, tmp_path):
 def test_evaluation_at_resume_changes_nothing(
     train_tiny, train_until, resume_run, tmp_path, monkeypatch
 ):
-    """Stopped between two evaluations and resumed, each evaluation that the run makes by itself
-    compares with the best of those before it, not with what the resume saw."""
+    """A run is stopped between two evaluations and resumed. The next evaluation is compared with
+    the best of the earlier ones, not with the one at the resume."""
     changes = {"always_save_checkpoint": False, "eval_interval": 5, "max_iters": 14}
     whole = train_tiny(tmp_path / "whole", **changes)
     losses = whole.series("val_loss")
@@ -159,7 +159,7 @@ def resume_argv(out, *more):
 def test_interrupted_evaluation_is_repeated(
     train_tiny, settings, resume_run, tmp_path, monkeypatch
 ):
-    """A stop amid an evaluation saves without it; the resume evaluates, and saves the best."""
+    """A stop during an evaluation saves without it. The resume evaluates, and saves the best."""
     changes = {"always_save_checkpoint": False, "max_iters": 6}
     stop, estimate = StopRequest(prints=False), train.estimate_loss
 
@@ -200,7 +200,7 @@ def test_compile_stays_as_resolved(train_until, resume_run, tmp_path, monkeypatc
 
 
 def test_dtype_stays_as_resolved(train_until, resume_run, tmp_path, monkeypatch):
-    """A run in bfloat16 by `auto` goes on in it on a CPU that has no such units."""
+    """A run that chose bfloat16 by `auto` keeps it on a CPU without native bfloat16."""
     monkeypatch.setattr("brisk.device.has_native_bfloat16", lambda: True)
     large = {"dtype": "auto", "block_size": 32, "n_embd": 256, "batch_size": 32, "eval_iters": 1}
     train_until(tmp_path / "out", 1, max_iters=1, **large)
@@ -223,7 +223,7 @@ def test_other_device_resolves_dtype_again(train_until, resume_run, tmp_path):
 
 
 def test_parallel_is_kept_in_one_process(train_until, resume_run, tmp_path):
-    """What a dry run says of 8 ranks is of the FSDP that the run was started with."""
+    """A dry run for 8 ranks plans for the FSDP that the run was started with."""
 
     def memory(**changes):
         said = resume_run(
@@ -243,7 +243,7 @@ def test_parallel_is_kept_in_one_process(train_until, resume_run, tmp_path):
 
 
 def test_other_data_starts_at_its_beginning(train_until, resume_run, char_data, text, tmp_path):
-    """Another text, under whatever path: position 0. The same text elsewhere: no change."""
+    """Another text resets the position to 0. The same text at another path does not."""
     moved = shutil.copytree(char_data, tmp_path / "moved")
     train_until(tmp_path / "a", 4)
     assert resume_run(tmp_path / "a", data_dir=moved, max_iters=4).checkpoint()["position"] == 5 * 4
@@ -265,7 +265,7 @@ def as_nanogpt_saves(checkpoint):
 
 
 def test_position_of_a_nanogpt_checkpoint(train_until, resume_run, tmp_path):
-    """Steps done, times the batch that it was trained with, not with today's."""
+    """The number of steps times the batch size of the training, not the current one."""
     out = tmp_path / "out"
     train_until(out, 4, batch_size=3, gradient_accumulation_steps=2)
     save_checkpoint(as_nanogpt_saves(torch.load(out / "last.pt")), out / "last.pt")
@@ -274,7 +274,7 @@ def test_position_of_a_nanogpt_checkpoint(train_until, resume_run, tmp_path):
 
 
 def test_checkpoint_of_version_0_1(train_tiny, train_until, resume_run, tmp_path):
-    """It had derived values in the place of the settings; they are derived again."""
+    """It saved derived values instead of the settings; they are derived again."""
     out, changes = tmp_path / "out", {**EPOCHS, "max_epochs": 0.7}
     train_until(out, 5, **changes)
     checkpoint = torch.load(out / "last.pt")
@@ -362,7 +362,7 @@ AT_A_RESUME = st.fixed_dictionaries(
 def test_resume_with_other_settings(
     train_until, resume_run, char_data, tmp_path_factory, length, changes, longer, data
 ):
-    """What is given stays, what is derived follows: length, decay and position, by the formulas."""
+    """Given values stay, and derived ones follow: length, decay and position, by the formulas."""
     out = tmp_path_factory.mktemp("other") / "out"
     before = {"batch_size": 4, "gradient_accumulation_steps": 1, "block_size": 16}
     decay = data.draw(st.none() | st.integers(2, 30), "lr_decay_iters")

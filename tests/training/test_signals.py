@@ -20,7 +20,7 @@ LONG = {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 1000, "dropout
 
 @pytest.fixture(scope="module")
 def whole(char_data, tmp_path_factory):
-    """The last checkpoint of that run, never stopped."""
+    """The last checkpoint of the uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     given = {**TINY, **LONG, "data_dir": char_data, "out_dir": out}
     train.main(configure(train.TrainConfig, [f"--{key}={value}" for key, value in given.items()]))
@@ -57,7 +57,7 @@ def test_stopped_run_resumes_bit_exact(settings, whole, resume, tmp_path, name):
 def test_all_ranks_stop_after_the_same_step(
     settings, resumed_settings, torchrun, tmp_path, whom, number
 ):
-    """Told by torchrun, or one of them alone, they stop together, and go on together."""
+    """Signalled by torchrun, or only one of them, they stop and resume together."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "train.py"), *settings(out, **LONG)]
@@ -73,7 +73,7 @@ def test_all_ranks_stop_after_the_same_step(
     assert process.wait(60) != 0 and "Traceback" not in errors.split("torch/distributed")[0]
     step = torch.load(out / "last.pt")["iter_num"]
     assert 20 < step < 400 and said.count(f"saved step {step} to {out}") == 1
-    if whom == "rank 1":  # torchrun tells what its processes left with
+    if whom == "rank 1":  # torchrun reports the exit status of its processes
         assert f"exitcode  : {128 + number}" in errors
 
     again = torchrun("train.py", *resumed_settings(out, max_iters=step + 5))
@@ -85,14 +85,14 @@ def test_second_ctrl_c_stops_at_once(capfd):
     request = StopRequest()
     request.handle(signal.SIGINT, None)
     assert request.number == signal.SIGINT and "saving" in capfd.readouterr().out
-    request.handle(signal.SIGTERM, None)  # a scheduler that says it twice has to wait all the same
+    request.handle(signal.SIGTERM, None)  # a repeated signal does not stop it earlier
     assert request.number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         request.handle(signal.SIGINT, None)
 
 
 def test_stop_interrupts_an_evaluation(settings, resume, train_tiny, tmp_path, monkeypatch):
-    """The step before it is saved, and the run goes on with that evaluation, to the bit."""
+    """The previous step is saved, and the run resumes with that evaluation, bit for bit."""
     whole = train_tiny(tmp_path / "whole", dropout=0.1)
     stop, batches, original = StopRequest(), [], train.to_device
 

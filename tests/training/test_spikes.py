@@ -15,8 +15,8 @@ from model import GPT, GPTConfig
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """`spoil({5: nan})`: the gradient at step 5 is that number all over, once or `always`; a number
-    that is no NaN multiplies it. `spoil.seen` are the steps at which it was."""
+    """`spoil({5: nan})`: set the gradient at step 5 to NaN, once or `always`; other numbers
+    multiply it. `spoil.seen` lists the steps at which it was applied."""
     rate, clip = train.get_lr, torch.nn.utils.clip_grad_norm_
 
     def spoil(factors, always=True):
@@ -65,7 +65,7 @@ def re_all(text, *parts):
 
 
 def test_stop_is_one_line_and_status_1(settings, script, tmp_path):
-    """A rate under which the loss is soon no number, as a person would see it."""
+    """From the command line, with a learning rate at which the loss soon becomes NaN."""
     wild = {"learning_rate": 1e38, "min_lr": 1e38, "warmup_iters": 0, "grad_clip": 0}
     result = script("train.py", *settings(tmp_path / "out", **wild))
     assert result.returncode == 1 and result.stderr.count("\n") == 1
@@ -101,7 +101,7 @@ def assert_same_weights(run, other):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("factor", [NAN, float("inf")])
 def test_skipped_step_changes_no_state(spoil, train_tiny, tmp_path, optimizer, factor):
-    """The checkpoints before and after that step have the same weights, moments and counts."""
+    """The checkpoints before and after the step have the same weights, moments and counts."""
     spoil({4: factor})
     changes = {"optimizer": optimizer, "eval_interval": 1, "keep_last": 9}
     run = train_tiny(tmp_path / "out", on_spike="skip", **changes)
@@ -145,7 +145,7 @@ def test_too_many_skipped_steps_end_the_run(spoil, train_tiny, tmp_path):
 
 def test_float16_scaler_handles_overflow():
     watch = SpikeWatch("cpu", "skip", scaled=True)
-    assert check(watch, 0, 1.0, math.inf) == 1  # not to be taken, but no spike
+    assert check(watch, 0, 1.0, math.inf) == 1  # to be skipped, but not a spike
     assert check(watch, 1, NAN, 1.0) == 1
     assert [spike.step for spike in watch.poll()] == [1]
 
@@ -166,17 +166,17 @@ def test_skip_without_fused_kernel():
 
 
 def test_rewind_continues_with_new_batches(spoil, train_tiny, tmp_path):
-    """From the checkpoint at step 4 it trains on what comes after the batch of step 6."""
+    """From the checkpoint at step 4 it trains on the batches after that of step 6."""
     spoil({6: NAN}, always=False)
     run = train_tiny(tmp_path / "out", on_spike="rewind", max_iters=11)
     assert spoil_count(run) == 1
     end = run.checkpoint()
     assert end["iter_num"] == 12 and end["position"] == 4 * (12 + 3)  # steps 4 to 6 twice
-    assert list(run.series("loss")) == list(range(12))  # each once: the rest was cut
+    assert list(run.series("loss")) == list(range(12))  # each once: the rewound lines were removed
     assert run.series("tokens")[4] == 16 * 4 * (4 + 3 + 1)
     assert all(map(math.isfinite, run.series("loss").values()))
 
-    # By hand: the checkpoint of step 4 with its position moved on.
+    # by hand: the checkpoint of step 4 with a later position
     monkey = train_tiny(tmp_path / "hand", max_iters=3)
     checkpoint = monkey.checkpoint()
     checkpoint["position"] = 4 * 7
@@ -210,7 +210,7 @@ def test_rewinds_are_limited(spoil, train_tiny, tmp_path, capsys):
 
 
 def test_ignore_keeps_the_good_checkpoint(spoil, train_tiny, tmp_path, capsys):
-    """nanoGPT's way, except that a model that is no more is not written over one that is."""
+    """As in nanoGPT, except that a non-finite model never replaces a finite one."""
     spoil({5: NAN})
     with pytest.raises(RunError, match="step 8 is not saved"):
         train_tiny(tmp_path / "out", on_spike="ignore")
@@ -220,7 +220,7 @@ def test_ignore_keeps_the_good_checkpoint(spoil, train_tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("on_spike", ["stop", "ignore"])
 def test_nonfinite_weight_is_not_saved(train_tiny, tmp_path, monkeypatch, on_spike):
-    """A weight that breaks between a step and the save after it: no loss of training shows it."""
+    """A weight becomes NaN between a step and its save, so no training loss shows it."""
     estimate, calls = train.estimate_loss, []
 
     def poison(model, *rest):
@@ -240,12 +240,12 @@ def test_nonfinite_weight_is_not_saved(train_tiny, tmp_path, monkeypatch, on_spi
 
 
 def norms(watch, values, start=0):
-    """The verdicts on steps with a loss of 1 and these norms."""
+    """The results of `check` for steps with a loss of 1 and these norms."""
     return [check(watch, step, 1.0, norm) for step, norm in enumerate(values, start)]
 
 
 def check(watch, step, loss, norm):
-    """The verdict on a step, which is recorded."""
+    """Check and record a step."""
     loss, norm = torch.tensor(float(loss)), torch.tensor(float(norm))
     limit, is_spike = watch.check(loss, norm)
     watch.record(step, 4 * step, loss, norm, limit)
@@ -265,7 +265,7 @@ def test_norm_above_the_median_is_a_spike():
 
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 127, 128])
 def test_median_matches_nanmedian(count):
-    """PyTorch's own waits for a GPU, in every step."""
+    """PyTorch's nanmedian would synchronize with the GPU in every step."""
     found = torch.full((HISTORY,), math.nan)
     found[-count:] = torch.randn(count, generator=torch.Generator().manual_seed(count)).abs()
     assert median(found).equal(found.nanmedian())
@@ -277,7 +277,7 @@ def test_norms_need_a_minimal_history():
 
 
 def test_median_follows_the_norms():
-    """A level that stays is no row of spikes for ever, and one NaN is no level."""
+    """A lasting higher level is not a spike forever, and a single NaN does not move the median."""
     watch = SpikeWatch("cpu", "skip", factor=4.0)
     norms(watch, [1.0] * HISTORY)
     verdicts = norms(watch, [10.0] * HISTORY)
@@ -287,7 +287,7 @@ def test_median_follows_the_norms():
 
 
 def test_skipped_step_is_also_skipped_on_resume(spoil, train_tiny, resume, tmp_path):
-    """The norms before it are in the checkpoint: the resumed run judges as the whole one does."""
+    """The earlier norms are in the checkpoint, so the resumed run detects the same spikes."""
     spoil({50: 1000.0})
     changes = {"on_spike": "skip", "spike_factor": 20, "max_iters": 60, "eval_interval": 20}
     whole = train_tiny(tmp_path / "whole", **changes)
