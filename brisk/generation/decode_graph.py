@@ -13,7 +13,7 @@ import torch
 from brisk.cuda_graph import CapturedFunction, GraphPool
 from brisk.generation.kv_cache import compute_step
 
-SHORTEST = 256  # positions: reading fewer saves less time than another capture takes
+SHORTEST = 256  # positions; not measured: below it, reading is short beside another capture
 
 
 class DecodeGraphs:
