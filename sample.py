@@ -25,7 +25,7 @@ from brisk.data.tokenizer import EOT, Tokenizer, knows_documents
 from brisk.device import Device, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors, without_controls
 from brisk.generation.kv_cache import row_bytes
-from brisk.generation.prompt import encode_prompt, encode_text
+from brisk.generation.prompt import drawable, encode_prompt, encode_text
 from brisk.generation.repl import converse, open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.text_stream import TextStream
 from brisk.generation.top_tokens import as_table, top_next_tokens
@@ -94,12 +94,6 @@ class Source:
     tokenizer: Tokenizer
     device: Device
     documents: bool  # an end-of-text comes before each prompt, and ends the sample
-
-    @property
-    def drawable(self):
-        """Arguments of `generate`: ids that the tokenizer lacks and unknown words are not drawn."""
-        suppress = () if self.tokenizer.unk is None else (self.tokenizer.unk,)
-        return {"vocab_size": self.tokenizer.vocab_size, "suppress": suppress}
 
 
 @dataclass(frozen=True)
@@ -213,7 +207,8 @@ def samples_of(prompt, config, first=0):
 
 
 def print_top_next(source, prompt, config):
-    top = top_next_tokens(source.model, prompt.ids[None], config.top_next, **source.drawable)
+    allowed = drawable(source.tokenizer)
+    top = top_next_tokens(source.model, prompt.ids[None], config.top_next, **allowed)
     print(as_table(*top, source.tokenizer), DASHES, sep="\n", flush=True)
 
 
@@ -276,7 +271,7 @@ def print_samples(source, samples, config):
             samples=[sample.number for sample in samples],
             on_token=on_token,
             exact_window=config.exact_window,
-            **source.drawable,
+            **drawable(source.tokenizer),
         )
     except KeyboardInterrupt:
         print(flush=True)  # what comes next begins a line

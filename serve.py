@@ -20,6 +20,7 @@ from brisk.data.tokenizer import knows_documents
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
 from brisk.generation.kv_cache import row_bytes
+from brisk.generation.prompt import drawable
 from brisk.interop.pretrained import read_pretrained
 from configurator import NonNegativeInt, PositiveInt, configure
 from model import GPT
@@ -52,23 +53,26 @@ def main(config):
         raise UserError(f"--host={config.host} lets other machines in: give --api_key too")
     try:
         from brisk.serving.api import make_app
-        from brisk.serving.http import make_server
+        from brisk.serving.http import Server
     except ImportError as error:
         raise UserError(f"{error}; serve.py needs: pip install starlette uvicorn") from error
     from brisk.serving.completions import Served
     from brisk.serving.scheduler import Engine
 
-    bound = bind(config.host, config.port)  # before a large model is read
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:  # before a large model is read
+        bound = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        where = f"--host={config.host} --port={config.port}"
+        raise UserError(f"{where}: {error.strerror}; 0 is a free port") from error
     device = open_device(config.device, config.dtype)
     start = read_pretrained(config.init_from, config.out_dir)
     model, tokenizer = GPT.from_checkpoint(start.checkpoint).to(device.device), start.tokenizer
     documents = knows_documents(start.settings.get("rows"), tokenizer)
-    rows = 1 << (config.max_batch.bit_length() - 1)
-    while rows > 1 and rows * row_bytes(model.config) > CACHE_BYTES:
-        rows //= 2
-    never = () if tokenizer.unk is None else (tokenizer.unk,)
-    drawable = {"vocab_size": tokenizer.vocab_size, "suppress": never}
-    engine = Engine(model, rows, config.queue, autocast=device.autocast, **drawable)
+    rows = min(config.max_batch, CACHE_BYTES // row_bytes(model.config) or 1)
+    rows = 1 << (rows.bit_length() - 1)  # a power of two
+    options = {"autocast": device.autocast, **drawable(tokenizer)}
+    engine = Engine(model, rows, config.queue, **options)
     served = Served(model_name(config), tokenizer, documents, rows, config.max_tokens)
     hosts = {*LOOPBACK, "[::1]"} if config.host in LOOPBACK else ()
     runs_dir = Path(config.out_dir).resolve().parent
@@ -77,18 +81,7 @@ def main(config):
     print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}, {rows} rows")
     print(f"{served.name} on http://{host}:{bound.getsockname()[1]} (Ctrl-C stops)", flush=True)
     with suppress(KeyboardInterrupt):
-        make_server(app).run(sockets=[bound])
-
-
-def bind(host, port):
-    """A socket that listens on `host` and `port`."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(
-            f"--host={host} --port={port}: {error.strerror}; 0 is a free port"
-        ) from error
+        Server(app, engine).run(sockets=[bound])
 
 
 def model_name(config):

@@ -1,4 +1,6 @@
-"""HTTP by uvicorn, with a limit on the time that a connection may be idle."""
+"""HTTP by uvicorn, with limits on the time that a client may be idle or read nothing."""
+
+import asyncio
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -9,27 +11,39 @@ CONNECTIONS = 1024
 
 
 class IdleProtocol(H11Protocol):
-    """A connection that is closed when no request has come on it for `IDLE` seconds: uvicorn's own
-    limit begins after the first request, and ends with the first byte of the next."""
+    """A connection that is closed when no request has come on it for `IDLE` seconds, or when the
+    client has taken nothing of a response for as long. uvicorn's own limit begins after the first
+    request, and ends with the first byte of the next."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.answered, self.timer = None, self.loop.call_later(IDLE, self.check)
+        close = self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(IDLE, close)
 
-    def check(self):
-        if self.cycle and not (self.cycle.response_complete and self.cycle is self.answered):
-            self.answered, self.timer = self.cycle, self.loop.call_later(IDLE, self.check)
-        else:
-            self.transport.close()
+    def data_received(self, data):
+        self.conn.receive_data(data)
+        self.handle_events()  # the timer goes on until a request has come with all its headers
 
-    def connection_lost(self, exc):
-        self.timer.cancel()
-        super().connection_lost(exc)
+    def pause_writing(self):
+        super().pause_writing()
+        self.stuck = self.loop.call_later(IDLE, self.transport.abort)
+
+    def resume_writing(self):
+        super().resume_writing()
+        self.stuck.cancel()
 
 
-def make_server(app):
-    """A `uvicorn.Server`; its `run(sockets=[…])` ends with a signal."""
-    limits = {"limit_concurrency": CONNECTIONS, "timeout_keep_alive": IDLE}
-    limits["timeout_graceful_shutdown"] = 2  # seconds for answers that are under way
-    logs = {"log_level": "warning", "access_log": False, "server_header": False}
-    return uvicorn.Server(uvicorn.Config(app, http=IdleProtocol, lifespan="on", **limits, **logs))
+class Server(uvicorn.Server):
+    """A server that closes `engine` when a signal ends it, and with it the open answers."""
+
+    def __init__(self, app, engine):
+        limits = dict(limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE)
+        limits["timeout_graceful_shutdown"] = 2  # seconds for clients to take the ends of answers
+        logs = dict(log_level="warning", access_log=False, server_header=False)
+        config = uvicorn.Config(app, http=IdleProtocol, lifespan="off", **limits, **logs)
+        super().__init__(config)
+        self.engine = engine
+
+    async def shutdown(self, sockets=None):
+        await asyncio.to_thread(self.engine.close)
+        await super().shutdown(sockets)

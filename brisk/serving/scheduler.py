@@ -13,10 +13,6 @@ from brisk.generation.continuous_batch import ContinuousBatch, Sequence
 from brisk.generation.text_stream import TextStream
 
 
-class QueueFull(Exception):
-    """There is no room for these samples now."""
-
-
 @dataclass(eq=False)
 class Sample:
     """A `Sequence` as text.
@@ -52,8 +48,7 @@ class Engine:
 
     def __init__(self, model, rows, queue, *, autocast=nullcontext, **options):
         self.rows, self.queue, self.failure, self.closing = rows, queue, None, False
-        self.waiting, self.samples = deque(), {}  # samples; {row: sample}
-        self.drawn = 0
+        self.waiting, self.samples, self.drawn = deque(), {}, 0  # samples; {row: sample}
         self.changed, self.ready = threading.Condition(), threading.Event()
         arguments = model, autocast, options
         self.thread = threading.Thread(target=self.run, args=arguments, name="engine", daemon=True)
@@ -63,15 +58,16 @@ class Engine:
             raise RuntimeError(self.failure)
 
     def submit(self, samples):
-        """Queue all of `samples`, or none. Raises `QueueFull`, or RuntimeError after a failure."""
+        """Queue all of `samples`, or none where there is no room or the thread has ended; whether
+        they were queued."""
         with self.changed:
-            if self.failure or self.closing:
-                raise RuntimeError(self.failure or "the server is closing")
             self.waiting = deque(sample for sample in self.waiting if not sample.cancelled)
-            if len(self.waiting) + len(samples) > self.queue + self.rows - len(self.samples):
-                raise QueueFull
+            room = self.queue + self.rows - len(self.samples) - len(self.waiting)
+            if self.closing or len(samples) > room:
+                return False
             self.waiting.extend(samples)
             self.changed.notify()
+            return True
 
     def close(self):
         """End the thread; open samples finish with "error"."""
