@@ -22,6 +22,8 @@ from brisk.errors import UserError, one_line_errors
 from brisk.generation.kv_cache import row_bytes
 from brisk.generation.prompt import drawable
 from brisk.interop.pretrained import read_pretrained
+from brisk.serving.completions import Served
+from brisk.serving.scheduler import Engine
 from configurator import NonNegativeInt, PositiveInt, configure
 from model import GPT
 
@@ -56,9 +58,6 @@ def main(config):
         from brisk.serving.http import Server
     except ImportError as error:
         raise UserError(f"{error}; serve.py needs: pip install starlette uvicorn") from error
-    from brisk.serving.completions import Served
-    from brisk.serving.scheduler import Engine
-
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:  # before a large model is read
         bound = socket.create_server((config.host, config.port), family=family)
@@ -71,9 +70,8 @@ def main(config):
     documents = knows_documents(start.settings.get("rows"), tokenizer)
     rows = min(config.max_batch, CACHE_BYTES // row_bytes(model.config) or 1)
     rows = 1 << (rows.bit_length() - 1)  # a power of two
-    options = {"autocast": device.autocast, **drawable(tokenizer)}
-    engine = Engine(model, rows, config.queue, **options)
-    served = Served(model_name(config), tokenizer, documents, rows, config.max_tokens)
+    engine = Engine(model, rows, config.queue, autocast=device.autocast, **drawable(tokenizer))
+    served = Served(start.name, tokenizer, documents, rows, config.max_tokens)
     hosts = {*LOOPBACK, "[::1]"} if config.host in LOOPBACK else ()
     runs_dir = Path(config.out_dir).resolve().parent
     app = make_app(engine, served, runs_dir=runs_dir, api_key=config.api_key, hosts=hosts)
@@ -82,12 +80,6 @@ def main(config):
     print(f"{served.name} on http://{host}:{bound.getsockname()[1]} (Ctrl-C stops)", flush=True)
     with suppress(KeyboardInterrupt):
         Server(app, engine).run(sockets=[bound])
-
-
-def model_name(config):
-    """The name of the run or of the model, under which clients ask for it."""
-    path = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    return (path.parent if path.suffix == ".pt" else path).resolve().name
 
 
 if __name__ == "__main__":

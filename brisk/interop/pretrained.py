@@ -18,6 +18,7 @@ from brisk.interop.tokenizer_json import read_tokenizer
 class Pretrained:
     """The parts of a trained model."""
 
+    name: str  # of the run's folder, of the directory, or of GPT-2
     checkpoint: dict  # with `model_args`, of GPTConfig, and `model`, the state dict on the CPU
     tokenizer: object
     settings: dict  # of the run that trained it; empty for GPT-2 and directories
@@ -50,7 +51,9 @@ def read_pretrained(init_from, out_dir):
         sizes = f"{tokenizer.vocab_size} tokens, the model {rows}"
         remedy = "put the data set's meta.json or meta.pkl in its folder"
         raise UserError(f"the tokenizer has {sizes}: they do not belong together; {remedy}")
-    return Pretrained(checkpoint, tokenizer, checkpoint.get("config", {}))
+    path = Path(init_from).resolve()
+    name = path.parent.name if path.is_file() else path.name
+    return Pretrained(name, checkpoint, tokenizer, checkpoint.get("config", {}))
 
 
 def read_model(source):

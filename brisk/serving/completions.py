@@ -18,16 +18,18 @@ from brisk.serving.scheduler import Sample
 
 PROMPT_TOKENS = 2**16
 INTERVAL = 0.05  # seconds between the chunks of a stream: one costs about as much as a token
+TYPES = {"a number": (int, float), "a whole number": (int,), "true or false": (bool,)}
+NUMBER, WHOLE, FLAG = TYPES
 FIELDS = {  # name: default, type, lowest, highest
-    "max_tokens": (16, int, 1, math.inf),
-    "temperature": (1.0, float, 0, 2),
-    "top_p": (1.0, float, 0, 1),
-    "top_k": (0, int, 0, 2**31),
-    "n": (1, int, 1, math.inf),
-    "seed": (None, int, -(2**63), 2**63),
-    "logprobs": (None, int, 0, 20),
-    "stream": (False, bool, 0, 1),
-    "return_token_ids": (False, bool, 0, 1),
+    "max_tokens": (16, WHOLE, 1, math.inf),
+    "temperature": (1.0, NUMBER, 0, 2),
+    "top_p": (1.0, NUMBER, 0, 1),
+    "top_k": (0, WHOLE, 0, 2**31),
+    "n": (1, WHOLE, 1, math.inf),
+    "seed": (None, WHOLE, -(2**63), 2**63),
+    "logprobs": (None, WHOLE, 0, 20),
+    "stream": (False, FLAG, False, True),
+    "return_token_ids": (False, FLAG, False, True),
 }
 NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
 NEUTRAL |= {"echo": False, "best_of": 1}  # no other value of these is understood
@@ -65,15 +67,18 @@ class Completion:
         given = {key: value for key, value in body.items() if value is not None}
         self.served = served
         for key, value in given.items():
-            check(key in {*FIELDS, *NEUTRAL, *OTHERS}, f"{key!a:.50} is not supported", key)
+            name = ascii(key)[1:-1][:50]  # JSON may have half a character
+            check(key in {*FIELDS, *NEUTRAL, *OTHERS}, f"{name} is not supported", name)
             neutral = NEUTRAL.get(key, value)
             check(value == neutral, f"{key} is supported as {neutral!r} only", key)
         if given.get("model", served.name) != served.name:
             raise ApiError(404, f"the model here is {served.name}", "model")
         limits = {"max_tokens": served.max_tokens, "n": served.rows}
         for key, (default, kind, low, high) in FIELDS.items():
-            bounds = kind, low, limits.get(key, high)
-            setattr(self, key, checked(key, given[key], *bounds) if key in given else default)
+            value, high = given.get(key, default), limits.get(key, high)
+            right = type(value) in TYPES[kind] and low <= value <= high
+            check(key not in given or right, f"{key} is {kind} from {low} to {high}", key)
+            setattr(self, key, value)
         options = given.get("stream_options", {})
         known = options in ({}, *({"include_usage": value} for value in (True, False, None)))
         check(known, "stream_options has include_usage only, true or false", "stream_options")
@@ -134,14 +139,6 @@ class Completion:
 def check(condition, message, param=None):
     if not condition:
         raise ApiError(400, message, param)
-
-
-def checked(key, value, kind, low, high):
-    """A value of FIELDS. Raises `ApiError` where it is of another type or out of range."""
-    known = type(value) in ((int, float) if kind is float else (kind,)) and low <= value <= high
-    names = {bool: "true or false", int: f"a whole number from {low} to {high}"}
-    check(known, f"{key} is {names.get(kind, f'a number from {low} to {high}')}", key)
-    return kind(value)
 
 
 def are(kind, values):

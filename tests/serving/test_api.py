@@ -359,7 +359,9 @@ def test_loss_curves_of_listed_runs_only(app, tmp_path):
 
 def test_page_asks_nobody_else_and_runs_only_its_own_script(client):
     response = client.get("/")
-    html, policy = response.text, response.headers["content-security-policy"]
+    html = response.text
+    assert response.headers["x-frame-options"] == "DENY"
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', html, re.DOTALL)[1]
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
