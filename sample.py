@@ -24,7 +24,7 @@ import torch
 from brisk.data.tokenizer import EOT, Tokenizer, knows_documents
 from brisk.device import Device, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors, without_controls
-from brisk.generation.kv_cache import row_bytes
+from brisk.generation.kv_cache import CACHE_BYTES, row_bytes
 from brisk.generation.prompt import drawable, encode_prompt, encode_text
 from brisk.generation.repl import converse, open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.text_stream import TextStream
@@ -46,7 +46,6 @@ from configurator import (
 from model import GPT
 
 TOKENS_AT_ONCE = 32768  # in the windows of a batch: bounds its memory, to 32 times 1024 tokens
-CACHE_BYTES = 4 * 2**30  # of keys and values of a batch, in float32
 TOKENS_A_WORD = 32  # more than any word has: the budget of a sample that max_words ends
 MOST_TOKENS = 10**7  # of one sample
 DASHES = "---------------"

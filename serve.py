@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from brisk.data.tokenizer import knows_documents
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
-from brisk.generation.kv_cache import row_bytes
+from brisk.generation.kv_cache import rows_that_fit
 from brisk.generation.prompt import drawable
 from brisk.interop.pretrained import read_pretrained
 from brisk.serving.completions import Served
@@ -28,7 +28,6 @@ from configurator import NonNegativeInt, PositiveInt, configure
 from model import GPT
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CACHE_BYTES = 4 * 2**30  # of keys and values, in float32; fewer rows where they would take more
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def main(config):
     start = read_pretrained(config.init_from, config.out_dir)
     model, tokenizer = GPT.from_checkpoint(start.checkpoint).to(device.device), start.tokenizer
     documents = knows_documents(start.settings.get("rows"), tokenizer)
-    rows = min(config.max_batch, CACHE_BYTES // row_bytes(model.config) or 1)
+    rows = min(config.max_batch, rows_that_fit(model.config))
     rows = 1 << (rows.bit_length() - 1)  # a power of two
     engine = Engine(model, rows, config.queue, autocast=device.autocast, **drawable(tokenizer))
     served = Served(start.name, tokenizer, documents, rows, config.max_tokens)

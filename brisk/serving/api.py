@@ -5,7 +5,6 @@ import json
 import re
 import secrets
 import time
-from operator import itemgetter
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -40,10 +39,9 @@ def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
     async def completions(request):
         asked = await asyncio.to_thread(Completion, await read_json(request), served)
         answer = Answer(asked)
-        if engine.failure:
-            raise ApiError(503, engine.failure)
         if not engine.submit(answer.samples):
-            raise ApiError(429, "too many requests are waiting", headers={"Retry-After": "1"})
+            why = (503, engine.failure) if engine.failure else (429, "too many requests wait")
+            raise ApiError(*why, headers={"Retry-After": "1"})
         return answer
 
     async def models(request):
@@ -162,38 +160,30 @@ class Answer:
             for sample in self.samples:
                 sample.cancelled = True
 
-    async def received(self):
-        """The events (index, text, tokens, finish), until all samples have ended."""
+    async def parts(self):
+        """Parts of the response, dicts of one choice each, and one of the usage at the end."""
         ended = 0
         while ended < len(self.samples):
             event = await self.queue.get()
             if event[-1] == "error":
                 raise ApiError(500, "the model has failed, or the server is closing")
             ended += event[-1] is not None
-            yield event
-
-    def usage(self):
-        read = sum(map(len, self.asked.prompts))
-        drawn = sum(sample.sequence.drawn for sample in self.samples)
-        return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
+            yield {**self.head, "choices": [self.asked.choice(*event)]}
+        drawn = sum(sample.drawn for sample in self.samples)
+        yield {**self.head, "choices": [], "usage": self.asked.usage(drawn)}
 
     async def whole(self):
         """The response in one piece."""
-        choices = [self.asked.choice(*event) async for event in self.received()]
-        choices.sort(key=itemgetter("index"))
-        return JSONResponse({**self.head, "choices": choices, "usage": self.usage()})
+        *parts, last = [part async for part in self.parts()]
+        choices = sorted((part["choices"][0] for part in parts), key=lambda choice: choice["index"])
+        return JSONResponse({**last, "choices": choices})
 
     async def events(self):
         """The response as server-sent events."""
         try:
-            async for event in self.received():
-                yield as_event({**self.head, "choices": [self.asked.choice(*event)]})
-            if self.asked.include_usage:
-                yield as_event({**self.head, "choices": [], "usage": self.usage()})
+            async for part in self.parts():
+                if part["choices"] or self.asked.include_usage:
+                    yield f"data: {json.dumps(part)}\n\n"
         except ApiError as error:
-            yield as_event(error.body)
+            yield f"data: {json.dumps(error.body)}\n\n"
         yield "data: [DONE]\n\n"
-
-
-def as_event(data):
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"

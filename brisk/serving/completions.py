@@ -11,7 +11,6 @@ from functools import partial
 from itertools import accumulate
 
 from brisk.errors import UserError
-from brisk.generation.continuous_batch import Sequence
 from brisk.generation.prompt import encode_prompt
 from brisk.generation.text_stream import TextStream
 from brisk.serving.scheduler import Sample
@@ -97,16 +96,17 @@ class Completion:
 
     def samples(self, put):
         """The `Sample`s; `put(index, text, tokens, finish)` is called in the engine's thread."""
-        tokenizer = self.served.tokenizer
+        tokenizer, due = self.served.tokenizer, 0 if self.stream else math.inf
         seed = secrets.randbits(63) if self.seed is None else self.seed
         settings = self.temperature, self.top_k or None, self.top_p
         ends = [tokenizer.eot] if self.served.documents else []
         for index in range(len(self.prompts) * self.n):
             ids, number = [*self.prompts[index // self.n]], index % self.n
-            sequence = Sequence(ids, self.max_tokens, settings, seed, number, self.logprobs)
             stream = TextStream(tokenizer, self.stop, ends)
-            due = 0 if self.stream else math.inf
-            yield Sample(sequence, stream, partial(put, index), INTERVAL, due=due)
+            drawing = ids, self.max_tokens, settings, seed, number, self.logprobs
+            yield Sample(
+                *drawing, stream=stream, put=partial(put, index), due=due, interval=INTERVAL
+            )
 
     def choice(self, index, text, tokens, finish):
         """An entry of "choices", the next part of sample `index`."""
@@ -134,6 +134,10 @@ class Completion:
             return token.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+    def usage(self, drawn):
+        read = sum(map(len, self.prompts))
+        return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
 
 
 def check(condition, message, param=None):

@@ -7,8 +7,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from brisk.serving.api import IDLE
 
-CONNECTIONS = 1024
-
 
 class IdleProtocol(H11Protocol):
     """A connection that is closed when no request has come on it for `IDLE` seconds, or when the
@@ -37,11 +35,10 @@ class Server(uvicorn.Server):
     """A server that closes `engine` when a signal ends it, and with it the open answers."""
 
     def __init__(self, app, engine):
-        limits = dict(limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE)
+        limits = dict(limit_concurrency=1024, timeout_keep_alive=IDLE)
         limits["timeout_graceful_shutdown"] = 2  # seconds for clients to take the ends of answers
         logs = dict(log_level="warning", access_log=False, server_header=False)
-        config = uvicorn.Config(app, http=IdleProtocol, lifespan="off", **limits, **logs)
-        super().__init__(config)
+        super().__init__(uvicorn.Config(app, http=IdleProtocol, lifespan="off", **limits, **logs))
         self.engine = engine
 
     async def shutdown(self, sockets=None):

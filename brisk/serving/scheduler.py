@@ -14,23 +14,22 @@ from brisk.generation.text_stream import TextStream
 
 
 @dataclass(eq=False)
-class Sample:
+class Sample(Sequence):
     """A `Sequence` as text.
 
     `put(text, tokens, finish)` is called in the engine's thread with the new text, its `Token`s,
-    and None, "stop", "length" or "error": at the first token, then every `interval` seconds at
+    and None, "stop", "length" or "error": from the time `due` on, then every `interval` seconds at
     most, and at the end.
     """
 
-    sequence: Sequence
-    stream: TextStream
-    put: object
+    stream: TextStream = None
+    put: object = None
+    due: float = 0
     interval: float = math.inf
     cancelled: bool = False  # set from any thread; the row is free at the next step
 
     text: str = ""  # since the last `put`
     tokens: list = field(default_factory=list)  # the same
-    due: float = -math.inf  # when the next `put` may come
 
 
 class Engine:
@@ -81,12 +80,13 @@ class Engine:
         try:
             with torch.inference_mode(), autocast():
                 self.batch = ContinuousBatch(model, self.rows, **options)
+                self.samples = self.batch.sequences
                 self.ready.set()
                 while self.admit():
                     drawn, now = self.batch.step(), time.monotonic()
                     self.drawn += len(drawn)
                     for row, token in drawn:
-                        self.advance(row, self.samples[row], token, now)
+                        self.advance(self.samples[row], token, now)
         except BaseException as error:
             self.failure = f"{type(error).__name__}: {error}"
             raise
@@ -105,28 +105,24 @@ class Engine:
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.samples or self.closing)
             for row in [row for row, sample in self.samples.items() if sample.cancelled]:
-                self.release(row)
+                self.batch.remove(row)
             while self.waiting and self.batch.free:
                 sample = self.waiting.popleft()
                 if not sample.cancelled:
-                    self.samples[self.batch.add(sample.sequence)] = sample
+                    self.batch.add(sample)
             return not self.closing
 
-    def release(self, row):
-        self.batch.remove(row)
-        del self.samples[row]
-
-    def advance(self, row, sample, token, now):
+    def advance(self, sample, token, now):
         """Hand over the text of a new `Token`, and free the row at the end of the sample."""
         text, finish = sample.stream.feed(token.id), None
         if sample.stream.stopped:
             finish = "stop"
-        elif sample.sequence.drawn == sample.sequence.max_tokens:
+        elif sample.drawn == sample.max_tokens:
             text, finish = text + sample.stream.finish(), "length"
         sample.text += text
         sample.tokens.append(token)
         if finish or now >= sample.due:
             if finish:
-                self.release(row)
+                self.batch.remove(sample.row)
             sample.put(sample.text, sample.tokens, finish)
             sample.text, sample.tokens, sample.due = "", [], now + sample.interval

@@ -11,7 +11,6 @@ from networks import MODERN, random_model
 
 from brisk.data.tokenizer import CharTokenizer
 from brisk.generation import continuous_batch
-from brisk.generation.continuous_batch import Sequence
 from brisk.generation.text_stream import TextStream
 from brisk.serving.scheduler import Sample
 
@@ -47,8 +46,10 @@ class Inbox:
 
 def a_sample(ids, max_tokens=20, cancel_at=math.inf, stop=(), interval=math.inf, **settings):
     inbox = Inbox(cancel_at)
-    sequence, stream = Sequence([*ids], max_tokens, **settings), TextStream(TOKENIZER, stop)
-    inbox.sample = Sample(sequence, stream, inbox, interval)
+    stream = TextStream(TOKENIZER, stop)
+    inbox.sample = Sample(
+        [*ids], max_tokens, stream=stream, put=inbox, interval=interval, **settings
+    )
     if cancel_at < math.inf:
         inbox.sample.interval = 0
     return inbox
