@@ -2,6 +2,7 @@
 
 import asyncio
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -21,6 +22,13 @@ class IdleProtocol(H11Protocol):
     def data_received(self, data):
         self.conn.receive_data(data)
         self.handle_events()  # the timer goes on until a request has come with all its headers
+
+    def handle_events(self):
+        super().handle_events()
+        if self.conn.their_state is h11.DONE:  # read on, to see when the client leaves
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > 2**16:  # of requests behind this one
+                self.transport.abort()
 
     def pause_writing(self):
         super().pause_writing()
