@@ -24,7 +24,7 @@ from brisk.generation.prompt import drawable
 from brisk.interop.pretrained import read_pretrained
 from brisk.serving.completions import Served
 from brisk.serving.scheduler import Engine
-from configurator import NonNegativeInt, PositiveInt, configure
+from configurator import NonNegativeInt, configure
 from model import GPT
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -42,7 +42,7 @@ class ServeConfig:
     # limits
     max_batch: Annotated[int, (1, 256)] = 64  # samples computed side by side: a power of two
     queue: NonNegativeInt = 256  # samples that wait; beyond it the answer is 429
-    max_tokens: PositiveInt = 4096  # the most that a request may ask for
+    max_tokens: Annotated[int, (1, 2**16)] = 4096  # the most that a request may ask for
     # hardware
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products

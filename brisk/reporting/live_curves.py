@@ -16,8 +16,9 @@ def list_runs(folder):
     runs = {}
     for path in sorted(Path(folder).iterdir()):
         try:
+            path.name.encode()
             runs[path.name] = (path / "metrics.jsonl").stat().st_mtime_ns
-        except OSError:  # no run, or gone meanwhile
+        except (OSError, UnicodeEncodeError):  # no run, gone meanwhile, or a name that is no text
             continue
     return runs
 

@@ -8,6 +8,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from brisk.serving.api import IDLE
 
+CONNECTIONS = 900  # fewer than the 1024 files that a process may usually open
+
 
 class IdleProtocol(H11Protocol):
     """A connection that is closed when no request has come on it for `IDLE` seconds, or when the
@@ -16,6 +18,8 @@ class IdleProtocol(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
         close = self.timeout_keep_alive_handler
         self.timeout_keep_alive_task = self.loop.call_later(IDLE, close)
 
@@ -43,7 +47,7 @@ class Server(uvicorn.Server):
     """A server that closes `engine` when a signal ends it, and with it the open answers."""
 
     def __init__(self, app, engine):
-        limits = dict(limit_concurrency=1024, timeout_keep_alive=IDLE)
+        limits = dict(limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE)
         limits["timeout_graceful_shutdown"] = 2  # seconds for clients to take the ends of answers
         logs = dict(log_level="warning", access_log=False, server_header=False)
         super().__init__(uvicorn.Config(app, http=IdleProtocol, lifespan="off", **limits, **logs))

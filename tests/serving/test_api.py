@@ -4,7 +4,9 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 import re
+import sys
 import threading
 
 import pytest
@@ -158,7 +160,7 @@ def test_documents_begin_after_an_end_and_end_with_one(app):
         *[("prompt", value) for value in ([], [[]], [61], [-1], ["a", 1], [True], {}, 5, "\n")],
         *[("prompt", value) for value in ("1" * 70_000, [[1]] * 9, ["a", [1]], "\ud800")],
         *[("stream", value) for value in (1, "yes")],
-        *[("stream_options", value) for value in ({"usage": True}, [], "all")],
+        *[("stream_options", value) for value in ({"usage": True}, {"include_usage": "no"}, [])],
         *[("functions", []), ("max_completion_tokens", 5), ("Prompt", "a")],
     ],
     ids=lambda value: str(value)[:20],
@@ -217,6 +219,12 @@ def test_api_key_is_asked_for(app):
         assert client.get("/").status_code == client.get("/health").status_code == 200
         client.headers["authorization"] = "Bearer secret"
         assert ask(client).status_code == client.get("/v1/models").status_code == 200
+
+
+def test_key_may_have_any_characters(app):
+    with TestClient(app(api_key="schlüssel")) as client:
+        headers = {"authorization": "Bearer schlüssel".encode()}
+        assert client.get("/v1/models", headers=headers).status_code == 200
 
 
 def test_models_chat_and_what_is_not_there(client):
@@ -345,6 +353,8 @@ def test_loss_curves_of_listed_runs_only(app, tmp_path):
     pytest.importorskip("matplotlib")
     a_run(tmp_path / "one"), a_run(tmp_path / "two & <b>"), (tmp_path / "empty").mkdir()
     a_run(tmp_path / "none", losses=())
+    if sys.platform == "linux":
+        a_run(tmp_path / os.fsdecode(b"no \xff text"))
     with TestClient(app()) as client:
         assert [*client.get("/runs").json()["runs"]] == ["none", "one", "two & <b>"]
         picture = client.get("/runs/loss.svg", params={"run": ["one", "two & <b>"]})

@@ -111,6 +111,27 @@ def test_whoever_leaves_gives_the_row_back(serve, stream, leave):
     wait_until(lambda: not engine.samples and not engine.waiting, 5)
 
 
+def test_connections_are_bounded(serve, monkeypatch):
+    monkeypatch.setattr(http, "CONNECTIONS", 3)
+    _, port = serve()
+    held = [connect(port) for _ in range(3)]
+    with connect(port) as fourth:
+        try:
+            assert fourth.recv(1) == b""
+        except ConnectionResetError:
+            pass
+    held.pop().close(), held.pop().close()
+    wait_until(lambda: ask_health(port))
+    held.pop().close()
+
+
+def ask_health(port):
+    try:
+        return status(port, f"GET /health HTTP/1.1\r\nHost: a\r\n{CLOSE}\r\n".encode()) == 200
+    except (OSError, IndexError):
+        return False
+
+
 def test_pipelined_requests_are_answered_in_order(serve):
     _, port = serve()
     asked = [request("" if i < 2 else CLOSE, max_tokens=3 - i, seed=1) for i in range(3)]
