@@ -67,8 +67,7 @@ def main(config):
     start = read_pretrained(config.init_from, config.out_dir)
     model, tokenizer = GPT.from_checkpoint(start.checkpoint).to(device.device), start.tokenizer
     documents = knows_documents(start.settings.get("rows"), tokenizer)
-    rows = min(config.max_batch, rows_that_fit(model.config))
-    rows = 1 << (rows.bit_length() - 1)  # a power of two
+    rows = rows_that_fit(model.config, config.max_batch)
     engine = Engine(model, rows, config.queue, autocast=device.autocast, **drawable(tokenizer))
     served = Served(start.name, tokenizer, documents, rows, config.max_tokens)
     hosts = {*LOOPBACK, "[::1]"} if config.host in LOOPBACK else ()

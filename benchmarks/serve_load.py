@@ -2,11 +2,16 @@
 
     $ python benchmarks/serve_load.py --out_dir=out-demo                       # about a minute
     $ python benchmarks/serve_load.py --out_dir=out-demo --churn=300           # five minutes more
+    $ python benchmarks/serve_load.py --url=http://127.0.0.1:8001 --model=my-model --pid=4711
 
 The server is pinned to one core and the clients to another. `generate` is measured on the
 server's core, before and after, with a batch of as many prompts as there are streams. Prints JSON
 lines. With --churn clients go away at random for this many seconds: the memory of the server must
 stay flat, every row must come back, and the text of requests with a fixed seed must stay the same.
+
+With --url the load is put on any server with OpenAI's completions, started by hand: each stream
+asks for three texts of as many tokens. With --pid tokens are also counted for each second of the
+processor time of that process.
 """
 
 import argparse
@@ -47,7 +52,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=30, help="of load that is measured")
     parser.add_argument("--churn", type=float, default=0, help="seconds of disconnecting clients")
     parser.add_argument("--cores", default="0,1", help="of the server, of the clients")
+    parser.add_argument("--url", default="", help="of another server: http://host:port")
+    parser.add_argument("--model", default="", help="its name there")
+    parser.add_argument("--pid", type=int, default=0, help="the process of that server")
     args = parser.parse_args()
+    if args.url:
+        print(json.dumps(asyncio.run(measure_url(args))))
+        return
     server_core, client_core = args.cores.split(",")
     before = generate_rate(args, server_core)
     server, port = start_server(args, server_core)
@@ -95,12 +106,12 @@ def start_server(args, core):
     sys.exit("the server did not start")
 
 
-async def stream(port, body, leave_after=None):
+async def stream(port, body, leave_after=None, host="127.0.0.1", events=None):
     """One streamed completion over a connection of its own: the text, and the seconds to its first
     chunk. With `leave_after` the connection is dropped after this many chunks; the text is None
-    then, as where the server is too busy."""
+    then, as where the server is too busy. The chunks are added to the list `events`."""
     data = json.dumps({**body, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection(host, port)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     begin, first, text = time.perf_counter(), None, ""
@@ -113,11 +124,13 @@ async def stream(port, body, leave_after=None):
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
+            if events is not None:
+                events.append(event)
             first = first or time.perf_counter() - begin
             count += 1
             if leave_after is not None and count > leave_after:
                 return None, first
-            text += event["choices"][0]["text"]
+            text += event["choices"][0]["text"] if event["choices"] else ""
     finally:
         writer.transport.abort()  # whoever leaves says no goodbye
     return text, first
@@ -154,6 +167,38 @@ async def measure(args, port, pid):
         "first_token_p99_ms": round(1000 * times[int(0.99 * (len(times) - 1))]),
         "answers": len(times),
     }
+
+
+async def measure_url(args):
+    """The same of the server at `--url`, for a fixed number of texts."""
+    host, port = args.url.rpartition("/")[2].split(":")
+    rounds, times, counts = 3, [], []
+
+    async def client(number):
+        asked = random.Random(number)
+        for _ in range(rounds):
+            body = {"model": args.model, "prompt": asked.choice(PROMPTS), "temperature": 1}
+            body |= {"max_tokens": args.tokens, "seed": asked.randrange(2**31)}
+            body["stream_options"] = {"include_usage": True}
+            events = []
+            _, first = await stream(int(port), body, host=host, events=events)
+            times.append(first)
+            usage = next((e["usage"] for e in events if e.get("usage")), {})
+            counts.append(usage.get("completion_tokens", len(events)))
+
+    begin, cpu = time.perf_counter(), cpu_seconds(args.pid) if args.pid else 0
+    await asyncio.gather(*(client(number) for number in range(args.streams)))
+    wall, times = time.perf_counter() - begin, sorted(times)
+    result = {
+        "streams": args.streams,
+        "tokens": sum(counts),
+        "tokens_per_second": round(sum(counts) / wall, 1),
+        "first_token_median_ms": round(1000 * median(times)),
+        "first_token_p99_ms": round(1000 * times[int(0.99 * (len(times) - 1))]),
+    }
+    if args.pid:
+        result["tokens_per_cpu_second"] = round(sum(counts) / (cpu_seconds(args.pid) - cpu), 1)
+    return result
 
 
 async def churn(args, port, pid):

@@ -301,6 +301,7 @@ def row_bytes(config):
     return 8 * config.n_layer * config.kv_heads * config.head_dim * config.block_size
 
 
-def rows_that_fit(config):
-    """The rows of `block_size` positions, at least one, for which `CACHE_BYTES` suffice."""
-    return max(CACHE_BYTES // row_bytes(config), 1)
+def rows_that_fit(config, most):
+    """The rows, a power of two up to `most`, for which `CACHE_BYTES` suffice."""
+    fitting = min(most, max(CACHE_BYTES // row_bytes(config), 1))
+    return 1 << (fitting.bit_length() - 1)

@@ -5,6 +5,7 @@ import json
 import re
 import secrets
 import time
+from operator import itemgetter
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -12,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from brisk.errors import UserError
@@ -21,8 +22,9 @@ from brisk.serving.completions import ApiError, Completion
 
 BODY_BYTES = 2**20
 IDLE = 20  # seconds that a client may take to send a request, or to take a part of the response
-HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}  # of a stream
+STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
 PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {"X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
 
 
 def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
@@ -65,7 +67,7 @@ def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
         return Response(picture, media_type="image/svg+xml")
 
     routes = [
-        Route("/", page),
+        Route("/", lambda request: FileResponse(PAGE, headers=PAGE_HEADERS)),
         Route("/health", health),
         Route("/runs", runs),
         Route("/runs/loss.svg", loss_curves),
@@ -73,19 +75,13 @@ def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
     ]
-    guards = [Middleware(guard, api_key=api_key, hosts=hosts)]
-    return Starlette(
-        routes=[Mount("/", routes=routes, middleware=guards)],
-        exception_handlers={ApiError: on_error, HTTPException: on_error},
-    )
+    routes = [Mount("/", routes=routes, middleware=[Middleware(guard, api_key, hosts)])]
+    handlers = {ApiError: on_error, HTTPException: on_error}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 async def chat(request):
     raise ApiError(400, "the checkpoint has no chat template; /v1/completions continues a text")
-
-
-async def page(request):
-    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"X-Frame-Options": "DENY"})
 
 
 async def on_error(request, error):
@@ -150,9 +146,12 @@ class Answer:
         gone.add_done_callback(lambda _: gone.cancelled() or task.cancel())
         try:
             if self.asked.stream:
-                await StreamingResponse(self.events(), headers=HEADERS).stream_response(send)
+                stream = StreamingResponse(self.events(), headers=STREAM_HEADERS)
+                await stream.stream_response(send)
             else:
-                await (await self.whole())(scope, receive, send)
+                *parts, last = [part async for part in self.parts()]
+                choices = sorted((part["choices"][0] for part in parts), key=itemgetter("index"))
+                await JSONResponse({**last, "choices": choices})(scope, receive, send)
         except asyncio.CancelledError:
             pass  # nobody is there to answer
         finally:
@@ -169,14 +168,9 @@ class Answer:
                 raise ApiError(500, "the model has failed, or the server is closing")
             ended += event[-1] is not None
             yield {**self.head, "choices": [self.asked.choice(*event)]}
-        drawn = sum(sample.drawn for sample in self.samples)
-        yield {**self.head, "choices": [], "usage": self.asked.usage(drawn)}
-
-    async def whole(self):
-        """The response in one piece."""
-        *parts, last = [part async for part in self.parts()]
-        choices = sorted((part["choices"][0] for part in parts), key=lambda choice: choice["index"])
-        return JSONResponse({**last, "choices": choices})
+        read, drawn = sum(map(len, self.asked.prompts)), sum(s.drawn for s in self.samples)
+        usage = dict(prompt_tokens=read, completion_tokens=drawn, total_tokens=read + drawn)
+        yield {**self.head, "choices": [], "usage": usage}
 
     async def events(self):
         """The response as server-sent events."""

@@ -6,9 +6,9 @@ https://platform.openai.com/docs/api-reference/completions. Beyond it: `top_k`, 
 
 import math
 import secrets
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 from brisk.errors import UserError
 from brisk.generation.prompt import encode_prompt
@@ -30,9 +30,12 @@ FIELDS = {  # name: default, type, lowest, highest
     "stream": (False, FLAG, False, True),
     "return_token_ids": (False, FLAG, False, True),
 }
-NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
-NEUTRAL |= {"echo": False, "best_of": 1}  # no other value of these is understood
-OTHERS = {"model", "prompt", "stop", "stream_options", "user"}
+ALLOWED = {  # name: the values that are understood; the first is the default
+    **{"presence_penalty": [0], "frequency_penalty": [0], "logit_bias": [{}], "suffix": [""]},
+    **{"echo": [False], "best_of": [1]},
+    "stream_options": [{}, *({"include_usage": usage} for usage in (False, True, None))],
+}
+OTHERS = {"model", "prompt", "stop", "user"}
 KINDS = {401: "authentication_error", 429: "rate_limit_exceeded"}  # OpenAI's "type" of an error
 KINDS |= {500: "server_error", 503: "server_error"}
 
@@ -47,8 +50,7 @@ class ApiError(Exception):
         self.body = {"error": dict(message=message, type=kind, param=param, code=None)}
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """A model's name, tokenizer and limits."""
 
     name: str
@@ -67,9 +69,9 @@ class Completion:
         self.served = served
         for key, value in given.items():
             name = ascii(key)[1:-1][:50]  # JSON may have half a character
-            check(key in {*FIELDS, *NEUTRAL, *OTHERS}, f"{name} is not supported", name)
-            neutral = NEUTRAL.get(key, value)
-            check(value == neutral, f"{key} is supported as {neutral!r} only", key)
+            check(key in {*FIELDS, *ALLOWED, *OTHERS}, f"{name} is not supported", name)
+            allowed = ALLOWED.get(key, [value])
+            check(value in allowed, f"{key} is supported as {allowed[0]!r} only", key)
         if given.get("model", served.name) != served.name:
             raise ApiError(404, f"the model here is {served.name}", "model")
         limits = {"max_tokens": served.max_tokens, "n": served.rows}
@@ -78,10 +80,7 @@ class Completion:
             right = type(value) in TYPES[kind] and low <= value <= high
             check(key not in given or right, f"{key} is {kind} from {low} to {high}", key)
             setattr(self, key, value)
-        options = given.get("stream_options", {})
-        known = options in ({}, *({"include_usage": value} for value in (True, False, None)))
-        check(known, "stream_options has include_usage only, true or false", "stream_options")
-        self.include_usage = bool(options.get("include_usage"))
+        self.include_usage = bool(given.get("stream_options", {}).get("include_usage"))
         stop = given.get("stop", [])
         self.stop = [stop] if isinstance(stop, str) else stop
         known = are(str, self.stop) and len(self.stop) <= 4 and "" not in self.stop
@@ -134,10 +133,6 @@ class Completion:
             return token.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
-
-    def usage(self, drawn):
-        read = sum(map(len, self.prompts))
-        return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
 
 
 def check(condition, message, param=None):

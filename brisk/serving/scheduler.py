@@ -1,6 +1,5 @@
 """One thread owns the model; samples wait in a queue for a row of its batch."""
 
-import math
 import threading
 import time
 from collections import deque
@@ -25,7 +24,7 @@ class Sample(Sequence):
     stream: TextStream = None
     put: object = None
     due: float = 0
-    interval: float = math.inf
+    interval: float = 0
     cancelled: bool = False  # set from any thread; the row is free at the next step
 
     text: str = ""  # since the last `put`
@@ -57,8 +56,7 @@ class Engine:
             raise RuntimeError(self.failure)
 
     def submit(self, samples):
-        """Queue all of `samples`, or none where there is no room or the thread has ended; whether
-        they were queued."""
+        """Queue all of `samples`, or none: False if there is no room or the thread has ended."""
         with self.changed:
             self.waiting = deque(sample for sample in self.waiting if not sample.cancelled)
             room = self.queue + self.rows - len(self.samples) - len(self.waiting)

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from starlette.testclient import TestClient
 
 from brisk.data.tokenizer import ByteTokenizer, CharTokenizer
 from brisk.serving import api
-from brisk.serving.completions import NEUTRAL, Served
+from brisk.serving.completions import ALLOWED, Served
 
 TOKENIZER = CharTokenizer(map(chr, range(48, 48 + 61)))
 PROMPT = "HELLO"
@@ -177,8 +178,9 @@ def test_field_that_is_not_supported_is_refused(client, field, value):
 
 def test_neutral_values_and_null_are_the_default(client):
     plain = ask(client, seed=1).json()["choices"]
-    fields = {**NEUTRAL, "user": "me", "model": "tiny", "stream_options": {}}
-    assert ask(client, seed=1, **fields).json()["choices"] == plain
+    for values in zip_longest(*ALLOWED.values()):
+        fields = {**dict(zip(ALLOWED, values, strict=True)), "user": "me", "model": "tiny"}
+        assert ask(client, seed=1, **fields).json()["choices"] == plain
     assert ask(client, seed=1, **dict.fromkeys(UNSUPPORTED)).json()["choices"] == plain
 
 
