@@ -11,6 +11,7 @@ from networks import MODERN, random_model
 
 from brisk.data.tokenizer import CharTokenizer
 from brisk.generation import continuous_batch
+from brisk.generation.continuous_batch import ContinuousBatch, Sequence
 from brisk.generation.text_stream import TextStream
 from brisk.serving.scheduler import Sample
 
@@ -205,6 +206,32 @@ def test_long_prompt_does_not_stall_the_others(engine, monkeypatch):
     assert len(reads) == 10
     for a, b in pairwise(reads):
         assert {event[1] for event in events[a + 1 : b]} == {*others}
+
+
+def test_short_prompts_begin_together():
+    """Eight in one step, so that the last of a crowd does not wait for as many steps."""
+    with torch.inference_mode():
+        batch = ContinuousBatch(random_model(), 16)
+        for i in range(12):
+            batch.add(Sequence(prompt(5, i)))
+        assert [len(batch.step()) for _ in range(3)] == [8, 12, 12]
+
+
+def test_client_that_leaves_while_its_prompt_is_read_frees_the_row(engine, monkeypatch):
+    monkeypatch.setattr(continuous_batch, "PART", 4)
+    one, gone = engine(random_model(), rows=1), a_sample(prompt(21), 50)
+    original = one.batch.read
+
+    def read():
+        original()
+        gone.sample.cancelled = True
+
+    monkeypatch.setattr(one.batch, "read", read)
+    submit(one, gone)
+    (found,) = submit(one, a_sample(prompt(9), 30, seed=3))
+    (fresh,) = submit(engine(random_model(), rows=1), a_sample(prompt(9), 30, seed=3))
+    assert found.wait().ids == fresh.wait().ids and not gone.tokens
+    assert not one.batch.reading and len(one.batch.free) == 1
 
 
 def test_failure_fails_the_open_samples_and_those_to_come(engine, monkeypatch):
