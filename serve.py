@@ -5,8 +5,6 @@ r"""A checkpoint behind an OpenAI-compatible endpoint, and a page that shows wha
     $ python serve.py --out_dir=out --host=0.0.0.0 --api_key=$(openssl rand -hex 16)
     $ curl localhost:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"prompt": "ROMEO:", "max_tokens": 100, "seed": 1}'
-
-Requests are computed side by side, and the text of each is the one that it is alone.
 """
 
 import socket
@@ -62,7 +60,7 @@ def main(config):
         bound = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         where = f"--host={config.host} --port={config.port}"
-        raise UserError(f"{where}: {error.strerror}; 0 is a free port") from error
+        raise UserError(f"{where}: {error.strerror}; --port=0 takes a free port") from error
     device = open_device(config.device, config.dtype)
     start = read_pretrained(config.init_from, config.out_dir)
     model, tokenizer = GPT.from_checkpoint(start.checkpoint).to(device.device), start.tokenizer
@@ -74,8 +72,9 @@ def main(config):
     runs_dir = Path(config.out_dir).resolve().parent
     app = make_app(engine, served, runs_dir=runs_dir, api_key=config.api_key, hosts=hosts)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}, {rows} rows")
-    print(f"{served.name} on http://{host}:{bound.getsockname()[1]} (Ctrl-C stops)", flush=True)
+    url = f"http://{host}:{bound.getsockname()[1]}"
+    print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}, {rows} requests at a time")
+    print(f"page: {url}   API: {url}/v1, model {served.name}   (Ctrl-C stops)", flush=True)
     with suppress(KeyboardInterrupt):
         Server(app, engine).run(sockets=[bound])
 

@@ -28,10 +28,9 @@ PAGE_HEADERS = {"X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
 
 
 def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
-    """The application.
+    """The application for the model that `served`, a `completions.Served`, describes.
 
     Args:
-        served: a `completions.Served`.
         runs_dir: the folder of the runs whose loss curves are shown.
         api_key: asked of every request but for the page and /health; "" for none.
         hosts: the names of this machine in the Host header; () for any. Another name is that of a

@@ -12,9 +12,8 @@ CONNECTIONS = 900  # fewer than the 1024 files that a process may usually open
 
 
 class IdleProtocol(H11Protocol):
-    """A connection that is closed when no request has come on it for `IDLE` seconds, or when the
-    client has taken nothing of a response for as long. uvicorn's own limit begins after the first
-    request, and ends with the first byte of the next."""
+    """A connection that is closed when no whole request has come on it for `IDLE` seconds, or when
+    nothing of a response was taken. uvicorn's own limit ends with the first byte of a request."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -47,8 +46,7 @@ class Server(uvicorn.Server):
     """A server that closes `engine` when a signal ends it, and with it the open answers."""
 
     def __init__(self, app, engine):
-        limits = dict(limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE)
-        limits["timeout_graceful_shutdown"] = 2  # seconds for clients to take the ends of answers
+        limits = dict(timeout_keep_alive=IDLE, timeout_graceful_shutdown=2)
         logs = dict(log_level="warning", access_log=False, server_header=False)
         super().__init__(uvicorn.Config(app, http=IdleProtocol, lifespan="off", **limits, **logs))
         self.engine = engine

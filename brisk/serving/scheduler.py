@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 
 from brisk.generation.continuous_batch import ContinuousBatch, Sequence
-from brisk.generation.text_stream import TextStream
 
 
 @dataclass(eq=False)
@@ -21,12 +20,11 @@ class Sample(Sequence):
     most, and at the end.
     """
 
-    stream: TextStream = None
+    stream: object = None  # a TextStream
     put: object = None
     due: float = 0
     interval: float = 0
     cancelled: bool = False  # set from any thread; the row is free at the next step
-
     text: str = ""  # since the last `put`
     tokens: list = field(default_factory=list)  # the same
 
@@ -36,17 +34,16 @@ class Engine:
 
     Args:
         queue: samples that may wait for a row.
-        autocast: makes the context in which the model runs.
-        options: of `ContinuousBatch`.
-
-    Attributes:
-        failure: the error that ended the thread, or None.
-        drawn: tokens, since the start.
+        autocast: makes the context in which the model runs; `options` are of `ContinuousBatch`.
     """
 
     def __init__(self, model, rows, queue, *, autocast=nullcontext, **options):
-        self.rows, self.queue, self.failure, self.closing = rows, queue, None, False
-        self.waiting, self.samples, self.drawn = deque(), {}, 0  # samples; {row: sample}
+        self.rows, self.queue, self.closing = rows, queue, False
+        self.failure, self.drawn = (
+            None,
+            0,
+        )  # the error that ended the thread; tokens since the start
+        self.waiting, self.samples = deque(), {}  # samples; {row: sample}
         self.changed, self.ready = threading.Condition(), threading.Event()
         arguments = model, autocast, options
         self.thread = threading.Thread(target=self.run, args=arguments, name="engine", daemon=True)
