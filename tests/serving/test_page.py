@@ -152,6 +152,9 @@ def test_it_fits_every_width_in_both_schemes(page, width, scheme):
     assert shown["curves"].get_attribute("alt") == "Loss curves of tiny"
     shown.open_choices(3)
     assert shown.js("return document.documentElement.scrollWidth <= innerWidth")
+    place = "const box = $('choices').getBoundingClientRect(); "
+    place += "const token = tokens[3].span.getBoundingClientRect(); "
+    assert shown.js(f"{place} return token.bottom <= box.top + 1 || token.top >= box.bottom - 1")
     if folder := os.environ.get("SCREENSHOTS"):
         shown.browser.save_screenshot(str(Path(folder, f"page-{scheme}-{width}.png")))
 
