@@ -1,8 +1,7 @@
 r"""A checkpoint behind an OpenAI-compatible endpoint, and a page that shows what it thinks.
 
     $ python serve.py out-shakespeare-char
-    $ python serve.py --init_from=gpt2 --port=8001
-    $ python serve.py --out_dir=out --host=0.0.0.0 --api_key=$(openssl rand -hex 16)
+    $ python serve.py --init_from=gpt2 --host=0.0.0.0 --api_key=$(openssl rand -hex 16)
     $ curl localhost:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"prompt": "ROMEO:", "max_tokens": 100, "seed": 1}'
 """

@@ -119,7 +119,7 @@ async def stream(port, body, leave_after=None, host="127.0.0.1", events=None):
     count = 0
     try:
         async for line in reader:
-            if b" 429 " in line or b" 503 " in line:
+            if line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
                 return None, None
             if not line.startswith(b"data: {"):
                 continue
@@ -157,15 +157,16 @@ async def measure(args, port, pid):
     await asyncio.sleep(0.8 * args.seconds)
     tokens, cpu, wall = (b - a for a, b in zip(before, await state(), strict=True))
     await clients
-    times.sort()
+    refused, answered = times.count(None), sorted(filter(None, times))
     return {
         "streams": args.streams,
         "tokens": args.tokens,
+        "refused": refused,
         "tokens_per_second": round(tokens / wall, 1),
         "tokens_per_cpu_second": round(tokens / cpu, 1),
-        "first_token_median_ms": round(1000 * median(times)),
-        "first_token_p99_ms": round(1000 * times[int(0.99 * (len(times) - 1))]),
-        "answers": len(times),
+        "first_token_median_ms": round(1000 * median(answered)),
+        "first_token_p99_ms": round(1000 * answered[int(0.99 * (len(answered) - 1))]),
+        "answers": len(answered),
     }
 
 

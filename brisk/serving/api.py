@@ -91,7 +91,6 @@ async def on_error(request, error):
 
 def guard(app, api_key, hosts):
     """An ASGI application: `app` behind the checks that every request has to pass."""
-    key = f"Bearer {api_key}".encode()
 
     async def checked(scope, receive, send):
         headers = Headers(scope=scope)
@@ -100,7 +99,7 @@ def guard(app, api_key, hosts):
             raise ApiError(403, f"the Host header is none of {', '.join(sorted(hosts))}")
         given = headers.get("authorization", "").encode("latin-1")
         is_open = not api_key or scope["path"] in ("/", "/health")
-        if not is_open and not secrets.compare_digest(given, key):
+        if not is_open and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
             raise ApiError(401, "the API key is missing or wrong")
         await app(scope, receive, send)
 

@@ -1,7 +1,6 @@
 """OpenAI's completion requests and responses, as dicts.
 
-https://platform.openai.com/docs/api-reference/completions. Beyond it: `top_k`, and
-`return_token_ids`, which adds the ids of the prompt, of the text and of the most likely tokens.
+https://platform.openai.com/docs/api-reference/completions; beyond it `top_k`, `return_token_ids`.
 """
 
 import math
@@ -17,8 +16,8 @@ from brisk.serving.scheduler import Sample
 
 PROMPT_TOKENS = 2**16
 INTERVAL = 0.05  # seconds between the chunks of a stream: one costs about as much as a token
-TYPES = {"a number": (int, float), "a whole number": (int,), "true or false": (bool,)}
-NUMBER, WHOLE, FLAG = TYPES
+NUMBER, WHOLE, FLAG = "a number from {} to {}", "a whole number from {} to {}", "true or false"
+TYPES = {NUMBER: (int, float), WHOLE: (int,), FLAG: (bool,)}
 FIELDS = {  # name: default, type, lowest, highest
     "max_tokens": (16, WHOLE, 1, math.inf),
     "temperature": (1.0, NUMBER, 0, 2),
@@ -71,14 +70,14 @@ class Completion:
             name = ascii(key)[1:-1][:50]  # JSON may have half a character
             check(key in {*FIELDS, *ALLOWED, *OTHERS}, f"{name} is not supported", name)
             allowed = ALLOWED.get(key, [value])
-            check(value in allowed, f"{key} is supported as {allowed[0]!r} only", key)
+            check(value in allowed, f"{key}: only {allowed} are supported", key)
         if given.get("model", served.name) != served.name:
             raise ApiError(404, f"the model here is {served.name}", "model")
         limits = {"max_tokens": served.max_tokens, "n": served.rows}
         for key, (default, kind, low, high) in FIELDS.items():
             value, high = given.get(key, default), limits.get(key, high)
             right = type(value) in TYPES[kind] and low <= value <= high
-            check(key not in given or right, f"{key} is {kind} from {low} to {high}", key)
+            check(key not in given or right, f"{key} is {kind.format(low, high)}", key)
             setattr(self, key, value)
         self.include_usage = bool(given.get("stream_options", {}).get("include_usage"))
         stop = given.get("stop", [])

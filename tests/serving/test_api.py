@@ -176,6 +176,16 @@ def test_field_that_is_not_supported_is_refused(client, field, value):
     assert len(error["message"]) < 500
 
 
+def test_refusals_say_how_a_field_is_meant(client):
+    for field, value, words in [
+        ("stream", 1, "stream is true or false"),
+        ("temperature", "1", "temperature is a number from 0 to 2"),
+        ("n", 1.5, "n is a whole number from 1 to 8"),
+        ("echo", True, "echo: only [False] are supported"),
+    ]:
+        assert ask(client, **{field: value}).json()["error"]["message"] == words
+
+
 def test_neutral_values_and_null_are_the_default(client):
     plain = ask(client, seed=1).json()["choices"]
     for values in zip_longest(*ALLOWED.values()):
