@@ -24,7 +24,7 @@ class IdleProtocol(H11Protocol):
 
     def data_received(self, data):
         self.conn.receive_data(data)
-        self.handle_events()  # the timer goes on until a request has come with all its headers
+        self.handle_events()  # the timer runs until all headers of a request are here
 
     def handle_events(self):
         super().handle_events()
