@@ -1,11 +1,12 @@
 # make demo: from a fresh clone to text from a model trained here, in about two minutes and
 # without a network but a package index. make serve: that model, trained if there is none, behind an
-# endpoint and a page at the address that it prints. make test: all tests but the slow ones, on all
-# cores up to four (PARALLEL= for one after another), or those in TESTS=files. make test-all: the
-# slow ones too.
+# endpoint and a page at the address that it prints (PORT=8001 for another). make test: all tests
+# but the slow ones, on all cores up to four (PARALLEL= for one after another), or those in
+# TESTS=files. make test-all: the slow ones too.
 
 PYTHON ?= python3
 OUT ?= out-demo
+PORT ?= 8000
 PARALLEL ?= -n auto --maxprocesses=4 --dist=worksteal
 
 .PHONY: demo serve test test-all lint clean
@@ -19,7 +20,7 @@ demo: .venv/installed
 	@echo "your turn:  .venv/bin/python sample.py --out_dir=$(OUT) --start='class '"
 
 serve: .venv/installed $(OUT)/ckpt.pt
-	.venv/bin/python serve.py --out_dir=$(OUT)
+	.venv/bin/python serve.py --out_dir=$(OUT) --port=$(PORT)
 
 $(OUT)/ckpt.pt: | .venv/installed
 	.venv/bin/python data/python_source/prepare.py

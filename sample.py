@@ -25,8 +25,8 @@ from brisk.cuda_graph import check_device
 from brisk.data.tokenizer import EOT, Tokenizer, knows_documents
 from brisk.device import Device, open_device, resolve_compile
 from brisk.errors import UserError, one_line_errors, without_controls
-from brisk.generation.kv_cache import row_bytes
-from brisk.generation.prompt import encode_prompt, encode_text
+from brisk.generation.kv_cache import CACHE_BYTES, row_bytes
+from brisk.generation.prompt import drawable, encode_prompt, encode_text
 from brisk.generation.repl import converse, open_new, read_prompt, read_prompts, write_sample
 from brisk.generation.text_stream import TextStream
 from brisk.generation.top_tokens import as_table, top_next_tokens
@@ -47,7 +47,6 @@ from configurator import (
 from model import GPT
 
 TOKENS_AT_ONCE = 32768  # in the windows of a batch: bounds its memory, to 32 times 1024 tokens
-CACHE_BYTES = 4 * 2**30  # of keys and values of a batch, in float32
 TOKENS_A_WORD = 32  # more than any word has: the budget of a sample that max_words ends
 MOST_TOKENS = 10**7  # of one sample
 DASHES = "---------------"
@@ -96,12 +95,6 @@ class Source:
     tokenizer: Tokenizer
     device: Device
     documents: bool  # an end-of-text comes before each prompt, and ends the sample
-
-    @property
-    def drawable(self):
-        """Arguments of `generate`: ids that the tokenizer lacks and unknown words are not drawn."""
-        suppress = () if self.tokenizer.unk is None else (self.tokenizer.unk,)
-        return {"vocab_size": self.tokenizer.vocab_size, "suppress": suppress}
 
 
 @dataclass(frozen=True)
@@ -217,7 +210,8 @@ def samples_of(prompt, config, first=0):
 
 
 def print_top_next(source, prompt, config):
-    top = top_next_tokens(source.model, prompt.ids[None], config.top_next, **source.drawable)
+    allowed = drawable(source.tokenizer)
+    top = top_next_tokens(source.model, prompt.ids[None], config.top_next, **allowed)
     print(as_table(*top, source.tokenizer), DASHES, sep="\n", flush=True)
 
 
@@ -281,7 +275,7 @@ def print_samples(source, samples, config):
             on_token=on_token,
             exact_window=config.exact_window,
             cuda_graph=config.cuda_graph,
-            **source.drawable,
+            **drawable(source.tokenizer),
         )
     except KeyboardInterrupt:
         print(flush=True)  # what comes next begins a line

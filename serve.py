@@ -1,12 +1,9 @@
 r"""A checkpoint behind an OpenAI-compatible endpoint, and a page that shows what it thinks.
 
     $ python serve.py out-shakespeare-char
-    $ python serve.py --init_from=gpt2 --port=8001
-    $ python serve.py --out_dir=out --host=0.0.0.0 --api_key=$(openssl rand -hex 16)
+    $ python serve.py --init_from=gpt2 --host=0.0.0.0 --api_key=$(openssl rand -hex 16)
     $ curl localhost:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"prompt": "ROMEO:", "max_tokens": 100, "seed": 1}'
-
-Requests are computed side by side, and the text of each is the one that it is alone.
 """
 
 import socket
@@ -19,13 +16,15 @@ from typing import Annotated, Literal
 from brisk.data.tokenizer import knows_documents
 from brisk.device import open_device
 from brisk.errors import UserError, one_line_errors
-from brisk.generation.kv_cache import row_bytes
+from brisk.generation.kv_cache import rows_that_fit
+from brisk.generation.prompt import drawable
 from brisk.interop.pretrained import read_pretrained
-from configurator import NonNegativeInt, PositiveInt, configure
+from brisk.serving.completions import Served
+from brisk.serving.scheduler import Engine
+from configurator import NonNegativeInt, configure
 from model import GPT
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CACHE_BYTES = 4 * 2**30  # of keys and values, in float32; fewer rows where they would take more
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class ServeConfig:
     # limits
     max_batch: Annotated[int, (1, 256)] = 64  # samples computed side by side: a power of two
     queue: NonNegativeInt = 256  # samples that wait; beyond it the answer is 429
-    max_tokens: PositiveInt = 4096  # the most that a request may ask for
+    max_tokens: Annotated[int, (1, 2**16)] = 4096  # the most that a request may ask for
     # hardware
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
@@ -52,49 +51,31 @@ def main(config):
         raise UserError(f"--host={config.host} lets other machines in: give --api_key too")
     try:
         from brisk.serving.api import make_app
-        from brisk.serving.http import make_server
+        from brisk.serving.http import Server
     except ImportError as error:
         raise UserError(f"{error}; serve.py needs: pip install starlette uvicorn") from error
-    from brisk.serving.completions import Served
-    from brisk.serving.scheduler import Engine
-
-    bound = bind(config.host, config.port)  # before a large model is read
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:  # before a large model is read
+        bound = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        where = f"--host={config.host} --port={config.port}"
+        raise UserError(f"{where}: {error.strerror}; --port=0 takes a free port") from error
     device = open_device(config.device, config.dtype)
     start = read_pretrained(config.init_from, config.out_dir)
     model, tokenizer = GPT.from_checkpoint(start.checkpoint).to(device.device), start.tokenizer
     documents = knows_documents(start.settings.get("rows"), tokenizer)
-    rows = 1 << (config.max_batch.bit_length() - 1)
-    while rows > 1 and rows * row_bytes(model.config) > CACHE_BYTES:
-        rows //= 2
-    never = () if tokenizer.unk is None else (tokenizer.unk,)
-    drawable = {"vocab_size": tokenizer.vocab_size, "suppress": never}
-    engine = Engine(model, rows, config.queue, autocast=device.autocast, **drawable)
-    served = Served(model_name(config), tokenizer, documents, rows, config.max_tokens)
+    rows = rows_that_fit(model.config, config.max_batch)
+    engine = Engine(model, rows, config.queue, autocast=device.autocast, **drawable(tokenizer))
+    served = Served(start.name, tokenizer, documents, rows, config.max_tokens)
     hosts = {*LOOPBACK, "[::1]"} if config.host in LOOPBACK else ()
     runs_dir = Path(config.out_dir).resolve().parent
     app = make_app(engine, served, runs_dir=runs_dir, api_key=config.api_key, hosts=hosts)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}, {rows} rows")
-    print(f"{served.name} on http://{host}:{bound.getsockname()[1]} (Ctrl-C stops)", flush=True)
+    url = f"http://{host}:{bound.getsockname()[1]}"
+    print(f"{model.get_num_params() / 1e6:.2f}M parameters on {device}, {rows} requests at a time")
+    print(f"page: {url}   API: {url}/v1, model {served.name}   (Ctrl-C stops)", flush=True)
     with suppress(KeyboardInterrupt):
-        make_server(app).run(sockets=[bound])
-
-
-def bind(host, port):
-    """A socket that listens on `host` and `port`."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(
-            f"--host={host} --port={port}: {error.strerror}; 0 is a free port"
-        ) from error
-
-
-def model_name(config):
-    """The name of the run or of the model, under which clients ask for it."""
-    path = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    return (path.parent if path.suffix == ".pt" else path).resolve().name
+        Server(app, engine).run(sockets=[bound])
 
 
 if __name__ == "__main__":

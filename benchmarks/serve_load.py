@@ -2,11 +2,16 @@
 
     $ python benchmarks/serve_load.py --out_dir=out-demo                       # about a minute
     $ python benchmarks/serve_load.py --out_dir=out-demo --churn=300           # five minutes more
+    $ python benchmarks/serve_load.py --url=http://127.0.0.1:8001 --model=my-model --pid=4711
 
 The server is pinned to one core and the clients to another. `generate` is measured on the server's
 core, before and after, with a batch size equal to the number of streams. Prints JSON. With --churn,
 clients disconnect at random for this many seconds: the server's memory must stay constant, all rows
 must be freed, and requests with a fixed seed must return the same text.
+
+With --url, the load goes to any server with OpenAI's completions, which is already running: each
+stream requests three texts of equal length. With --pid, tokens are also counted per CPU second of
+that process.
 """
 
 import argparse
@@ -47,7 +52,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=30, help="duration of the load")
     parser.add_argument("--churn", type=float, default=0, help="duration of random disconnections")
     parser.add_argument("--cores", default="0,1", help="core of the server, core of the clients")
+    parser.add_argument("--url", default="", help="another server: http://host:port")
+    parser.add_argument("--model", default="", help="the model's name on that server")
+    parser.add_argument("--pid", type=int, default=0, help="process of that server")
     args = parser.parse_args()
+    if args.url:
+        print(json.dumps(asyncio.run(measure_url(args))))
+        return
     server_core, client_core = args.cores.split(",")
     before = generate_rate(args, server_core)
     server, port = start_server(args, server_core)
@@ -95,12 +106,12 @@ def start_server(args, core):
     sys.exit("the server did not start")
 
 
-async def stream(port, body, leave_after=None):
+async def stream(port, body, leave_after=None, host="127.0.0.1", events=None):
     """Request a streamed completion on a new connection. Returns its text and the seconds to its
     first chunk. With `leave_after`, disconnects after this many chunks. The text is None then, and
-    if the server is busy."""
+    if the server is busy. Chunks are appended to the list `events`."""
     data = json.dumps({**body, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection(host, port)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     begin, first, text = time.perf_counter(), None, ""
@@ -108,16 +119,18 @@ async def stream(port, body, leave_after=None):
     count = 0
     try:
         async for line in reader:
-            if b" 429 " in line or b" 503 " in line:
+            if line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
                 return None, None
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
+            if events is not None:
+                events.append(event)
             first = first or time.perf_counter() - begin
             count += 1
             if leave_after is not None and count > leave_after:
                 return None, first
-            text += event["choices"][0]["text"]
+            text += event["choices"][0]["text"] if event["choices"] else ""
     finally:
         writer.transport.abort()  # disconnect without closing the stream
     return text, first
@@ -144,16 +157,49 @@ async def measure(args, port, pid):
     await asyncio.sleep(0.8 * args.seconds)
     tokens, cpu, wall = (b - a for a, b in zip(before, await state(), strict=True))
     await clients
-    times.sort()
+    refused, answered = times.count(None), sorted(filter(None, times))
     return {
         "streams": args.streams,
         "tokens": args.tokens,
+        "refused": refused,
         "tokens_per_second": round(tokens / wall, 1),
         "tokens_per_cpu_second": round(tokens / cpu, 1),
+        "first_token_median_ms": round(1000 * median(answered)),
+        "first_token_p99_ms": round(1000 * answered[int(0.99 * (len(answered) - 1))]),
+        "answers": len(answered),
+    }
+
+
+async def measure_url(args):
+    """The same of the server at `--url`, for a fixed number of texts."""
+    host, port = args.url.rpartition("/")[2].split(":")
+    rounds, times, counts = 3, [], []
+
+    async def client(number):
+        asked = random.Random(number)
+        for _ in range(rounds):
+            body = {"model": args.model, "prompt": asked.choice(PROMPTS), "temperature": 1}
+            body |= {"max_tokens": args.tokens, "seed": asked.randrange(2**31)}
+            body["stream_options"] = {"include_usage": True}
+            events = []
+            _, first = await stream(int(port), body, host=host, events=events)
+            times.append(first)
+            usage = next((e["usage"] for e in events if e.get("usage")), {})
+            counts.append(usage.get("completion_tokens", len(events)))
+
+    begin, cpu = time.perf_counter(), cpu_seconds(args.pid) if args.pid else 0
+    await asyncio.gather(*(client(number) for number in range(args.streams)))
+    wall, times = time.perf_counter() - begin, sorted(times)
+    result = {
+        "streams": args.streams,
+        "tokens": sum(counts),
+        "tokens_per_second": round(sum(counts) / wall, 1),
         "first_token_median_ms": round(1000 * median(times)),
         "first_token_p99_ms": round(1000 * times[int(0.99 * (len(times) - 1))]),
-        "answers": len(times),
     }
+    if args.pid:
+        result["tokens_per_cpu_second"] = round(sum(counts) / (cpu_seconds(args.pid) - cpu), 1)
+    return result
 
 
 async def churn(args, port, pid):

@@ -445,7 +445,7 @@ def serve(engine, tmp_path):
 
     from brisk.serving.api import make_app
     from brisk.serving.completions import Served
-    from brisk.serving.http import make_server
+    from brisk.serving.http import Server
 
     running, tokenizer = [], CharTokenizer(map(chr, range(48, 48 + 61)))
 
@@ -453,7 +453,7 @@ def serve(engine, tmp_path):
         bound = socket.create_server(("127.0.0.1", 0))
         one = engine(random_model(), rows, queue)
         served = Served("tiny", tokenizer, False, rows, max_tokens=10_000)
-        server = make_server(make_app(one, served, runs_dir=tmp_path, **options))
+        server = Server(make_app(one, served, runs_dir=tmp_path, **options), one)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         running.append((server, thread))

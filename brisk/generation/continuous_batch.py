@@ -16,7 +16,8 @@ from brisk.generation.batch_shapes import agreeing_shapes
 from brisk.generation.generate import draw_uniforms, mask_logits, sample_rows, suppressed_ids
 from brisk.generation.kv_cache import KVCache, compute_step, prefill, window_start
 
-PART = 128  # tokens of a prompt that are read in one step: longer ones would stall the others
+PART = 128  # tokens of prompts that are read in one step: more would stall the others
+SHORTEST = 16  # tokens that a shorter part counts as: it takes about as long
 
 
 class Token(NamedTuple):
@@ -103,18 +104,18 @@ class ContinuousBatch:
         return drawn
 
     def read(self):
-        """Read one part of one prompt, and parts of windows up to as many tokens again.
+        """Read parts of prompts, up to `PART` tokens, and parts of windows, up to as many again.
 
         A part depends on its own sequence alone, and so do the bits that it computes.
         """
-        room = {"prompt": 1, "window": PART}
+        room = {"prompt": PART, "window": PART}
         for sequence in [*self.reading]:
             kind = "window" if sequence.drawn else "prompt"
             if room[kind] > 0:
                 part, sequence.unread = sequence.unread[:PART], sequence.unread[PART:]
                 ids = torch.tensor(part, device=self.device)
                 prefill(self.model, [ids], self.cache, [sequence.row])
-                room[kind] -= len(part)
+                room[kind] -= max(len(part), SHORTEST)
                 if not sequence.unread:
                     self.reading.remove(sequence)
 

@@ -11,6 +11,8 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+CACHE_BYTES = 4 * 2**30  # of the keys and values of a batch, in float32
+
 
 class KVCache:
     """Keys and values for `model`, a `GPT`, with up to `positions` positions in each row.
@@ -298,3 +300,9 @@ def window_start(T, block_size, exact_window=False):
 def row_bytes(config):
     """Bytes of a row of `block_size` positions of a float32 `KVCache`."""
     return 8 * config.n_layer * config.kv_heads * config.head_dim * config.block_size
+
+
+def rows_that_fit(config, most):
+    """The rows, a power of two up to `most`, for which `CACHE_BYTES` suffice."""
+    fitting = min(most, max(CACHE_BYTES // row_bytes(config), 1))
+    return 1 << (fitting.bit_length() - 1)

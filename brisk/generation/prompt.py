@@ -1,4 +1,4 @@
-"""Prompts as token ids."""
+"""Prompts as token ids, and the ids that may be drawn after them."""
 
 from brisk.errors import UserError
 
@@ -25,3 +25,10 @@ def encode_text(text, tokenizer, documents):
         if text:
             raise
         return []
+
+
+def drawable(tokenizer):
+    """Arguments of `generate` by which unknown words, and ids that the tokenizer lacks, are never
+    drawn."""
+    suppress = () if tokenizer.unk is None else (tokenizer.unk,)
+    return {"vocab_size": tokenizer.vocab_size, "suppress": suppress}

@@ -19,6 +19,7 @@ GPT2_ROWS = range(50257, 50305)  # vocabulary sizes of models with GPT-2's token
 class Pretrained:
     """A trained model and its tokenizer."""
 
+    name: str  # of the run's folder, of the directory, or of GPT-2
     checkpoint: dict  # `model_args` for GPTConfig, and `model`, the state dict on the CPU
     tokenizer: object
     settings: dict  # of the training run; empty for GPT-2 and directories
@@ -55,7 +56,9 @@ def read_pretrained(init_from, out_dir):
         sizes = f"{tokenizer.vocab_size} tokens, but the model has {rows}"
         remedy = "copy the data set's meta.json or meta.pkl to its folder"
         raise UserError(f"the tokenizer has {sizes}; {remedy}")
-    return Pretrained(checkpoint, tokenizer, checkpoint.get("config", {}))
+    path = Path(init_from).resolve()
+    name = path.parent.name if path.is_file() else path.name
+    return Pretrained(name, checkpoint, tokenizer, checkpoint.get("config", {}))
 
 
 def read_model(source):

@@ -16,22 +16,29 @@ def list_runs(folder):
     runs = {}
     for path in sorted(Path(folder).iterdir()):
         try:
+            path.name.encode()
             runs[path.name] = (path / "metrics.jsonl").stat().st_mtime_ns
-        except OSError:  # no run, or gone meanwhile
+        except (OSError, UnicodeEncodeError):  # no run, gone meanwhile, or a name that is no text
             continue
     return runs
 
 
-@lru_cache(maxsize=16)
-def draw_runs(folder, stamps):
-    """The loss curves (see `curves.draw`) of runs in `folder` as the bytes of an SVG picture.
+def draw_runs(folder, names):
+    """The loss curves (see `curves.draw`) of 1 to 8 runs in `folder` as the bytes of an SVG
+    picture, which is remembered as long as none of them has grown.
 
-    Args:
-        stamps: a tuple of items of `list_runs`: the picture is remembered as long as they are the
-            same.
-
-    Raises `UserError` for runs without losses, or without matplotlib.
+    Raises `UserError` for names that are not in `list_runs`, for runs without losses, and without
+    matplotlib.
     """
+    known = list_runs(folder)
+    if not 1 <= len(names) <= 8 or not known.keys() >= {*names}:
+        raise UserError("/runs lists the runs; up to 8 are drawn")
+    return draw_stamped(folder, tuple((name, known[name]) for name in names))
+
+
+@lru_cache(maxsize=16)
+def draw_stamped(folder, stamps):
+    """`draw_runs` for items of `list_runs`."""
     runs = read_runs([Path(folder, name) for name, _ in stamps])
     with DRAWING, tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch, "loss.svg")

@@ -1,49 +1,55 @@
 """OpenAI's completion requests and responses, as dicts.
 
-https://platform.openai.com/docs/api-reference/completions. Beyond it: `top_k`, and
-`return_token_ids`, which adds the ids of the prompt, of the text and of the most likely tokens.
+https://platform.openai.com/docs/api-reference/completions; beyond it `top_k`, `return_token_ids`.
 """
 
 import math
 import secrets
-from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 from brisk.errors import UserError
-from brisk.generation.continuous_batch import Sequence
 from brisk.generation.prompt import encode_prompt
 from brisk.generation.text_stream import TextStream
 from brisk.serving.scheduler import Sample
 
 PROMPT_TOKENS = 2**16
 INTERVAL = 0.05  # seconds between the chunks of a stream: one costs about as much as a token
+NUMBER, WHOLE, FLAG = "a number from {} to {}", "a whole number from {} to {}", "true or false"
+TYPES = {NUMBER: (int, float), WHOLE: (int,), FLAG: (bool,)}
 FIELDS = {  # name: default, type, lowest, highest
-    "max_tokens": (16, int, 1, math.inf),
-    "temperature": (1.0, float, 0, 2),
-    "top_p": (1.0, float, 0, 1),
-    "top_k": (0, int, 0, 2**31),
-    "n": (1, int, 1, math.inf),
-    "seed": (None, int, -(2**63), 2**63),
-    "logprobs": (None, int, 0, 20),
-    "stream": (False, bool, 0, 1),
-    "return_token_ids": (False, bool, 0, 1),
+    "max_tokens": (16, WHOLE, 1, math.inf),
+    "temperature": (1.0, NUMBER, 0, 2),
+    "top_p": (1.0, NUMBER, 0, 1),
+    "top_k": (0, WHOLE, 0, 2**31),
+    "n": (1, WHOLE, 1, math.inf),
+    "seed": (None, WHOLE, -(2**63), 2**63),
+    "logprobs": (None, WHOLE, 0, 20),
+    "stream": (False, FLAG, False, True),
+    "return_token_ids": (False, FLAG, False, True),
 }
-NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
-NEUTRAL |= {"echo": False, "best_of": 1}  # no other value of these is understood
-OTHERS = {"model", "prompt", "stop", "stream_options", "user"}
+ALLOWED = {  # name: the values that are understood; the first is the default
+    **{"presence_penalty": [0], "frequency_penalty": [0], "logit_bias": [{}], "suffix": [""]},
+    **{"echo": [False], "best_of": [1]},
+    "stream_options": [{}, *({"include_usage": usage} for usage in (False, True, None))],
+}
+OTHERS = {"model", "prompt", "stop", "user"}
+KINDS = {401: "authentication_error", 429: "rate_limit_exceeded"}  # OpenAI's "type" of an error
+KINDS |= {500: "server_error", 503: "server_error"}
 
 
 class ApiError(Exception):
-    """A response other than success. `kind` and `param` are OpenAI's "type" and "param"."""
+    """A response other than success. `param` is the field of the request that is wrong."""
 
-    def __init__(self, status, message, param=None, kind="invalid_request_error", headers=None):
+    def __init__(self, status, message, param=None, headers=None):
         super().__init__(message)
         self.status, self.headers = status, headers
+        kind = KINDS.get(status, "invalid_request_error")
         self.body = {"error": dict(message=message, type=kind, param=param, code=None)}
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """A model's name, tokenizer and limits."""
 
     name: str
@@ -57,65 +63,61 @@ class Completion:
     """A request, checked. Raises `ApiError` for a field that is unknown or out of range."""
 
     def __init__(self, body, served):
-        if not isinstance(body, dict):
-            raise ApiError(400, "the body is not a JSON object")
+        check(isinstance(body, dict), "the body is not a JSON object")
         given = {key: value for key, value in body.items() if value is not None}
         self.served = served
         for key, value in given.items():
-            if key not in {*FIELDS, *NEUTRAL, *OTHERS}:
-                raise ApiError(400, f"{key} is not supported", key)
-            if value != NEUTRAL.get(key, value):
-                raise ApiError(400, f"{key} is supported as {NEUTRAL[key]!r} only", key)
+            name = ascii(key)[1:-1][:50]  # JSON may have half a character
+            check(key in {*FIELDS, *ALLOWED, *OTHERS}, f"{name} is not supported", name)
+            allowed = ALLOWED.get(key, [value])
+            check(value in allowed, f"{key}: only {allowed} are supported", key)
         if given.get("model", served.name) != served.name:
             raise ApiError(404, f"the model here is {served.name}", "model")
         limits = {"max_tokens": served.max_tokens, "n": served.rows}
         for key, (default, kind, low, high) in FIELDS.items():
-            bounds = kind, low, limits.get(key, high)
-            setattr(self, key, checked(key, given[key], *bounds) if key in given else default)
-        options = given.get("stream_options", {})
-        if not isinstance(options, dict) or {*options} - {"include_usage"}:
-            raise ApiError(400, "stream_options has include_usage only", "stream_options")
-        self.include_usage = bool(options.get("include_usage"))
+            value, high = given.get(key, default), limits.get(key, high)
+            right = type(value) in TYPES[kind] and low <= value <= high
+            check(key not in given or right, f"{key} is {kind.format(low, high)}", key)
+            setattr(self, key, value)
+        self.include_usage = bool(given.get("stream_options", {}).get("include_usage"))
         stop = given.get("stop", [])
         self.stop = [stop] if isinstance(stop, str) else stop
-        if not are(str, self.stop) or len(self.stop) > 4 or "" in self.stop:
-            raise ApiError(400, "stop is a text, or a list of up to 4", "stop")
+        known = are(str, self.stop) and len(self.stop) <= 4 and "" not in self.stop
+        check(known, "stop is a text, or a list of up to 4", "stop")
         prompt = given.get("prompt", "")
-        prompts = [prompt] if isinstance(prompt, str) or (prompt and are(int, prompt)) else prompt
-        if not prompts or not (are(str, prompts) or are(list, prompts)):
-            raise ApiError(
-                400, "prompt is a text, a list of token ids, or a list of them", "prompt"
-            )
-        if len(prompts) * self.n > served.rows:
-            raise ApiError(400, f"a request has at most {served.rows} samples", "n")
+        prompts = prompt if isinstance(prompt, list) and not are(int, prompt) else [prompt]
+        check(len({*map(type, prompts)}) == 1, "prompts are all texts or all token ids", "prompt")
+        few = len(prompts) * self.n <= served.rows
+        check(few, f"a request has at most {served.rows} samples", "n")
         self.prompts = [prompt_ids(prompt, served) for prompt in prompts]
+        self.lengths = [0] * len(prompts) * self.n  # of the tokens in the `choice`s so far
 
     def samples(self, put):
         """The `Sample`s; `put(index, text, tokens, finish)` is called in the engine's thread."""
-        tokenizer = self.served.tokenizer
+        tokenizer, due = self.served.tokenizer, 0 if self.stream else math.inf
         seed = secrets.randbits(63) if self.seed is None else self.seed
         settings = self.temperature, self.top_k or None, self.top_p
         ends = [tokenizer.eot] if self.served.documents else []
         for index in range(len(self.prompts) * self.n):
             ids, number = [*self.prompts[index // self.n]], index % self.n
+            stream = TextStream(tokenizer, self.stop, ends)
+            drawing = ids, self.max_tokens, settings, seed, number, self.logprobs
             yield Sample(
-                Sequence(ids, self.max_tokens, settings, seed, number, self.logprobs),
-                TextStream(tokenizer, self.stop, ends),
-                lambda *event, index=index: put(index, *event),
-                interval=INTERVAL if self.stream else math.inf,
+                *drawing, stream=stream, put=partial(put, index), due=due, interval=INTERVAL
             )
 
-    def choice(self, index, text, tokens, finish, offset=0):
-        """An entry of "choices"; `offset` is the length of the tokens before."""
+    def choice(self, index, text, tokens, finish):
+        """An entry of "choices", the next part of sample `index`."""
         found = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
-        names = [self.token_name(token.id) for token in tokens]
         if self.logprobs is not None:
-            tops = [{self.token_name(i): value for i, value in token.top} for token in tokens]
+            names = [self.token_name(token.id) for token in tokens]
+            *starts, end = accumulate(map(len, names), initial=self.lengths[index])
+            self.lengths[index] = end
             found["logprobs"] = {
                 "tokens": names,
                 "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": tops,
-                "text_offset": [*accumulate(map(len, names), initial=offset)][:-1],
+                "top_logprobs": [{self.token_name(i): p for i, p in t.top} for t in tokens],
+                "text_offset": starts,
             }
         if self.return_token_ids:
             found["prompt_token_ids"] = self.prompts[index // self.n]
@@ -131,18 +133,10 @@ class Completion:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
-    def usage(self, drawn):
-        read = sum(map(len, self.prompts))
-        return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
 
-
-def checked(key, value, kind, low, high):
-    """A value of FIELDS. Raises `ApiError` where it is of another type or out of range."""
-    types = {float: (int, float)}.get(kind, (kind,))
-    if type(value) not in types or not low <= value <= high:
-        names = {bool: "true or false", int: f"a whole number from {low} to {high}"}
-        raise ApiError(400, f"{key} is {names.get(kind, f'a number from {low} to {high}')}", key)
-    return kind(value)
+def check(condition, message, param=None):
+    if not condition:
+        raise ApiError(400, message, param)
 
 
 def are(kind, values):
@@ -157,8 +151,7 @@ def prompt_ids(prompt, served):
             ids = encode_prompt(prompt, served.tokenizer, served.documents)
         except UserError as error:
             raise ApiError(400, f"prompt: {error}", "prompt") from error
-    if not ids or not are(int, ids) or min(ids) < 0 or max(ids) > highest:
-        raise ApiError(400, f"token ids are from 0 to {highest}", "prompt")
-    if len(ids) > PROMPT_TOKENS:
-        raise ApiError(400, f"the prompt has more than {PROMPT_TOKENS} tokens", "prompt")
+    known = ids and are(int, ids) and min(ids) >= 0 and max(ids) <= highest
+    check(known, f"a prompt is a text, or token ids from 0 to {highest}", "prompt")
+    check(len(ids) <= PROMPT_TOKENS, f"the prompt has more than {PROMPT_TOKENS} tokens", "prompt")
     return ids

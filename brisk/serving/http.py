@@ -1,35 +1,56 @@
-"""HTTP by uvicorn, with a limit on the time that a connection may be idle."""
+"""HTTP by uvicorn, with limits on the time that a client may be idle or read nothing."""
 
+import asyncio
+
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from brisk.serving.api import IDLE
 
-CONNECTIONS = 1024
+CONNECTIONS = 900  # fewer than the 1024 files that a process may usually open
 
 
 class IdleProtocol(H11Protocol):
-    """A connection that is closed when no request has come on it for `IDLE` seconds: uvicorn's own
-    limit begins after the first request, and ends with the first byte of the next."""
+    """A connection that is closed when no whole request has come on it for `IDLE` seconds, or when
+    nothing of a response was taken. uvicorn's own limit ends with the first byte of a request."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.answered, self.timer = None, self.loop.call_later(IDLE, self.check)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+        close = self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(IDLE, close)
 
-    def check(self):
-        if self.cycle and not (self.cycle.response_complete and self.cycle is self.answered):
-            self.answered, self.timer = self.cycle, self.loop.call_later(IDLE, self.check)
-        else:
-            self.transport.close()
+    def data_received(self, data):
+        self.conn.receive_data(data)
+        self.handle_events()  # the timer runs until all headers of a request are here
 
-    def connection_lost(self, exc):
-        self.timer.cancel()
-        super().connection_lost(exc)
+    def handle_events(self):
+        super().handle_events()
+        if self.conn.their_state is h11.DONE:  # read on, to see when the client leaves
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > 2**16:  # of requests behind this one
+                self.transport.abort()
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.stuck = self.loop.call_later(IDLE, self.transport.abort)
+
+    def resume_writing(self):
+        super().resume_writing()
+        self.stuck.cancel()
 
 
-def make_server(app):
-    """A `uvicorn.Server`; its `run(sockets=[…])` ends with a signal."""
-    limits = {"limit_concurrency": CONNECTIONS, "timeout_keep_alive": IDLE}
-    limits["timeout_graceful_shutdown"] = 2  # seconds for answers that are under way
-    logs = {"log_level": "warning", "access_log": False, "server_header": False}
-    return uvicorn.Server(uvicorn.Config(app, http=IdleProtocol, lifespan="on", **limits, **logs))
+class Server(uvicorn.Server):
+    """A server that closes `engine` when a signal ends it, and with it the open answers."""
+
+    def __init__(self, app, engine):
+        limits = dict(timeout_keep_alive=IDLE, timeout_graceful_shutdown=2)
+        logs = dict(log_level="warning", access_log=False, server_header=False)
+        super().__init__(uvicorn.Config(app, http=IdleProtocol, lifespan="off", **limits, **logs))
+        self.engine = engine
+
+    async def shutdown(self, sockets=None):
+        await asyncio.to_thread(self.engine.close)
+        await super().shutdown(sockets)

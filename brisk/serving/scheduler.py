@@ -1,6 +1,5 @@
 """One thread owns the model; samples wait in a queue for a row of its batch."""
 
-import math
 import threading
 import time
 from collections import deque
@@ -10,31 +9,24 @@ from dataclasses import dataclass, field
 import torch
 
 from brisk.generation.continuous_batch import ContinuousBatch, Sequence
-from brisk.generation.text_stream import TextStream
-
-
-class QueueFull(Exception):
-    """There is no room for these samples now."""
 
 
 @dataclass(eq=False)
-class Sample:
+class Sample(Sequence):
     """A `Sequence` as text.
 
     `put(text, tokens, finish)` is called in the engine's thread with the new text, its `Token`s,
-    and None, "stop", "length" or "error": at the first token, then every `interval` seconds at
+    and None, "stop", "length" or "error": from the time `due` on, then every `interval` seconds at
     most, and at the end.
     """
 
-    sequence: Sequence
-    stream: TextStream
-    put: object
-    interval: float = math.inf
+    stream: object = None  # a TextStream
+    put: object = None
+    due: float = 0
+    interval: float = 0
     cancelled: bool = False  # set from any thread; the row is free at the next step
-
     text: str = ""  # since the last `put`
     tokens: list = field(default_factory=list)  # the same
-    due: float = -math.inf  # when the next `put` may come
 
 
 class Engine:
@@ -42,18 +34,16 @@ class Engine:
 
     Args:
         queue: samples that may wait for a row.
-        autocast: makes the context in which the model runs.
-        options: of `ContinuousBatch`.
-
-    Attributes:
-        failure: the error that ended the thread, or None.
-        drawn: tokens, since the start.
+        autocast: makes the context in which the model runs; `options` are of `ContinuousBatch`.
     """
 
     def __init__(self, model, rows, queue, *, autocast=nullcontext, **options):
-        self.rows, self.queue, self.failure, self.closing = rows, queue, None, False
+        self.rows, self.queue, self.closing = rows, queue, False
+        self.failure, self.drawn = (
+            None,
+            0,
+        )  # the error that ended the thread; tokens since the start
         self.waiting, self.samples = deque(), {}  # samples; {row: sample}
-        self.drawn = 0
         self.changed, self.ready = threading.Condition(), threading.Event()
         arguments = model, autocast, options
         self.thread = threading.Thread(target=self.run, args=arguments, name="engine", daemon=True)
@@ -63,15 +53,15 @@ class Engine:
             raise RuntimeError(self.failure)
 
     def submit(self, samples):
-        """Queue all of `samples`, or none. Raises `QueueFull`, or RuntimeError after a failure."""
+        """Queue all of `samples`, or none: False if there is no room or the thread has ended."""
         with self.changed:
-            if self.failure or self.closing:
-                raise RuntimeError(self.failure or "the server is closing")
             self.waiting = deque(sample for sample in self.waiting if not sample.cancelled)
-            if len(self.waiting) + len(samples) > self.queue + self.rows - len(self.samples):
-                raise QueueFull
+            room = self.queue + self.rows - len(self.samples) - len(self.waiting)
+            if self.closing or len(samples) > room:
+                return False
             self.waiting.extend(samples)
             self.changed.notify()
+            return True
 
     def close(self):
         """End the thread; open samples finish with "error"."""
@@ -85,12 +75,13 @@ class Engine:
         try:
             with torch.inference_mode(), autocast():
                 self.batch = ContinuousBatch(model, self.rows, **options)
+                self.samples = self.batch.sequences
                 self.ready.set()
                 while self.admit():
                     drawn, now = self.batch.step(), time.monotonic()
                     self.drawn += len(drawn)
                     for row, token in drawn:
-                        self.advance(row, self.samples[row], token, now)
+                        self.advance(self.samples[row], token, now)
         except BaseException as error:
             self.failure = f"{type(error).__name__}: {error}"
             raise
@@ -109,28 +100,24 @@ class Engine:
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.samples or self.closing)
             for row in [row for row, sample in self.samples.items() if sample.cancelled]:
-                self.release(row)
+                self.batch.remove(row)
             while self.waiting and self.batch.free:
                 sample = self.waiting.popleft()
                 if not sample.cancelled:
-                    self.samples[self.batch.add(sample.sequence)] = sample
+                    self.batch.add(sample)
             return not self.closing
 
-    def release(self, row):
-        self.batch.remove(row)
-        del self.samples[row]
-
-    def advance(self, row, sample, token, now):
+    def advance(self, sample, token, now):
         """Hand over the text of a new `Token`, and free the row at the end of the sample."""
         text, finish = sample.stream.feed(token.id), None
         if sample.stream.stopped:
             finish = "stop"
-        elif sample.sequence.drawn == sample.sequence.max_tokens:
+        elif sample.drawn == sample.max_tokens:
             text, finish = text + sample.stream.finish(), "length"
         sample.text += text
         sample.tokens.append(token)
         if finish or now >= sample.due:
             if finish:
-                self.release(row)
+                self.batch.remove(sample.row)
             sample.put(sample.text, sample.tokens, finish)
             sample.text, sample.tokens, sample.due = "", [], now + sample.interval

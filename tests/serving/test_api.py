@@ -4,8 +4,11 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 import re
+import sys
 import threading
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from starlette.testclient import TestClient
 
 from brisk.data.tokenizer import ByteTokenizer, CharTokenizer
 from brisk.serving import api
-from brisk.serving.completions import NEUTRAL, Served
+from brisk.serving.completions import ALLOWED, Served
 
 TOKENIZER = CharTokenizer(map(chr, range(48, 48 + 61)))
 PROMPT = "HELLO"
@@ -158,7 +161,7 @@ def test_documents_begin_and_end_with_eot(app):
         *[("prompt", value) for value in ([], [[]], [61], [-1], ["a", 1], [True], {}, 5, "\n")],
         *[("prompt", value) for value in ("1" * 70_000, [[1]] * 9, ["a", [1]], "\ud800")],
         *[("stream", value) for value in (1, "yes")],
-        *[("stream_options", value) for value in ({"usage": True}, [], "all")],
+        *[("stream_options", value) for value in ({"usage": True}, {"include_usage": "no"}, [])],
         *[("functions", []), ("max_completion_tokens", 5), ("Prompt", "a")],
     ],
     ids=lambda value: str(value)[:20],
@@ -173,10 +176,21 @@ def test_unsupported_field_is_refused(client, field, value):
     assert len(error["message"]) < 500
 
 
+def test_refusals_say_how_a_field_is_meant(client):
+    for field, value, words in [
+        ("stream", 1, "stream is true or false"),
+        ("temperature", "1", "temperature is a number from 0 to 2"),
+        ("n", 1.5, "n is a whole number from 1 to 8"),
+        ("echo", True, "echo: only [False] are supported"),
+    ]:
+        assert ask(client, **{field: value}).json()["error"]["message"] == words
+
+
 def test_neutral_values_and_null_are_the_default(client):
     plain = ask(client, seed=1).json()["choices"]
-    fields = {**NEUTRAL, "user": "me", "model": "tiny", "stream_options": {}}
-    assert ask(client, seed=1, **fields).json()["choices"] == plain
+    for values in zip_longest(*ALLOWED.values()):
+        fields = {**dict(zip(ALLOWED, values, strict=True)), "user": "me", "model": "tiny"}
+        assert ask(client, seed=1, **fields).json()["choices"] == plain
     assert ask(client, seed=1, **dict.fromkeys(UNSUPPORTED)).json()["choices"] == plain
 
 
@@ -217,6 +231,12 @@ def test_api_key_is_required(app):
         assert client.get("/").status_code == client.get("/health").status_code == 200
         client.headers["authorization"] = "Bearer secret"
         assert ask(client).status_code == client.get("/v1/models").status_code == 200
+
+
+def test_key_may_have_any_characters(app):
+    with TestClient(app(api_key="schlüssel")) as client:
+        headers = {"authorization": "Bearer schlüssel".encode()}
+        assert client.get("/v1/models", headers=headers).status_code == 200
 
 
 def test_models_chat_and_unknown_paths(client):
@@ -345,6 +365,8 @@ def test_loss_curves_of_listed_runs_only(app, tmp_path):
     pytest.importorskip("matplotlib")
     a_run(tmp_path / "one"), a_run(tmp_path / "two & <b>"), (tmp_path / "empty").mkdir()
     a_run(tmp_path / "none", losses=())
+    if sys.platform == "linux":
+        a_run(tmp_path / os.fsdecode(b"no \xff text"))
     with TestClient(app()) as client:
         assert [*client.get("/runs").json()["runs"]] == ["none", "one", "two & <b>"]
         picture = client.get("/runs/loss.svg", params={"run": ["one", "two & <b>"]})
@@ -359,7 +381,9 @@ def test_loss_curves_of_listed_runs_only(app, tmp_path):
 
 def test_page_has_no_external_resources(client):
     response = client.get("/")
-    html, policy = response.text, response.headers["content-security-policy"]
+    html = response.text
+    assert response.headers["x-frame-options"] == "DENY"
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', html, re.DOTALL)[1]
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy

@@ -152,6 +152,12 @@ def test_layout_fits_every_width(page, width, scheme):
     assert shown["curves"].get_attribute("alt") == "Loss curves of tiny"
     shown.open_choices(3)
     assert shown.js("return document.documentElement.scrollWidth <= innerWidth")
+    shown.js("hideChoices()")
+    shown.open_choices(80)  # far down on a phone, where the choices come to lie
+    assert not shown.all(".taken") and shown.js("return shown") == 80
+    place = "const box = $('choices').getBoundingClientRect(); "
+    place += "const token = tokens[80].span.getBoundingClientRect(); "
+    assert shown.js(f"{place} return token.bottom <= box.top + 1 || token.top >= box.bottom - 1")
     if folder := os.environ.get("SCREENSHOTS"):
         shown.browser.save_screenshot(str(Path(folder, f"page-{scheme}-{width}.png")))
 

@@ -107,8 +107,11 @@ def test_idle_connection_is_closed(serve, monkeypatch):
             assert (b"200 OK" in received) == begin.endswith(b"\r\n\r\n")
 
 
-def test_script_serves_a_run_and_stops_on_ctrl_c(tmp_path):
+@pytest.mark.parametrize("signals", [1, 2])
+def test_script_serves_a_run_and_stops_on_ctrl_c(tmp_path, signals):
+    """At once, with one line for a stream that is open, and nothing on standard error."""
     command = [sys.executable, ROOT / "serve.py", RUN, "--port=0", "--device=cpu", "--max_batch=4"]
+    command.append("--max_tokens=65536")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, env=environment, cwd=tmp_path) as process:
@@ -118,9 +121,16 @@ def test_script_serves_a_run_and_stops_on_ctrl_c(tmp_path):
             client = client_of(int(found[1]))
             model = client.models.list().data[0].id
             assert model == "classic"
-            answer = client.completions.create(model=model, prompt="Shall I", max_tokens=5)
+            options = dict(model=model, prompt="Shall I")
+            answer = client.completions.create(**options, max_tokens=5)
             assert len(answer.choices[0].text) == 5
-            process.send_signal(signal.SIGINT)
+            stream = client.completions.create(**options, max_tokens=65536, stream=True)
+            next(stream)
+            for _ in range(signals):
+                process.send_signal(signal.SIGINT)
+            with pytest.raises(openai.APIError, match="closing"):
+                for _ in stream:
+                    pass
             assert process.wait(20) == 0 and process.stderr.read() == ""
         finally:
             process.kill()
