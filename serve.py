@@ -1,4 +1,4 @@
-r"""A checkpoint behind an OpenAI-compatible endpoint, and a page that shows what it thinks.
+r"""Serve a checkpoint: an OpenAI-compatible API, and a page that shows token probabilities.
 
     $ python serve.py out-shakespeare-char
     $ python serve.py --init_from=gpt2 --host=0.0.0.0 --api_key=$(openssl rand -hex 16)
@@ -31,18 +31,18 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ServeConfig:
     # model
     init_from: str = "resume"  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, a file
-    out_dir: str = "out"  # the run whose ckpt.pt is read, else last.pt, with init_from=resume
+    out_dir: str = "out"  # run to load with init_from=resume: its ckpt.pt, else last.pt
     # access
-    host: str = "127.0.0.1"  # another address than this machine's own needs api_key
-    port: Annotated[int, (0, 65535)] = 8000  # 0 takes a free one
-    api_key: str = ""  # what clients send as their key; "" asks for none
+    host: str = "127.0.0.1"  # an address that other machines can reach needs api_key
+    port: Annotated[int, (0, 65535)] = 8000  # 0: any free port
+    api_key: str = ""  # key that clients must send; empty: none
     # limits
-    max_batch: Annotated[int, (1, 256)] = 64  # samples computed side by side: a power of two
-    queue: NonNegativeInt = 256  # samples that wait; beyond it the answer is 429
-    max_tokens: Annotated[int, (1, 2**16)] = 4096  # the most that a request may ask for
+    max_batch: Annotated[int, (1, 256)] = 64  # samples in a batch; a power of two
+    queue: NonNegativeInt = 256  # waiting samples; more get status 429
+    max_tokens: Annotated[int, (1, 2**16)] = 4096  # largest max_tokens of a request
     # hardware
     device: str = "auto"  # cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of autocast
     given: tuple = field(default=(), compare=False)  # names of the keys that were set, in order
 
 
@@ -55,7 +55,7 @@ def main(config):
     except ImportError as error:
         raise UserError(f"{error}; serve.py needs: pip install starlette uvicorn") from error
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:  # before a large model is read
+    try:  # before loading the model
         bound = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         where = f"--host={config.host} --port={config.port}"

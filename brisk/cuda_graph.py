@@ -1,9 +1,8 @@
-"""Functions on tensors as CUDA graphs.
+"""Capture functions and replay them as CUDA graphs.
 
-A small model leaves a GPU idle while the host launches its kernels one by one. A CUDA graph
-launches all kernels of a function at once. It repeats what was captured: the kernels, the addresses
-of their tensors, and the Python numbers. What differs between calls must be in tensors that stay in
-place.
+With a small model, a GPU waits for the host to launch its kernels one by one. A CUDA graph launches
+all kernels of a function at once. It replays them with the tensor addresses and the Python numbers
+of the capture, so values that change between calls must be in tensors that stay in place.
 
 See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -14,21 +13,21 @@ import torch
 
 from brisk.errors import UserError
 
-WARM_UP = 3  # calls before a capture: they compile, load and select kernels, and allocate state
+WARM_UP = 3  # calls before a capture, which compile, load and select kernels and allocate state
 
 
 @cache
 def capture_stream(device):
-    """The stream of all captures on `device`: cuBLAS keeps memory for each stream that it meets."""
+    """The stream of all captures on `device`. cuBLAS keeps a workspace for each stream in use."""
     return torch.cuda.Stream(device)
 
 
 class GraphPool:
     """Captures functions on `device`, a `torch.device`, as CUDA graphs that share memory.
 
-    Replay the graphs of a pool one after another: each overwrites the intermediate results of the
-    others. Uncaptured calls and captures run on one stream, since autograd runs the accumulation of
-    a gradient on the stream on which it met the parameter first.
+    Graphs of a pool must not be replayed at the same time: each overwrites the intermediate results
+    of the others. Uncaptured calls and captures run on one stream, since autograd accumulates a
+    gradient on the stream that used the parameter first.
     """
 
     def __init__(self, device):
@@ -64,10 +63,10 @@ def check_device(device):
 
 
 class CapturedFunction:
-    """A function that runs as it is in its first `WARM_UP` calls, and then as a CUDA graph.
+    """A function that runs uncaptured in its first `WARM_UP` calls, and then as a CUDA graph.
 
-    The graph draws the random numbers that PyTorch's generator of the device gives at a replay: it
-    may be seeded anew before each call.
+    A replay draws random numbers from the current state of the device's default generator, which
+    may be seeded before each call.
     """
 
     def __init__(self, pool):
@@ -78,9 +77,9 @@ class CapturedFunction:
         """`function(*inputs)`: a tensor or a tuple of tensors.
 
         Args:
-            function: the same in all calls. It is not kept: it may refer to what owns this object.
-            inputs: tensors on the device, of the same shapes in all calls, and floats, which the
-                function gets as tensors () in float32.
+            function: the same in all calls. No reference is kept, which avoids cycles.
+            inputs: tensors on the device, of the same shapes in all calls, and floats, which are
+                passed as float32 tensors ().
         """
         if self.inputs is None:
             self.inputs = [

@@ -103,7 +103,7 @@ def test_failure_during_a_run_is_one_line(backend):
     compile_model(model, 32, said.append, blocks_only=True)
     assert steps(model) == steps(plain) and not said
     assert steps(model, T=16) == steps(plain, T=16)
-    assert said == ["compiling failed, going on without it: OSError: no space left on device"]
+    assert said == ["compilation failed, continuing uncompiled: OSError: no space left on device"]
     assert list(model.state_dict()) == list(plain.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""Whether this device computes what it should, and what it could do at best."""
+"""Limits of the device, and correctness of its results."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ SECONDS_OF_TESTS = 240
 
 
 def ceilings(job):
-    """What a large product and a large copy reach: all else is a share of them."""
+    """Speed of a large matrix product and a large copy, to which other figures are relative."""
     for name in DTYPES if job.on_gpu else ["float32"]:
         device, size = Device(job.device.device, name), job.pick(8192, 256)
         rates = [matmul_flops(device, size, job.pick(1.0, 0.01)) / 1e12 for _ in range(job.rounds)]
@@ -36,7 +36,7 @@ def ceilings(job):
 
 
 def tests(job):
-    """The tests that take a `device`, each with its outcome where it did not pass."""
+    """Run the tests that take a `device`; a row for each that does not pass."""
     report = job.folder / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "device", f"--junitxml={report}"]
     command += ["--continue-on-collection-errors", "-p", "no:cacheprovider"]
@@ -66,7 +66,7 @@ def tests(job):
 
 
 def memory(job):
-    """GB that a plan expects, beside the peak of three steps."""
+    """Memory in GB that the plan expects, and the peak of three steps."""
     modern = [str(ROOT / "config" / "model" / "modern.py")]
     cases = {
         "eager": (["--compile=False"], 12),
@@ -93,7 +93,7 @@ def memory(job):
 
 
 def graphs(job):
-    """Losses and ids with CUDA graphs, beside those without. A part fails if they are not alike."""
+    """Losses and ids with and without CUDA graphs. Fails if they differ beyond the tolerance."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,11 +1,11 @@
-"""Sampling from GPT-2's size (124M)."""
+"""Sampling from a network of GPT-2's size (124M)."""
 
 from gpu_sections.job import GPT2, Worker, row, take_turns
 from sides import save_random_model
 
 
 def generate_job(job):
-    """A job "generate" of one_side.py, and its tokens in a sample."""
+    """Settings of a "generate" job of one_side.py, and its number of tokens in a sample."""
     args, tokens = job.model_args({**GPT2, "vocab_size": 50257}), job.pick(200, 12)
     weights = job.folder / "decode.pt"
     save_random_model(args, weights)
@@ -14,8 +14,8 @@ def generate_job(job):
 
 
 def samples(job):
-    """Tokens a second of `model.generate`: one sample; many, nanoGPT's one after another as its
-    sample.py draws them, and as one batch."""
+    """Tokens per second of `model.generate`: one sample, and many; nanoGPT's one after another, as
+    in its sample.py, and as one batch."""
     settings, tokens = generate_job(job)
     many = job.pick(64, 3)
     cases = {  # what → (samples drawn, side by side) of ours, and of nanoGPT
@@ -39,8 +39,8 @@ def samples(job):
 
 
 def graphs(job):
-    """Ours as it is, with weights cast once (as sample.py does), and as CUDA graphs too: one sample
-    and many. A graph is captured in every call of `generate`, as sample.py would."""
+    """Ours for one sample and many: under autocast, with weights cast once (as in sample.py), and
+    with CUDA graphs, which every call of `generate` captures."""
     settings, tokens = generate_job(job)
     hows = {
         "as it is": {},

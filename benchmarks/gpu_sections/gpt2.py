@@ -1,4 +1,4 @@
-"""A training step of GPT-2's size (124M), as a whole and in its parts."""
+"""A training step of GPT-2's size (124M), and its parts."""
 
 import os
 from functools import partial
@@ -23,7 +23,7 @@ from trainer import open_trainer
 
 
 def step(job):
-    """A step of 12x1024 of both sides, and their starts with a cold and a warm cache."""
+    """Steps of 12x1024 tokens on both sides, and starts with a cold and a warm compile cache."""
     batch_size, caches = job.pick(12, 2), {}
     settings = step_job(job, GPT2, batch_size)
     workers, sides = {}, job.sides()
@@ -46,7 +46,7 @@ def step(job):
 
 
 def rows_of_steps(job, what, rounds, settings):
-    """A row of times and one of memory, of the rounds of `take_turns`."""
+    """Yield a row of times and a row of memory for the rounds of `take_turns`."""
     args, tokens = (
         settings["model_args"],
         settings["batch_size"] * settings["model_args"]["block_size"],
@@ -64,7 +64,7 @@ def rows_of_steps(job, what, rounds, settings):
 
 
 def mfu(job, args, batch_size, times):
-    """MFU of the median step, by the model's own count of operations."""
+    """MFU of the median step, with the model's own FLOP count."""
     from model import GPT, GPTConfig
 
     with torch.device("meta"):
@@ -75,7 +75,7 @@ def mfu(job, args, batch_size, times):
 
 
 def batches(job):
-    """Our step at larger batches: where MFU is best."""
+    """Our step with larger batches, to find the best MFU."""
     for batch_size in job.pick([24, 32, 64], [3]):
         job.clean_up()
         with open_trainer(job.argv(GPT2, batch_size)) as trainer:
@@ -87,7 +87,7 @@ def batches(job):
 
 
 def ddp(job):
-    """A step of one process in DDP, beside one without (in the place of nanoGPT's)."""
+    """A step of one process with DDP, and without it (in place of nanoGPT)."""
     settings, side = step_job(job, GPT2, job.pick(12, 2)), job.sides()["brisk"]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -103,8 +103,8 @@ def ddp(job):
 
 
 def loss(job):
-    """The head and the loss, forward and backward, of 12x1024 tokens: ours in chunks, and the
-    logits all at once, compiled too."""
+    """Head and loss, forward and backward, of 12x1024 tokens: chunked, and all logits at once, each
+    also compiled."""
     N, V, C = job.pick((12 * 1024, PADDED, 768), (64, 61, 16))
     x = torch.randn(N, C, device=job.device.device, requires_grad=True)
     weight = torch.randn(V, C, device=job.device.device).mul_(0.02).requires_grad_()
@@ -135,7 +135,7 @@ def loss(job):
 
 
 def attention(job):
-    """Causal attention of one layer, forward and backward, by each of PyTorch's kernels."""
+    """Causal attention of one layer, forward and backward, with each of PyTorch's kernels."""
     B, H, T, D = job.pick((12, 12, 1024, 64), (1, 2, 16, 8))
     dtype = job.device.dtype
     q, k, v = (
@@ -167,7 +167,7 @@ def attention(job):
 
 
 def kernels(job):
-    """Where the time of one step goes."""
+    """The kernels of one step by their time."""
     with open_trainer(job.argv(GPT2, job.pick(12, 2))) as trainer:
         for _ in range(job.warm_up):
             trainer.step()
@@ -175,7 +175,7 @@ def kernels(job):
 
 
 def xl(job):
-    """gpt2-xl, plain, blocks computed again, on a GPU of 80 GB."""
+    """gpt2-xl in one process with activation checkpointing, limited to 80 GB."""
     sizes = {**GPT2, "n_layer": 48, "n_head": 25, "n_embd": 1600}
     keys = {"activation_checkpointing": True}
     if job.on_gpu:

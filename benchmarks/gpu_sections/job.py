@@ -1,4 +1,4 @@
-"""What the sections share: sizes, timing, memory, clocks, and processes that take turns."""
+"""Shared by the sections: sizes, timing, memory, clocks, and alternating processes."""
 
 import gc
 import json
@@ -36,7 +36,7 @@ TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=16)
 
 
 class Job:
-    """The settings of a measurement, and a folder that goes away with the process."""
+    """The settings of a measurement, and a temporary folder."""
 
     def __init__(self, config):
         self.config, self.tiny = config, config.tiny
@@ -69,7 +69,7 @@ class Job:
         return folder
 
     def argv(self, sizes, batch_size, **keys):
-        """A command line of train.py on random ids: one micro-batch a step, nothing written."""
+        """Arguments of train.py for steps of one micro-batch of random ids; nothing is written."""
         args = self.model_args(sizes)
         keys = {"gradient_accumulation_steps": 1, "batch_size": batch_size, **args, **keys}
         keys |= {"data_dir": self.random_data(args["vocab_size"]), "device": self.config.device}
@@ -77,14 +77,14 @@ class Job:
         return [f"--{key}={value}" for key, value in keys.items()]
 
     def sides(self):
-        """Name → `Side`, nanoGPT's where there is a checkout."""
+        """{name: `Side`}, with nanoGPT if its checkout is given."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         if not self.config.peer:
             return {"brisk": open_ours(folder)}
         return open_sides(SimpleNamespace(peer=self.config.peer), folder)
 
     def time_steps(self, step):
-        """Milliseconds of a `step()`, of each round."""
+        """Milliseconds of a `step()` in each round."""
 
         def times(count):
             for _ in range(count):
@@ -97,7 +97,7 @@ class Job:
         return found
 
     def clean_up(self):
-        """Leave nothing of a part to the next: memory, and what was compiled."""
+        """Free the memory and the compiled code of a part."""
         gc.collect()
         torch.compiler.reset()
         if self.on_gpu:
@@ -106,13 +106,13 @@ class Job:
 
 
 def row(what, unit, values, peer=None, **more):
-    """A figure of each round, nanoGPT's beside it if there is one, and what else is known."""
+    """A result: our figure of each round, nanoGPT's if there is one, and further facts."""
     found = {"what": what, "unit": unit, "values": list(values)}
     return found | ({"peer": list(peer)} if peer else {}) | ({"more": more} if more else {})
 
 
 def peak_gigabytes(device):
-    """{what: GB at the peak}: of tensors, and of what the allocator holds."""
+    """Peak memory in GB: allocated, and reserved by the allocator."""
     if device.type != "cuda":
         return {}
     peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
@@ -120,7 +120,7 @@ def peak_gigabytes(device):
 
 
 def clocks():
-    """Clocks and power of the GPU just now, where nvidia-smi tells them."""
+    """Current clocks and power of the GPU, if nvidia-smi is available."""
     if not shutil.which("nvidia-smi"):
         return {}
     keys = {"clocks.sm": "SM MHz", "clocks.mem": "memory MHz", "power.draw": "W"}
@@ -146,8 +146,8 @@ def describe_machine(device):
 
 
 class Worker:
-    """A process of benchmarks/one_side.py that is asked for its figures again and again, while
-    another waits: what is compiled once is measured in every round."""
+    """A process of benchmarks/one_side.py that measures a round on request, so that a side compiles
+    once for all rounds."""
 
     def __init__(self, side, job, environment=None):
         job = {**job, "is_brisk": side.is_brisk, "root": str(side.root)}
@@ -169,7 +169,7 @@ class Worker:
         self.process.stdin.flush()
 
     def figures(self):
-        """Those of the next round."""
+        """The figures of the next round."""
         if self.started:
             self.send("again")
         self.started = True
@@ -183,7 +183,7 @@ class Worker:
         raise UserError(f"{self.name}: {said.splitlines()[-1] if said else 'it ended'}")
 
     def close(self):
-        """Let the process end; it may have ended by itself."""
+        """End the process, if it is still running."""
         with suppress(OSError):
             self.process.stdin.close()
         self.process.stdout.read()
@@ -192,7 +192,7 @@ class Worker:
 
 
 def take_turns(job, workers):
-    """Name → figures of each round. All workers are warm before the first round is timed."""
+    """{name: figures of each round}. All workers warm up before the first round is timed."""
     try:
         for worker in workers.values():
             worker.figures()
@@ -205,7 +205,7 @@ def take_turns(job, workers):
 
 
 def step_job(job, sizes, batch_size, dropout=0.0, **more):
-    """A job "step" of one_side.py on random ids."""
+    """Settings of a "step" job of one_side.py on random ids."""
     args = job.model_args(sizes, dropout)
     folder, weights = job.random_data(args["vocab_size"]), job.folder / "weights.pt"
     save_random_model(args, weights)

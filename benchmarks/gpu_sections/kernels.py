@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, kernel by kernel."""
+"""The kernels of a training step by their time."""
 
 import re
 
@@ -21,7 +21,7 @@ TOP = 25
 
 
 def kernel_table(step, device):
-    """A row for each kind of kernel and for each of the most costly kernels, of one `step`."""
+    """Yield a row for each kind of kernel, and for the slowest kernels, of one `step`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -1,4 +1,4 @@
-"""Whole runs of train.py, compilation included: how long to a loss, and what loss in a time."""
+"""Whole runs of train.py, including compilation: time to a loss, and loss after a time."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TINY += ["--eval_iters=2", "--warmup_iters=1"]
 
 
 def shakespeare_char(job):
-    """Seconds from the start of the process to the line with a validation loss of TARGET."""
+    """Seconds from the start of the process to a validation loss of TARGET."""
     argv = ["config/train_shakespeare_char.py", f"--device={job.device.type}"]
     argv += [*TINY, "--max_iters=4", "--eval_interval=2", "--compile=False"] if job.tiny else []
     target, sides = job.pick(TARGET, 5.0), job.sides()
@@ -44,7 +44,7 @@ def shakespeare_char(job):
 
 
 def time_to(target, side, argv):
-    """(seconds, step, loss) of the first evaluation at or under `target`, or of the last."""
+    """(seconds, step, loss) of the first evaluation at or below `target`, or of the last."""
     where = [f"--data_dir={side.folder / 'data' / DATASET}"] if side.is_brisk else []
     command = [sys.executable, "-u", side.root / "train.py", *argv, *where, "--out_dir=out"]
     began, reached, lines = time.perf_counter(), None, []
@@ -66,7 +66,7 @@ def time_to(target, side, argv):
 
 
 def recipe(job, name):
-    """A 124M recipe on the largest text here, in `minutes`: its schedule fits into them."""
+    """A 124M recipe for `minutes`, schedule included, on the largest text found."""
     data, about = text_for(job)
     out = job.folder / name
     argv = [ROOT / "config" / f"{name}.py", f"--data_dir={data}", f"--out_dir={out}"]
@@ -90,7 +90,7 @@ def recipe(job, name):
 
 
 def text_for(job):
-    """(a folder of GPT-2's tokens, what they are of): of --text, else of the largest text here."""
+    """(folder of GPT-2 tokens, source) of --text, or of the largest text found."""
     given = Path(job.config.text or largest_text())
     if job.tiny:
         given = job.folder / "tiny.txt"
@@ -111,7 +111,7 @@ def text_for(job):
 
 
 def largest_text():
-    """The largest file under BRISK_DATA, or the Python packages installed here."""
+    """The largest file in BRISK_DATA, or the installed Python packages."""
     packages = Path(sysconfig.get_path("purelib"))
     sizes = {packages: sum(file.stat().st_size for file in packages.rglob("*.py"))}
     if os.environ.get("BRISK_DATA"):

@@ -1,4 +1,4 @@
-"""train_shakespeare_char's step: so small that it is the host's speed that counts."""
+"""A step of train_shakespeare_char, so small that the host limits its speed."""
 
 from gpu_sections.gpt2 import rows_of_steps
 from gpu_sections.job import SMALL, Worker, row, step_job, take_turns
@@ -16,7 +16,7 @@ def compiled(job):
 
 
 def eager(job):
-    """Ours as train.py runs it with --compile=False."""
+    """Ours with --compile=False."""
     keys = {**KEYS, "dropout": 0.2, "compile": False}
     with open_trainer(job.argv(SMALL, job.pick(64, 2), **keys)) as trainer:
         times = job.time_steps(trainer.step)
@@ -24,7 +24,7 @@ def eager(job):
 
 
 def graphs(job):
-    """Ours as CUDA graphs, with --compile=False and without."""
+    """Ours with CUDA graphs, compiled and not."""
     for how, compiling in (("eager", False), ("compiled", "auto")):
         job.clean_up()
         keys = {**KEYS, "dropout": 0.2, "compile": compiling, "cuda_graph": job.on_gpu}

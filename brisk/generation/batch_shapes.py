@@ -1,9 +1,9 @@
-"""Shapes of a decode step that give a row the same bits in any company.
+"""Batch shapes in which the other rows never change a row's logits, to the bit.
 
-A matrix product sums in an order that the kernel chooses by the shapes: a row's logits beside 63
-others may differ in the last bit from those that it gets alone, and a sampled text may then differ
-too. The order depends on shapes and never on values. So a step on random keys and values, the same
-in every row, shows which shapes agree, and serving takes only those. (On one thread MKL agrees with
+A kernel chooses the order of a matrix product's sums by its shapes, so the logits of a row in a
+batch of 64 may differ in the last bit from those of the row alone, and with them a sampled text.
+The order depends on shapes and never on values. So a step with equal random keys and values in
+every row shows which shapes agree, and serving uses only those. (On one thread, MKL agrees with
 itself from 4 rows on.)
 """
 
@@ -19,14 +19,14 @@ SHORTEST = 64  # positions
 
 @dataclass(frozen=True)
 class BatchShapes:
-    """Numbers of rows and of positions, in ascending order, that may be combined in any way."""
+    """Numbers of rows and of positions, ascending; all combinations agree."""
 
     rows: list
     positions: list
 
     def split(self, live):
-        """(first row, number of rows, which of them are live) of the steps that cover `live`, a
-        list of row numbers in ascending order."""
+        """Yield (first row, number of rows, live rows) of steps that cover `live`, ascending row
+        numbers."""
         most = self.rows[-1]
         while live:
             first = live[0] // most * most
@@ -36,7 +36,7 @@ class BatchShapes:
             live = live[len(inside) :]
 
     def longest(self, positions):
-        """The fewest positions to read for rows that hold `positions`, the new one included."""
+        """The number of positions to read for rows of `positions`, including the new one."""
         return min(n for n in self.positions if n >= positions)
 
 

@@ -37,7 +37,7 @@ class Sequence:
     settings: tuple = (1.0, None, None)  # temperature, top_k, top_p
     seed: int = 0
     number: int = 0  # among the samples of one seed, see `draw_uniforms`
-    logprobs: int | None = None  # how many of the most likely tokens are wanted beside each
+    logprobs: int | None = None  # number of most likely tokens to return for each token
 
     row: int = -1
     drawn: int = 0

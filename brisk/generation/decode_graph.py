@@ -1,9 +1,9 @@
 """Decode steps as CUDA graphs.
 
-A step of few rows takes a GPU less time than the host needs to launch its kernels. Here a graph is
-a whole step: the network, the sampling, and the next positions. Its shapes are fixed, so there is
-one graph for each power of two of positions that attention reads, captured when it is first needed.
-Between replays the host only copies the newest ids, and recomputes windows that have moved.
+For a few rows, a GPU computes a step faster than the host launches its kernels. Here a graph is a
+whole step: the network, sampling, and the next positions. Its shapes are fixed, so there is one
+graph for each power of two of positions that attention reads, captured on first use. Between
+replays the host only copies the newest ids and recomputes windows that have moved.
 """
 
 from functools import partial
@@ -13,14 +13,16 @@ import torch
 from brisk.cuda_graph import CapturedFunction, GraphPool
 from brisk.generation.kv_cache import compute_step
 
-SHORTEST = 256  # positions; not measured: below it, reading is short beside another capture
+SHORTEST = (
+    256  # positions; a guess, not measured: shorter reads would save less than a capture costs
+)
 
 
 class DecodeGraphs:
     """Steps of a `generate.Batch` that keeps the rows of finished texts.
 
-    Create and use it under one autocast: PyTorch keeps the weights that it has cast until the end
-    of the outermost one, and the graphs read them.
+    Create and use it in one autocast context: the graphs read the cast weights, which PyTorch
+    caches until the outermost context ends.
 
     Args:
         draw: (logits (B, vocab_size), uniform (B,)) → ids (B,), without reading the device.
@@ -47,7 +49,7 @@ class DecodeGraphs:
         return ids
 
     def step(self, longest):
-        """What is captured. It advances `positions` and `column` on the device."""
+        """The captured function. It advances `positions` and `column` on the device."""
         batch = self.batch
         cache_step = batch.cache.static_step(self.ids, self.positions, longest)
         logits = compute_step(batch.model, self.ids, cache_step, batch.decoder)

@@ -21,20 +21,21 @@ from brisk.reporting.live_curves import draw_runs, list_runs
 from brisk.serving.completions import ApiError, Completion
 
 BODY_BYTES = 2**20
-IDLE = 20  # seconds that a client may take to send a request, or to take a part of the response
+IDLE = 20  # seconds that a client may take to send a request or to read a part of the response
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
 PAGE = Path(__file__).with_name("page.html")
 PAGE_HEADERS = {"X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
 
 
 def make_app(engine, served, *, runs_dir, api_key="", hosts=()):
-    """The application for the model that `served`, a `completions.Served`, describes.
+    """Create the ASGI application.
 
     Args:
-        runs_dir: the folder of the runs whose loss curves are shown.
-        api_key: asked of every request but for the page and /health; "" for none.
-        hosts: the names of this machine in the Host header; () for any. Another name is that of a
-            page elsewhere that has its own name resolved to this machine (DNS rebinding).
+        served: a `completions.Served`, the model's description.
+        runs_dir: folder with the runs whose loss curves are shown.
+        api_key: required of every request except the page and /health; "" for none.
+        hosts: allowed Host headers; () allows any. The check prevents DNS rebinding, where a
+            foreign page makes its own name resolve to this machine.
     """
 
     async def completions(request):
@@ -90,7 +91,7 @@ async def on_error(request, error):
 
 
 def guard(app, api_key, hosts):
-    """An ASGI application: `app` behind the checks that every request has to pass."""
+    """Wrap the ASGI application `app` in checks of the Host header and the API key."""
 
     async def checked(scope, receive, send):
         headers = Headers(scope=scope)
@@ -107,7 +108,8 @@ def guard(app, api_key, hosts):
 
 
 async def read_json(request):
-    """The body of a request. Raises `ApiError`: no JSON, cut short, too long, or too slow."""
+    """Parse the body of a request. Raises `ApiError` if it is not JSON, truncated, too long or too
+    slow."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ApiError(415, "the body's Content-Type is not application/json")
 
@@ -128,8 +130,8 @@ async def read_json(request):
 
 
 class Answer:
-    """The response to a `Completion`, in one piece or as server-sent events. When it ends, however
-    it does, its samples give their rows back."""
+    """The response to a `Completion`, as JSON or as server-sent events. Its samples are cancelled
+    when it ends in any way."""
 
     def __init__(self, asked):
         self.asked, self.queue = asked, asyncio.Queue()
@@ -140,7 +142,7 @@ class Answer:
 
     async def __call__(self, scope, receive, send):
         task = asyncio.current_task()
-        gone = asyncio.ensure_future(receive())  # what comes after the body is the client's leave
+        gone = asyncio.ensure_future(receive())  # after the body, the only message is a disconnect
         gone.add_done_callback(lambda _: gone.cancelled() or task.cancel())
         try:
             if self.asked.stream:
@@ -151,7 +153,7 @@ class Answer:
                 choices = sorted((part["choices"][0] for part in parts), key=itemgetter("index"))
                 await JSONResponse({**last, "choices": choices})(scope, receive, send)
         except asyncio.CancelledError:
-            pass  # nobody is there to answer
+            pass  # the client is gone
         finally:
             gone.cancel()
             for sample in self.samples:

@@ -1,6 +1,6 @@
-"""OpenAI's completion requests and responses, as dicts.
+"""Requests and responses of OpenAI's completions API, as dicts.
 
-https://platform.openai.com/docs/api-reference/completions; beyond it `top_k`, `return_token_ids`.
+https://platform.openai.com/docs/api-reference/completions, plus `top_k` and `return_token_ids`.
 """
 
 import math
@@ -15,7 +15,7 @@ from brisk.generation.text_stream import TextStream
 from brisk.serving.scheduler import Sample
 
 PROMPT_TOKENS = 2**16
-INTERVAL = 0.05  # seconds between the chunks of a stream: one costs about as much as a token
+INTERVAL = 0.05  # seconds between chunks of a stream; a chunk costs about as much as a token
 NUMBER, WHOLE, FLAG = "a number from {} to {}", "a whole number from {} to {}", "true or false"
 TYPES = {NUMBER: (int, float), WHOLE: (int,), FLAG: (bool,)}
 FIELDS = {  # name: default, type, lowest, highest
@@ -29,7 +29,7 @@ FIELDS = {  # name: default, type, lowest, highest
     "stream": (False, FLAG, False, True),
     "return_token_ids": (False, FLAG, False, True),
 }
-ALLOWED = {  # name: the values that are understood; the first is the default
+ALLOWED = {  # name: supported values; the first is the default
     **{"presence_penalty": [0], "frequency_penalty": [0], "logit_bias": [{}], "suffix": [""]},
     **{"echo": [False], "best_of": [1]},
     "stream_options": [{}, *({"include_usage": usage} for usage in (False, True, None))],
@@ -40,7 +40,7 @@ KINDS |= {500: "server_error", 503: "server_error"}
 
 
 class ApiError(Exception):
-    """A response other than success. `param` is the field of the request that is wrong."""
+    """An error response. `param` is the invalid field of the request."""
 
     def __init__(self, status, message, param=None, headers=None):
         super().__init__(message)
@@ -54,13 +54,13 @@ class Served(NamedTuple):
 
     name: str
     tokenizer: object
-    documents: bool  # whether a text begins after an end-of-text and ends with one
+    documents: bool  # whether texts begin and end with an end-of-text token
     rows: int
     max_tokens: int
 
 
 class Completion:
-    """A request, checked. Raises `ApiError` for a field that is unknown or out of range."""
+    """A validated request. Raises `ApiError` for an unknown field or a value out of range."""
 
     def __init__(self, body, served):
         check(isinstance(body, dict), "the body is not a JSON object")
@@ -90,10 +90,10 @@ class Completion:
         few = len(prompts) * self.n <= served.rows
         check(few, f"a request has at most {served.rows} samples", "n")
         self.prompts = [prompt_ids(prompt, served) for prompt in prompts]
-        self.lengths = [0] * len(prompts) * self.n  # of the tokens in the `choice`s so far
+        self.lengths = [0] * len(prompts) * self.n  # characters of the tokens returned so far
 
     def samples(self, put):
-        """The `Sample`s; `put(index, text, tokens, finish)` is called in the engine's thread."""
+        """Yield the `Sample`s. The engine's thread calls `put(index, text, tokens, finish)`."""
         tokenizer, due = self.served.tokenizer, 0 if self.stream else math.inf
         seed = secrets.randbits(63) if self.seed is None else self.seed
         settings = self.temperature, self.top_k or None, self.top_p
@@ -107,7 +107,7 @@ class Completion:
             )
 
     def choice(self, index, text, tokens, finish):
-        """An entry of "choices", the next part of sample `index`."""
+        """An entry of "choices": the next part of sample `index`."""
         found = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
         if self.logprobs is not None:
             names = [self.token_name(token.id) for token in tokens]
@@ -126,7 +126,7 @@ class Completion:
         return found
 
     def token_name(self, token_id):
-        """The text of a token, or, for a part of a character, its bytes as OpenAI writes them."""
+        """The text of a token, or its bytes in OpenAI's notation if they are not valid UTF-8."""
         token = self.served.tokenizer.token_bytes(token_id)
         try:
             return token.decode("utf-8")

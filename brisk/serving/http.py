@@ -1,4 +1,4 @@
-"""HTTP by uvicorn, with limits on the time that a client may be idle or read nothing."""
+"""uvicorn with limits on idle and stalled connections."""
 
 import asyncio
 
@@ -12,8 +12,8 @@ CONNECTIONS = 900  # fewer than the 1024 files that a process may usually open
 
 
 class IdleProtocol(H11Protocol):
-    """A connection that is closed when no whole request has come on it for `IDLE` seconds, or when
-    nothing of a response was taken. uvicorn's own limit ends with the first byte of a request."""
+    """Closes a connection that sends no complete request, or reads nothing of a response, for
+    `IDLE` seconds. uvicorn's own limit ends with the first byte of a request."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -24,13 +24,13 @@ class IdleProtocol(H11Protocol):
 
     def data_received(self, data):
         self.conn.receive_data(data)
-        self.handle_events()  # the timer runs until all headers of a request are here
+        self.handle_events()  # keeps the timer running until the headers are complete
 
     def handle_events(self):
         super().handle_events()
-        if self.conn.their_state is h11.DONE:  # read on, to see when the client leaves
+        if self.conn.their_state is h11.DONE:  # keep reading: detects that the client disconnected
             self.flow.resume_reading()
-            if len(self.conn.trailing_data[0]) > 2**16:  # of requests behind this one
+            if len(self.conn.trailing_data[0]) > 2**16:  # of pipelined requests
                 self.transport.abort()
 
     def pause_writing(self):
@@ -43,7 +43,7 @@ class IdleProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that closes `engine` when a signal ends it, and with it the open answers."""
+    """A server that closes `engine`, and so all open responses, when it is shut down."""
 
     def __init__(self, app, engine):
         limits = dict(timeout_keep_alive=IDLE, timeout_graceful_shutdown=2)

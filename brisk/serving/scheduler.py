@@ -1,4 +1,4 @@
-"""One thread owns the model; samples wait in a queue for a row of its batch."""
+"""The engine: one thread that runs the model, and a queue of samples."""
 
 import threading
 import time
@@ -13,11 +13,11 @@ from brisk.generation.continuous_batch import ContinuousBatch, Sequence
 
 @dataclass(eq=False)
 class Sample(Sequence):
-    """A `Sequence` as text.
+    """A `Sequence` that is streamed as text.
 
-    `put(text, tokens, finish)` is called in the engine's thread with the new text, its `Token`s,
-    and None, "stop", "length" or "error": from the time `due` on, then every `interval` seconds at
-    most, and at the end.
+    The engine's thread calls `put(text, tokens, finish)` with the new text, its `Token`s, and None,
+    "stop", "length" or "error": first at the time `due`, then at most every `interval` seconds, and
+    at the end.
     """
 
     stream: object = None  # a TextStream
@@ -26,23 +26,21 @@ class Sample(Sequence):
     interval: float = 0
     cancelled: bool = False  # set from any thread; the row is free at the next step
     text: str = ""  # since the last `put`
-    tokens: list = field(default_factory=list)  # the same
+    tokens: list = field(default_factory=list)  # since the last `put`
 
 
 class Engine:
-    """The thread that owns `model`, and the samples in its batch of `rows` rows.
+    """A thread that runs `model` on a batch of up to `rows` samples.
 
     Args:
-        queue: samples that may wait for a row.
-        autocast: makes the context in which the model runs; `options` are of `ContinuousBatch`.
+        queue: number of samples that may wait for a row.
+        autocast: returns the context in which the model runs.
+        options: for `ContinuousBatch`.
     """
 
     def __init__(self, model, rows, queue, *, autocast=nullcontext, **options):
-        self.rows, self.queue, self.closing = rows, queue, False
-        self.failure, self.drawn = (
-            None,
-            0,
-        )  # the error that ended the thread; tokens since the start
+        self.rows, self.queue, self.drawn = rows, queue, 0  # tokens drawn since the start
+        self.closing, self.failure = False, None  # the error that ended the thread
         self.waiting, self.samples = deque(), {}  # samples; {row: sample}
         self.changed, self.ready = threading.Condition(), threading.Event()
         arguments = model, autocast, options
@@ -53,7 +51,7 @@ class Engine:
             raise RuntimeError(self.failure)
 
     def submit(self, samples):
-        """Queue all of `samples`, or none: False if there is no room or the thread has ended."""
+        """Queue all of `samples`, or return False if the queue is full or the thread has ended."""
         with self.changed:
             self.waiting = deque(sample for sample in self.waiting if not sample.cancelled)
             room = self.queue + self.rows - len(self.samples) - len(self.waiting)
@@ -64,14 +62,14 @@ class Engine:
             return True
 
     def close(self):
-        """End the thread; open samples finish with "error"."""
+        """Stop the thread. Unfinished samples end with "error"."""
         with self.changed:
             self.closing = True
             self.changed.notify()
         self.thread.join()
 
     def run(self, model, autocast, options):
-        """The thread: steps while there is something to do."""
+        """Run steps until the engine is closed."""
         try:
             with torch.inference_mode(), autocast():
                 self.batch = ContinuousBatch(model, self.rows, **options)
@@ -95,8 +93,8 @@ class Engine:
             self.ready.set()
 
     def admit(self):
-        """Wait for samples; free the rows of cancelled ones, and give rows to those that wait.
-        False when the engine is to close."""
+        """Wait for samples, free the rows of cancelled ones, and start waiting ones. Returns False
+        if the engine is closing."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.samples or self.closing)
             for row in [row for row, sample in self.samples.items() if sample.cancelled]:
@@ -108,7 +106,7 @@ class Engine:
             return not self.closing
 
     def advance(self, sample, token, now):
-        """Hand over the text of a new `Token`, and free the row at the end of the sample."""
+        """Stream the text of a new `Token`, and free the row at the end of the sample."""
         text, finish = sample.stream.feed(token.id), None
         if sample.stream.stopped:
             finish = "stop"

@@ -1,4 +1,4 @@
-"""torch.compile applied to a model, region by region."""
+"""torch.compile for the regions of a model."""
 
 import torch
 
@@ -7,23 +7,23 @@ from brisk.training.loss import CHUNK, fusible_loss_and_gradient
 
 
 def compile_model(model, tokens, say, blocks_only=False):
-    """Compile a `GPT` in place, for training on micro-batches of `tokens` tokens. Names of weights
-    stay as they are.
+    """Compile a `GPT` in place, for training on micro-batches of `tokens` tokens. Parameter names do
+    not change.
 
-    Where the logits of a micro-batch fit into one chunk of the loss, the forward pass is one graph:
-    such a model is limited by the host, which this costs least. Otherwise each block is compiled,
-    one graph for all of them, and so are the embeddings, the last norm and the loss of a chunk.
-    With `blocks_only`, for FSDP and activation checkpointing, which act on blocks, those alone are.
+    If the logits of a micro-batch fit into one chunk of the loss, the forward pass is one graph:
+    such a model is limited by the host, and one graph costs the host least. Otherwise the blocks
+    (one graph for all of them), the embeddings, the last norm and the loss of a chunk are compiled
+    separately. FSDP and activation checkpointing wrap blocks, so with `blocks_only` only these are
+    compiled.
 
-    A later compilation, of another shape, may still fail, by a full disk for instance. Then `say`
-    is called with a line, once, and all regions run uncompiled.
+    A later compilation of another shape may still fail, for example because a disk is full. Then
+    all regions run uncompiled, and `say` is called once with a line.
     """
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
 
-    dynamo.optimize_ddp = False  # it would cut every block in two, at the edges of DDP's buckets
-    if hasattr(functorch, "force_non_lazy_backward_lowering"):  # PyTorch 2.9
-        functorch.force_non_lazy_backward_lowering = True  # it fails in the forward pass, or not
+    dynamo.optimize_ddp = False  # would split the blocks' graphs at the edges of DDP's buckets
+    functorch.force_non_lazy_backward_lowering = True  # a failure is raised in the forward pass
     compiling = True
 
     def compiled_or_not(forward):
@@ -36,7 +36,7 @@ def compile_model(model, tokens, say, blocks_only=False):
                     return compiled(*inputs, **options)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     compiling = False
-                    say(f"compiling failed, going on without it: {first_line(error)}")
+                    say(f"compilation failed, continuing uncompiled: {first_line(error)}")
             return forward(*inputs, **options)
 
         return call

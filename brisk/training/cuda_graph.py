@@ -1,9 +1,8 @@
-"""A training step as two CUDA graphs: a micro-batch's forward and backward pass, and the update.
+"""A training step as two CUDA graphs: forward and backward pass of a micro-batch, and the update.
 
-The first `WARM_UP` calls of each launch their kernels one by one, as training without graphs does.
-They are steps like any other, so nothing is repeated and no state is restored. Gradients are zeroed
-in place rather than freed, learning rates are read from the device, and random numbers follow from
-the seed that the generator has at a replay.
+The first `WARM_UP` calls of each run uncaptured. They are normal steps, so no state has to be
+restored. Gradients are zeroed in place rather than freed, learning rates are read from the device,
+and random numbers follow from the generator's seed at each replay.
 """
 
 from functools import partial
@@ -32,8 +31,7 @@ class StepGraphs:
     """CUDA graphs of the two functions of a training step.
 
     Args:
-        optimizer: with a learning rate in each of its parameter groups; the groups stay as they
-            are, so checkpoints do too.
+        optimizer: its parameter groups, and so its checkpoints, do not change.
         device: a `Device`.
     """
 
@@ -43,13 +41,12 @@ class StepGraphs:
         self.reset()
 
     def reset(self):
-        """Capture again, as is necessary after the optimizer loaded a state: its tensors are in
-        other memory."""
+        """Capture again, after the optimizer has loaded a state, which replaces its tensors."""
         pool = GraphPool(self.device)
         self.micro_batch, self.update = CapturedFunction(pool), CapturedFunction(pool)
 
     def of(self, forward_backward, update):
-        """Functions that do the same by graphs.
+        """Return the two functions as CUDA graphs.
 
         Args:
             forward_backward: (x, y, weight) → loss. Adds to the gradients of the parameters.
@@ -66,7 +63,7 @@ class StepGraphs:
         """`update(loss)`, in which the optimizer reads its learning rates from the device."""
         groups = self.optimizer.param_groups
         given = [{**group} for group in groups]
-        # PyTorch wants the flag in a capture, and warns about it elsewhere.
+        # PyTorch requires the flag in a capture and warns about it elsewhere.
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         for rate, group in zip(self.rates, groups, strict=True):
             group.update(lr=rate, capturable=capturing)

@@ -146,7 +146,7 @@ def test_bytes_moved(monkeypatch):
     rows = (torch.randn(40, 3144).bfloat16(), torch.randint(3144, (40,)))
     torch.compile(fusible_loss_and_gradient)(*rows, True)
     per_logit = metrics.num_bytes_accessed / rows[0].numel()
-    assert 6 <= per_logit < 8.1
+    assert 4 <= per_logit < 8.1  # by how much PyTorch fuses
 
     logits = 0
 
