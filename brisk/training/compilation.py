@@ -7,8 +7,8 @@ from brisk.training.loss import CHUNK, fusible_loss_and_gradient
 
 
 def compile_model(model, tokens, say, blocks_only=False):
-    """Compile a `GPT` in place, for training on micro-batches of `tokens` tokens. Parameter names do
-    not change.
+    """Compile a `GPT` in place, for training on micro-batches of `tokens` tokens. The names of its
+    parameters do not change.
 
     If the logits of a micro-batch fit into one chunk of the loss, the forward pass is one graph:
     such a model is limited by the host, and one graph costs the host least. Otherwise the blocks
