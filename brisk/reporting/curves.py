@@ -177,8 +177,9 @@ def set_frame(axes, losses, log):
 
 
 def add_legends(axes, colors, keys, smooth):
-    """At the right of the frame the runs and their best validation losses; above it a key to the
-    solid, dashed and thin lines, unless all are validation losses."""
+    """Add a legend of the runs with their best validation losses, right of the frame or, for a
+    single run, in its upper right corner; and, above the frame, a key to the solid, dashed and thin
+    lines, unless all are validation losses."""
     from matplotlib.lines import Line2D
 
     best = {run: run.best() if "val_loss" in keys else None for run in colors}
@@ -189,7 +190,10 @@ def add_legends(axes, colors, keys, smooth):
     handles = [Line2D([], [], color=colors[run], linewidth=2.5) for run in runs]
     style = {"frameon": False, "borderpad": 0, "labelcolor": INK, "fontsize": 9.5}
     place = {"loc": "upper left", "bbox_to_anchor": (1.02, 1), "bbox_transform": axes.transAxes}
-    axes.figure.legend(handles, labels, borderaxespad=0, labelspacing=0.8, **place, **style)
+    if len(runs) == 1:  # usually empty, since losses fall
+        place |= {"loc": "upper right", "bbox_to_anchor": (0.99, 0.98)}
+    box = style | {"frameon": True, "edgecolor": "none"}
+    axes.figure.legend(handles, labels, borderaxespad=0, labelspacing=0.8, **place, **box)
     if keys != {"val_loss"}:
         handles = [Line2D([], [], color=INK, **STYLES[key]) for key in STYLES if key in keys]
         if "loss" in keys and smooth > 1:
