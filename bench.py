@@ -20,12 +20,12 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from brisk.data.dataset import read_meta
+from brisk.data.dataset import load_tokenizer, read_meta
 from brisk.data.loader import TokenFile
 from brisk.device import matmul_flops
 from brisk.distributed.process_group import clean_end
 from brisk.errors import format_bytes, one_line_errors
-from brisk.training.inputs import without_tokens
+from brisk.training.inputs import vocabulary_rows, without_tokens
 from brisk.training.memory import peak_memory
 from brisk.training.resume import Start
 from brisk.training.run import open_run
@@ -67,7 +67,7 @@ class RandomTokens:
         return tuple(self.ids)
 
     def targets(self, position, count):
-        return self.ids[0].numel()
+        return count * self.ids.size(2)
 
 
 def main(config):
@@ -83,11 +83,16 @@ def main(config):
         global_batch = batch_size * ranks.world_size
         sizes = {"batch_size": batch_size, "gradient_accumulation_steps": ranks.world_size}
         settings = replace(settings, **sizes)
-        data = replace(without_tokens(settings, Start()), train=open_tokens(config, batch_size))
+        settings, source, tokens = open_tokens(settings, config.real_data)
+        data = replace(without_tokens(settings, Start()), train=tokens)
         plan, state, train_step = throwaway_step(settings, Start(), run, data)
         device = plan.device
         run.say(f"device        {device}, PyTorch {torch.__version__}")
+        run.say(f"data          {source}")
         count = f"{state.model.get_num_params() / 1e6:.1f}M parameters"
+        if config.ngrams > 1:
+            rows = state.model.transformer.ngrams.weight.numel()
+            count += f" and {rows / 1e6:.1f}M of n-grams"
         shape = f"{global_batch}x{config.block_size} tokens a step"
         run.say(f"model         {count}, {shape}, {'' if plan.compile else 'not '}compiled")
         seconds = time_steps(train_step, device, warm_up=2 if on_cpu else 5, steps=steps)
@@ -104,13 +109,19 @@ def main(config):
             run.say(f"trace         {path} (open in ui.perfetto.dev)")
 
 
-def open_tokens(config, batch_size):
-    """Prepared training tokens if there are any and `real_data` asks for them, else random ids."""
-    path = Path(__file__).parent / "data" / config.dataset / "train.bin"
-    if not (config.real_data and path.exists()):
-        return RandomTokens(batch_size, config.block_size, config.vocab_size)
-    meta = read_meta(path.parent) or {"dtype": "uint16"}
-    return TokenFile(path, config.block_size, config.vocab_size, meta["dtype"], config.seed)
+def open_tokens(settings, real_data):
+    """(settings, source, tokens): prepared training tokens, with their vocabulary unless one was
+    given, if there are any and `real_data` asks for them; else random ids."""
+    folder = Path(__file__).parent / "data" / settings.dataset
+    if not (real_data and (folder / "train.bin").exists()):
+        tokens = RandomTokens(settings.batch_size, settings.block_size, settings.vocab_size)
+        return settings, f"random ids, a vocabulary of {settings.vocab_size}", tokens
+    meta = read_meta(folder) or {"dtype": "uint16"}
+    if "vocab_size" not in settings.given:
+        settings = replace(settings, vocab_size=vocabulary_rows(load_tokenizer(folder)))
+    sizes = (settings.block_size, settings.vocab_size, meta["dtype"])
+    tokens = TokenFile(folder / "train.bin", *sizes, settings.seed)
+    return settings, f"{folder.name}, a vocabulary of {settings.vocab_size}", tokens
 
 
 def time_steps(train_step, device, warm_up, steps):

@@ -29,6 +29,7 @@ import textwrap
 import traceback
 import warnings
 from dataclasses import fields, is_dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
@@ -85,7 +86,7 @@ def configure(Config, argv):
         values[key] = checked(value, types[key], key, where)
         given = append_keys(given, key)
 
-    for argument in argv:
+    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
         if argument.startswith("-"):
             key, equals, text = argument.lstrip("-").partition("=")
             key = new_key(key.replace("-", "_"))
@@ -96,7 +97,8 @@ def configure(Config, argv):
             if not equals and bool in options(types[key]):
                 text = "True"
             elif not equals:
-                raise UserError(f"--{key} needs a value, as in --{key}={values[key]}")
+                example = following if not following.startswith("-") else ""
+                raise UserError(f"write --{key}={example or values[key]}, with =")
             if key in PATH_KEYS and text.startswith("~"):  # which the shell leaves after a "="
                 text = os.path.expanduser(text)
             set_key(key, parsed(text, types[key]), "on the command line")
@@ -134,7 +136,10 @@ def key_for_path(path, types):
             raise UserError(f"{path} has no checkpoint in it: neither ckpt.pt nor last.pt")
     if "input" in types and os.path.exists(path):
         raise UserError(f"{path} is not a config file (*.py); to train on it: --input={path}")
-    raise UserError(f"{path} is not a config file: names end in .py{nearest_config(path)}")
+    others = (
+        "" if "input" in types or "init_from" not in types else ", a run's folder or a checkpoint"
+    )
+    raise UserError(f"{path} is not a config file (*.py){others}{nearest_config(path)}")
 
 
 def nearest_config(path):

@@ -1,6 +1,6 @@
 """Export a checkpoint as a Hugging Face directory, or as a GGUF file for llama.cpp.
 
-    $ python export.py --out_dir=out-python-source --to=my-model
+    $ python export.py --out_dir=out-demo --to=my-model
     $ python export.py --init_from=gpt2 --to=gpt2-again --gguf=gpt2.gguf --gguf_dtype=q8_0
 
 The directory has the weights in float32 and the tokenizer, for `transformers`: a classic model as

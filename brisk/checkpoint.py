@@ -247,6 +247,15 @@ def best_checkpoint(out_dir):
     raise UserError(f"no checkpoint in {out_dir}; train first, or name the run with --out_dir")
 
 
+def checkpoint_of(source):
+    """The checkpoint to read if `source` is the folder of a run, else `source`."""
+    names = ("ckpt.pt", "last.pt")
+    is_run = any(Path(source, name).is_file() for name in names)
+    if is_run and not Path(source, "config.json").exists():  # of a Hugging Face directory
+        return best_checkpoint(source)
+    return source
+
+
 def latest_checkpoint(out_dir):
     """Path of the checkpoint to resume from: `last.pt` or `ckpt.pt`, whichever has the higher step.
 

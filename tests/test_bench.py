@@ -5,7 +5,7 @@ from conftest import ROOT
 from test_compiling import compiler
 
 SMALL = "--n_layer=1 --n_embd=32 --n_head=2 --block_size=16 --vocab_size=64 --steps=2".split()
-LINES = ["device", "model", "step", "speed", "peak memory", "products", "copy", "MFU"]
+LINES = ["device", "data", "model", "step", "speed", "peak memory", "products", "copy", "MFU"]
 
 
 def lines_of(done):

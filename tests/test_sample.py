@@ -278,6 +278,10 @@ def test_init_from_a_file_or_directory(run, folder, monkeypatch):
     assert texts(run("--init_from=exported", "--start=the"))[0].startswith("the")
 
 
+def test_init_from_takes_the_folder_of_a_run(run):
+    assert run("--init_from=out") == run()
+
+
 def test_nothing_to_sample_from(run, folder):
     with pytest.raises(UserError, match="did you mean resume"):
         run("--init_from=resum")

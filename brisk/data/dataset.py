@@ -40,7 +40,8 @@ def read_meta(data_dir):
     path = Path(data_dir) / "meta.json"
     if not path.exists():
         return None
-    again = f"run again: python {path.parent / 'prepare.py'}"
+    script = path.parent / "prepare.py"
+    again = f"run again: python {script}" if script.exists() else "prepare it again"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         known = meta["format"] == FORMAT

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from brisk.checkpoint import best_checkpoint, load_checkpoint
+from brisk.checkpoint import best_checkpoint, checkpoint_of, load_checkpoint
 from brisk.data.bpe import gpt2
 from brisk.data.dataset import load_tokenizer
 from brisk.data.saved_tokenizer import from_dict
@@ -26,14 +26,13 @@ class Pretrained:
 
 
 def read_pretrained(init_from, out_dir):
-    """Load a `Pretrained` from `init_from`: "resume" for the run in `out_dir`, a checkpoint file, a
-    name of GPT-2, or a Hugging Face directory.
+    """Load a `Pretrained` from `init_from`: "resume" for the run in `out_dir`, the folder of
+    another run, a checkpoint file, a name of GPT-2, or a Hugging Face directory.
 
     Prints the source. Raises `UserError` for any other name, a damaged file, or a tokenizer that
     does not match the model.
     """
-    if init_from == "resume":
-        init_from = best_checkpoint(out_dir)
+    init_from = best_checkpoint(out_dir) if init_from == "resume" else checkpoint_of(init_from)
     if Path(init_from).is_file():
         checkpoint = read_model(init_from)
         print(f"checkpoint {init_from}, iteration {checkpoint.get('iter_num', 'unknown')}")

@@ -35,7 +35,7 @@ class Forecast:
         # timings of each kind to ignore; the call after a warm-up captures
         self.ignored = dict.fromkeys(self.timings, int(compiled))
         self.ignored["micro-batch"] = WARM_UP + 1 if captured else int(compiled)
-        self.reported = set()
+        self.reported, self.micro_batch_began = set(), None
 
     @classmethod
     def of(cls, config, plan, run):
@@ -62,15 +62,21 @@ class Forecast:
 
     def timed(self, kind, items):
         """Iterate over `items` and time each iteration while needed. `kind` is "evaluation", for
-        batches of an evaluation, or "micro-batch"."""
+        batches of an evaluation, or "micro-batch". A micro-batch lasts until the next one starts,
+        so the last of a step includes the optimizer."""
         for item in items:
             if self.is_complete:
                 yield item
                 continue
-            began = time.perf_counter()
-            yield item
             self.device.synchronize()
-            self.add_timing(kind, time.perf_counter() - began)
+            now = time.perf_counter()
+            if kind == "micro-batch" and self.micro_batch_began is not None:
+                self.add_timing(kind, now - self.micro_batch_began)
+            self.micro_batch_began = now if kind == "micro-batch" else None
+            yield item
+            if kind == "evaluation":
+                self.device.synchronize()
+                self.add_timing(kind, time.perf_counter() - now)
 
     def add_timing(self, kind, seconds):
         """Add a timing, and print the estimate when there are enough."""

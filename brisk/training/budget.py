@@ -6,6 +6,7 @@ from statistics import median
 from brisk.reporting.forecast import duration
 
 MAX_EVALUATIONS = 20  # in a run; fewer where the time is short
+MAX_LOG_LINES = 100  # of the training loss
 EVALUATION_FRACTION = 0.1  # of the time, for all evaluations together
 MIN_BATCHES, MAX_BATCHES = 5, 200  # of each split in an evaluation
 WARM_UP_STEPS, TIMED_STEPS, TIMED_SECONDS = 2, 5, 2.0
@@ -50,12 +51,12 @@ def fit_to_minutes(config, plan, step_seconds, say):
     values = {
         "eval_iters": batches,
         "eval_interval": -(-steps // evaluations),
-        "log_interval": max(1, steps // (10 * MAX_EVALUATIONS)),
+        "log_interval": max(1, round(steps / MAX_LOG_LINES)),
         "warmup_iters": min(100, steps // 20),
         "lr_decay_iters": last_step,
         "max_iters": last_step,
     }
     values = {key: value for key, value in values.items() if key not in later}
     chosen = " ".join(f"--{key}={value}" for key, value in values.items())
-    say(f"for {config.minutes:g} minutes at {duration(step_seconds)} per step: {chosen}")
+    say(f"for --minutes={config.minutes:g} at {duration(step_seconds)} per step: {chosen}")
     return values

@@ -105,7 +105,8 @@ def command(config):
     """A line with the command that sets every key of a run on `config.input` explicitly."""
     if not config.input:
         return []
-    keys = [key for key in config.given if key not in ("input", "minutes", "dry_run")]
+    others = ("input", "minutes", "dry_run", "out_dir")
+    keys = ["out_dir", *(key for key in config.given if key not in others)]
     arguments = [f"--{key}={getattr(config, key)}" for key in keys]
     return [f"with every setting explicit: {shlex.join(['python', 'train.py', *arguments])}"]
 

@@ -33,7 +33,7 @@ class Plan:
     def reason_to_end(self, state):
         """Why the run ends at `state`, in words, or "" if it continues."""
         if state.step > self.last_step:
-            return f"step {state.step} is past {self.length}"
+            return f"step {state.step} is past {self.length}; give it more, or --minutes=10"
         if self.patience and state.evals_since_best >= self.patience:
             best = f"best {state.best_val_loss:.4f}"
             return f"{state.evals_since_best} evaluations without a lower val loss ({best})"
@@ -61,6 +61,10 @@ def make_plan(config, start, state, data, run):
     # With max_epochs, the schedule by default ends with the run.
     follows = config.max_epochs and "lr_decay_iters" not in config.given
     decay_steps = last_step if follows else config.lr_decay_iters
+    lines = [*describe(config, last_step, data, device, compiling, state.model, run.ranks)]
+    if start.saved and config.decay_lr and config.min_lr == 0 and decay_steps < last_step:
+        longer = f"--lr_decay_iters={last_step} extends the schedule"
+        lines.append(f"note: the learning rate is 0 after step {decay_steps}; {longer}")
     resolved = {"device": device.type, "dtype": dtype, "compile": compiling}
     resolved |= {"last_step": last_step, "decay_steps": decay_steps, "basis": basis}
     return Plan(
@@ -75,7 +79,7 @@ def make_plan(config, start, state, data, run):
             run.ranks.micro_batches(config.gradient_accumulation_steps, config.batch_size)
         ),
         resolved=resolved,
-        lines=tuple(describe(config, last_step, data, device, compiling, state.model, run.ranks)),
+        lines=tuple(lines),
     )
 
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from brisk.checkpoint import latest_checkpoint
+from brisk.checkpoint import checkpoint_of, latest_checkpoint
 from brisk.data.bpe import gpt2
 from brisk.data.saved_tokenizer import from_dict, same_tokenizer
 from brisk.device import DTYPES
@@ -70,7 +70,7 @@ def read_start(given):
     if source in ("scratch", "auto"):
         return {"checkpoint": None, "resuming": False}
     resuming = source == "resume"
-    path = latest_checkpoint(given.out_dir) if resuming else source
+    path = latest_checkpoint(given.out_dir) if resuming else checkpoint_of(source)
     checkpoint = read_model(path)
     if resuming:
         if missing := {"optimizer", "iter_num", "best_val_loss"} - checkpoint.keys():

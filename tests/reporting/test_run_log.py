@@ -15,6 +15,7 @@ from conftest import ROOT
 from brisk.data.dataset import write_dataset
 from brisk.data.saved_tokenizer import from_dict
 from brisk.data.tokenizer import CharTokenizer
+from brisk.device import Device
 from brisk.errors import UserError
 from brisk.reporting.curves import read_run
 from brisk.reporting.forecast import Forecast, duration
@@ -470,6 +471,20 @@ def test_forecast_after_three_timings(forecast):
     assert forecast.said[1].startswith("a step takes about 20 s, the run about 6 h")
     assert "--gradient_accumulation_steps=1 makes it 10 times shorter" in forecast.said[1]
     assert len(forecast.said) == 2
+
+
+def test_forecast_of_a_step_includes_the_optimizer(monkeypatch):
+    """A step of one micro-batch of 1 s, and an update of 3 s; an evaluation between two steps."""
+    clock, said = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    forecast = Forecast(said.append, Device(torch.device("cpu"), "float32"), 100, 1, 1, 0)
+    for step in range(6):
+        for _ in forecast.timed("evaluation", [0] if step == 2 else []):
+            clock[0] += 50.0
+        for _ in forecast.timed("micro-batch", [0]):
+            clock[0] += 1.0
+        clock[0] += 3.0
+    assert [line for line in said if line.startswith("a step takes about 4 s")]
 
 
 def test_forecast_ignores_compilation():

@@ -63,6 +63,16 @@ def test_settings_are_saved_as_given(train_tiny, tmp_path):
     assert run.checkpoint()["resolved"]["last_step"] == run.checkpoint()["iter_num"] - 1
 
 
+def test_note_on_a_learning_rate_of_zero(train_tiny, resume, tmp_path):
+    """More steps alone do not extend the schedule."""
+    train_tiny(tmp_path / "out", max_iters=2, lr_decay_iters=2, min_lr=0.0)
+    note = "the learning rate is 0 after step 2; --lr_decay_iters=4"
+    assert note in resume(tmp_path / "out", max_iters=4).console
+    assert (
+        "learning rate is 0" not in resume(tmp_path / "out", max_iters=6, lr_decay_iters=6).console
+    )
+
+
 def test_lr_decay_iters_given_at_resume(train_until, resume_run, tmp_path):
     train_until(tmp_path / "out", 5, **{**EPOCHS, "max_epochs": 0.7})
     run = resume_run(tmp_path / "out", lr_decay_iters=100)
