@@ -86,6 +86,9 @@ def configure(Config, argv):
         values[key] = checked(value, types[key], key, where)
         given = append_keys(given, key)
 
+    paths = [a for a in argv if not (a.startswith("-") or "=" in a or a.endswith(".py"))]
+    if len(paths) > 1:
+        raise UserError(f"{paths[0]} and {paths[1]}: only one can be named")
     for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
         if argument.startswith("-"):
             key, equals, text = argument.lstrip("-").partition("=")
@@ -98,7 +101,9 @@ def configure(Config, argv):
                 text = "True"
             elif not equals:
                 example = following if not following.startswith("-") else ""
-                raise UserError(f"write --{key}={example or values[key]}, with =")
+                raise UserError(
+                    f"--{key} needs a value after =, as in --{key}={example or values[key]}"
+                )
             if key in PATH_KEYS and text.startswith("~"):  # which the shell leaves after a "="
                 text = os.path.expanduser(text)
             set_key(key, parsed(text, types[key]), "on the command line")

@@ -7,11 +7,11 @@
     $ python sample.py --start="The answer is" --top_next=10
     $ python sample.py --interactive
 
-Standard output has the text alone: each sample after its prompt, then a line of dashes. Notices go
-to standard error. Samples are drawn in batches, those of different prompts too, as many at a time
-as TOKENS_AT_ONCE allows. The first of a batch is printed as it is drawn, the others when all are
-finished. A sample depends on the seed and its number, not on the samples drawn with it. The number
-counts the samples of one prompt, or, with --interactive, those of the session.
+Standard output has only the text: each sample after its prompt, then a line of dashes. Notices go
+to standard error. Samples of all prompts are drawn in batches; the first of a batch is streamed,
+the others are printed when the batch is finished. A sample depends on the seed and its number, not
+on the samples drawn with it. The number counts the samples of one prompt, or, with --interactive,
+those of the session.
 """
 
 import sys

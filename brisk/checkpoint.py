@@ -232,7 +232,8 @@ def verify(path):
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint: {error}") from error
+        reason = "it is empty" if os.path.getsize(path) == 0 else error
+        raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if damaged:

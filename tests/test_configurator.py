@@ -505,7 +505,7 @@ def test_help_shows_headings_and_legal_values(capsys):
         (["a.txt"], "--input=a.txt"),
         (["run"], "--init_from=resume --out_dir=run"),
         (["config/train_shakespear_char.py"], "did you mean config/train_shakespeare_char.py?"),
-        (["train_gpt2"], "names end in .py; did you mean config/train_gpt2.py?"),
+        (["train_gpt2"], "is not a config file (*.py); did you mean config/train_gpt2.py?"),
         (["--lr=1"], "did you mean learning_rate?"),
         (["--lrate=1"], "unknown key --lrate"),
     ],

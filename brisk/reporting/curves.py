@@ -235,7 +235,7 @@ def picture_kind(path):
     """png or svg, by the suffix of `path`; another raises `UserError`."""
     kind = Path(path).suffix.lower().lstrip(".")
     if kind not in ("png", "svg"):
-        raise UserError(f"the picture {path} would be of no known kind; let it end in .png or .svg")
+        raise UserError(f"the picture {path} must end in .png or .svg")
     return kind
 
 

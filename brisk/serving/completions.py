@@ -70,9 +70,9 @@ class Completion:
             name = ascii(key)[1:-1][:50]  # JSON may have half a character
             check(key in {*FIELDS, *ALLOWED, *OTHERS}, f"{name} is not supported", name)
             allowed = ALLOWED.get(key, [value])
-            check(value in allowed, f"{key}: only {allowed} are supported", key)
+            check(value in allowed, f"{key} must be one of {allowed}", key)
         if given.get("model", served.name) != served.name:
-            raise ApiError(404, f"the model here is {served.name}", "model")
+            raise ApiError(404, f"model must be {served.name}, or left out", "model")
         limits = {"max_tokens": served.max_tokens, "n": served.rows}
         for key, (default, kind, low, high) in FIELDS.items():
             value, high = given.get(key, default), limits.get(key, high)

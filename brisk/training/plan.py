@@ -117,7 +117,8 @@ def describe(config, last_step, data, device, compiling, model, ranks):
     count = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
     processes = f"{count} ({config.parallel}), each on "
     where = f"{'' if ranks.is_alone else processes}{device}, {compiled}"
-    yield f"device: {where}; about {format_bytes(memory)} of memory for training"
+    needed = f"about {format_bytes(memory)} of memory for training, plus PyTorch's own"
+    yield f"device: {where}; {needed}"
     if config.cpu_offload:
         yield f"and {format_bytes(shared_state(model, ranks))} of host memory for each process"
     if device.type == "cpu" and device.dtype_name == "float16":

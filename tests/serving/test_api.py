@@ -181,7 +181,7 @@ def test_refusals_say_how_a_field_is_meant(client):
         ("stream", 1, "stream is true or false"),
         ("temperature", "1", "temperature is a number from 0 to 2"),
         ("n", 1.5, "n is a whole number from 1 to 8"),
-        ("echo", True, "echo: only [False] are supported"),
+        ("echo", True, "echo must be one of [False]"),
     ]:
         assert ask(client, **{field: value}).json()["error"]["message"] == words
 
