@@ -55,7 +55,7 @@ def test_same_ids(buckets, variant, prompts):
         {"on_token": lambda step, ids: [step > 4, step > 9, step > 30]},
         {"exact_window": True},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options),
 )
 def test_same_ids_with_options(buckets, options):
     plain, graphs = both(random_model(), RAGGED, **{"seed": 1, **options})
