@@ -119,6 +119,9 @@ def test_interrupted_move_is_detected(tmp_path):
     old = (tmp_path / "train.bin").read_bytes()
     write(tmp_path, ByteTokenizer(), DOCUMENTS[1:])
     (tmp_path / "train.bin").write_bytes(old)  # meta.json is the new one
+    with pytest.raises(UserError, match="interrupted; prepare it again"):
+        read_meta(tmp_path)
+    (tmp_path / "prepare.py").touch()
     with pytest.raises(UserError, match=r"interrupted; run again: python .*prepare\.py"):
         read_meta(tmp_path)
     (tmp_path / "train.bin").unlink()  # the loader reports a missing file
@@ -164,7 +167,7 @@ def test_bins_are_moved_after_meta_json(tmp_path, monkeypatch):
 def test_invalid_meta_is_refused(tmp_path, change):
     meta = write(tmp_path, ByteTokenizer())
     (tmp_path / "meta.json").write_text(json.dumps({**meta, **change}))
-    with pytest.raises(UserError, match="run again"):
+    with pytest.raises(UserError, match="; prepare it again"):
         read_meta(tmp_path)
 
 
