@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to text from a model trained here, in about two minutes and
+# make demo: from a fresh clone to text from a model trained here, in about four minutes and
 # without a network but a package index. make serve: that model, trained if there is none, behind an
 # endpoint and a page at the address that it prints (PORT=8001 for another). make test: all tests
 # but the slow ones, on all cores up to four (PARALLEL= for one after another), or those in

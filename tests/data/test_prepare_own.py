@@ -353,15 +353,15 @@ def test_killed_shards_continue_and_grow(shards, monkeypatch):
         assert not (first.folder / "shards" / "001" / "val.bin").exists()
     (first.folder / ".writing-old").mkdir()  # from a process killed while joining
     made = shards()
-    assert made.printed.count("is there already") == 1
+    assert made.printed.count("exists already") == 1
     assert made.bins() == whole.bins() and made.meta == whole.meta
     assert not (first.folder / ".writing-old").exists()
-    assert shards().printed.count("is there already") == 3
+    assert shards().printed.count("exists already") == 3
 
 
 def test_unusable_shards_are_one_line(shards, prepare):
     settings = {"fails": True, "val_share": 0.1}
-    assert "there should be one file" in prepare("fineweb_edu", source="nowhere", **settings)
+    assert "must have at least one file" in prepare("fineweb_edu", source="nowhere", **settings)
     assert "no files at a/b/c" in prepare("fineweb_edu", source="a/b/c", **settings)
     Path("twice/in").mkdir(parents=True)
     Path("twice/000.parquet").write_bytes(Path("in/000.parquet").read_bytes())
