@@ -366,7 +366,7 @@ def test_unusable_shards_are_one_line(shards, prepare):
     Path("twice/in").mkdir(parents=True)
     Path("twice/000.parquet").write_bytes(Path("in/000.parquet").read_bytes())
     Path("twice/in/000.parquet").write_bytes(Path("in/001.parquet").read_bytes())
-    assert "a name of its own" in prepare("fineweb_edu", source="duplicate", **settings)
+    assert "no two with the same name" in prepare("fineweb_edu", source="duplicate", **settings)
     write("damaged/a.parquet", "not a parquet file")
     assert "a.parquet" in prepare("fineweb_edu", source="damaged", **settings)
 
