@@ -15,7 +15,7 @@ from brisk.generation.text_stream import TextStream
 from brisk.serving.scheduler import Sample
 
 PROMPT_TOKENS = 2**16
-INTERVAL = 0.05  # seconds between chunks of a stream; a chunk costs about as much as a token
+INTERVAL = 0.1  # seconds between chunks of a stream; a chunk costs about as much as a token
 NUMBER, WHOLE, FLAG = "a number from {} to {}", "a whole number from {} to {}", "true or false"
 TYPES = {NUMBER: (int, float), WHOLE: (int,), FLAG: (bool,)}
 FIELDS = {  # name: default, type, lowest, highest
