@@ -15,7 +15,7 @@ from brisk.generation.text_stream import TextStream
 from brisk.serving.scheduler import Sample
 
 PROMPT_TOKENS = 2**16
-INTERVAL = 0.1  # seconds between chunks of a stream; a chunk costs about as much as a token
+INTERVAL = 0.003  # seconds between chunks of all streams; one costs about as much as a token
 NUMBER, WHOLE, FLAG = "a number from {} to {}", "a whole number from {} to {}", "true or false"
 TYPES = {NUMBER: (int, float), WHOLE: (int,), FLAG: (bool,)}
 FIELDS = {  # name: default, type, lowest, highest
@@ -102,9 +102,8 @@ class Completion:
             ids, number = [*self.prompts[index // self.n]], index % self.n
             stream = TextStream(tokenizer, self.stop, ends)
             drawing = ids, self.max_tokens, settings, seed, number, self.logprobs
-            yield Sample(
-                *drawing, stream=stream, put=partial(put, index), due=due, interval=INTERVAL
-            )
+            chunks = {"put": partial(put, index), "due": due, "interval": INTERVAL}
+            yield Sample(*drawing, stream=stream, **chunks)
 
     def choice(self, index, text, tokens, finish):
         """An entry of "choices": the next part of sample `index`."""

@@ -16,7 +16,7 @@ class Sample(Sequence):
     """A `Sequence` that is streamed as text.
 
     The engine's thread calls `put(text, tokens, finish)` with the new text, its `Token`s, and None,
-    "stop", "length" or "error": first at the time `due`, then at most every `interval` seconds, and
+    "stop", "length" or "error": first at `due`, then every `interval` seconds per open sample, and
     at the end.
     """
 
@@ -118,4 +118,5 @@ class Engine:
             if finish:
                 self.batch.remove(sample.row)
             sample.put(sample.text, sample.tokens, finish)
-            sample.text, sample.tokens, sample.due = "", [], now + sample.interval
+            sample.text, sample.tokens = "", []
+            sample.due = now + sample.interval * len(self.samples)
