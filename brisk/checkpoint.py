@@ -248,13 +248,14 @@ def best_checkpoint(out_dir):
     raise UserError(f"no checkpoint in {out_dir}; train first, or name the run with --out_dir")
 
 
+def has_checkpoint(folder):
+    return any(Path(folder, name).exists() for name in ("ckpt.pt", "last.pt"))
+
+
 def checkpoint_of(source):
     """The checkpoint to read if `source` is the folder of a run, else `source`."""
-    names = ("ckpt.pt", "last.pt")
-    is_run = any(Path(source, name).is_file() for name in names)
-    if is_run and not Path(source, "config.json").exists():  # of a Hugging Face directory
-        return best_checkpoint(source)
-    return source
+    is_exported = Path(source, "config.json").exists()  # a Hugging Face directory
+    return best_checkpoint(source) if has_checkpoint(source) and not is_exported else source
 
 
 def latest_checkpoint(out_dir):
@@ -262,7 +263,7 @@ def latest_checkpoint(out_dir):
 
     A damaged one is skipped with a note if the other is intact. Raises `UserError` if none is.
     """
-    best_checkpoint(out_dir)  # raises if there is none
+    best_checkpoint(out_dir)  # raises if both are missing
     found, errors = [], []
     for name in ("last.pt", "ckpt.pt"):
         path = Path(out_dir, name)

@@ -18,7 +18,10 @@ def list_runs(folder):
         try:
             path.name.encode()
             runs[path.name] = (path / "metrics.jsonl").stat().st_mtime_ns
-        except (OSError, UnicodeEncodeError):  # no run, gone meanwhile, or a name that is no text
+        except (
+            OSError,
+            UnicodeEncodeError,
+        ):  # not a run, removed, or a name that is not valid UTF-8
             continue
     return runs
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from brisk.checkpoint import checkpoint_of, latest_checkpoint
+from brisk.checkpoint import checkpoint_of, has_checkpoint, latest_checkpoint
 from brisk.data.bpe import gpt2
 from brisk.data.saved_tokenizer import from_dict, same_tokenizer
 from brisk.device import DTYPES
@@ -65,8 +65,7 @@ def read_start(given):
         raise UserError(f"--init_from={source} does not exist{hint}")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if source == "auto" or restarted:
-        saved = any(Path(given.out_dir, name).exists() for name in ("last.pt", "ckpt.pt"))
-        source = "resume" if saved else source
+        source = "resume" if has_checkpoint(given.out_dir) else source
     if source in ("scratch", "auto"):
         return {"checkpoint": None, "resuming": False}
     resuming = source == "resume"

@@ -195,7 +195,7 @@ def test_rewind_captures_again(trainer, tapes):
 
 
 def test_spike_is_skipped(trainer):
-    """A loss that is no number in one step, from its weight, which the graph reads from memory."""
+    """The loss of one step is NaN, because of its weight, which the graph reads from memory."""
     targets, before = trainer.data.train.targets, weights(trainer)
     trainer.data.train.targets = lambda position, count: float("nan")
     trainer.step()
